@@ -1,0 +1,53 @@
+"""Fixtures that find real models and reference data, or skip by name with the reason."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Reference data that lies beside some checkouts; a user's machine does not have it."""
+    path = ROOT.parent / "shared"
+    if not (path / "golden").is_dir():
+        pytest.skip("reference data not present beside the checkout (../shared/golden)")
+    return path
+
+
+def _model(variable: str, names: list[str]) -> Path | None:
+    given = os.environ.get(variable)
+    if given:
+        return Path(given)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "coreinfer"
+    for name in names:
+        if (cache / name).is_file():
+            return cache / name
+    return None
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct Q4_1: from the cache, else fetched as `coreinfer pull smollm2` does."""
+    path = _model("COREINFER_MODEL_SMOLLM2", [])
+    if path is not None:
+        return path
+    from coreinfer.models import ModelFetchError, resolve_model
+
+    try:
+        return Path(resolve_model("smollm2"))
+    except ModelFetchError as error:
+        pytest.skip(f"SmolLM2 is neither cached nor fetchable: {error}")
+
+
+@pytest.fixture(scope="session")
+def qwen_path() -> Path:
+    """Qwen2.5-Coder-0.5B-Instruct Q4_K_M: used where it lies, never fetched (half a gigabyte)."""
+    path = _model("COREINFER_MODEL_QWEN", ["qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"])
+    if path is None:
+        pytest.skip("Qwen2.5-Coder-0.5B not present (set COREINFER_MODEL_QWEN to its GGUF)")
+    return path
