@@ -65,9 +65,7 @@ constexpr const DTypeTraits* find_dtype(uint32_t gguf_id) {
   return nullptr;
 }
 
-constexpr const DTypeTraits& traits(DType type) {
-  return *find_dtype(static_cast<uint32_t>(type));
-}
+constexpr const DTypeTraits& traits(DType type) { return *find_dtype(static_cast<uint32_t>(type)); }
 
 // Bytes of one row of n elements; n must be a multiple of the block size.
 constexpr size_t row_bytes(DType type, int64_t n) {
@@ -75,7 +73,15 @@ constexpr size_t row_bytes(DType type, int64_t n) {
   return static_cast<size_t>(n / t.block_size) * static_cast<size_t>(t.block_bytes);
 }
 
-// GGUF's name of any id, also of types that are not supported, for messages: "IQ2_XXS (16)".
+// GGUF's name of any current id, also of types that are not supported: "IQ2_XXS"; "unknown" else.
 std::string_view gguf_type_name(uint32_t gguf_id);
+
+// Block length and bytes of any current id, so that a file with types that cannot be computed with
+// can still be checked and listed; nullopt for removed and unknown ids.
+struct BlockLayout {
+  int block_size;
+  int block_bytes;
+};
+std::optional<BlockLayout> gguf_block_layout(uint32_t gguf_id);
 
 }  // namespace coreinfer

@@ -1,0 +1,62 @@
+#include "tensor/dtype.h"
+
+namespace coreinfer {
+namespace {
+
+struct GgufType {
+  uint32_t id;
+  std::string_view name;
+  BlockLayout layout;
+};
+
+// Every id that current files may carry. Left out are the removed ones (4, 5, 31-33, 36-38), whose
+// block size is nothing, so that a file that names them cannot be checked and is rejected.
+constexpr GgufType kGgufTypes[] = {
+    {0, "F32", {1, 4}},         {1, "F16", {1, 2}},         {2, "Q4_0", {32, 18}},
+    {3, "Q4_1", {32, 20}},      {6, "Q5_0", {32, 22}},      {7, "Q5_1", {32, 24}},
+    {8, "Q8_0", {32, 34}},      {9, "Q8_1", {32, 40}},      {10, "Q2_K", {256, 84}},
+    {11, "Q3_K", {256, 110}},   {12, "Q4_K", {256, 144}},   {13, "Q5_K", {256, 176}},
+    {14, "Q6_K", {256, 210}},   {15, "Q8_K", {256, 292}},   {16, "IQ2_XXS", {256, 66}},
+    {17, "IQ2_XS", {256, 74}},  {18, "IQ3_XXS", {256, 98}}, {19, "IQ1_S", {256, 50}},
+    {20, "IQ4_NL", {32, 18}},   {21, "IQ3_S", {256, 110}},  {22, "IQ2_S", {256, 82}},
+    {23, "IQ4_XS", {256, 136}}, {24, "I8", {1, 1}},         {25, "I16", {1, 2}},
+    {26, "I32", {1, 4}},        {27, "I64", {1, 8}},        {28, "F64", {1, 8}},
+    {29, "IQ1_M", {256, 56}},   {30, "BF16", {1, 2}},       {34, "TQ1_0", {256, 54}},
+    {35, "TQ2_0", {256, 66}},   {39, "MXFP4", {32, 17}},    {40, "NVFP4", {64, 36}},
+    {41, "Q1_0", {128, 18}},    {42, "Q2_0", {64, 18}},
+};
+
+constexpr const GgufType* find_gguf_type(uint32_t gguf_id) {
+  for (const GgufType& t : kGgufTypes) {
+    if (t.id == gguf_id) return &t;
+  }
+  return nullptr;
+}
+
+// The two tables say the same about the types that are in both.
+constexpr bool tables_agree() {
+  for (const DTypeTraits& t : kDTypes) {
+    const GgufType* g = find_gguf_type(static_cast<uint32_t>(t.type));
+    if (g == nullptr || g->name != t.name || g->layout.block_size != t.block_size ||
+        g->layout.block_bytes != t.block_bytes) {
+      return false;
+    }
+  }
+  return true;
+}
+static_assert(tables_agree());
+
+}  // namespace
+
+std::string_view gguf_type_name(uint32_t gguf_id) {
+  const GgufType* t = find_gguf_type(gguf_id);
+  return t ? t->name : "unknown";
+}
+
+std::optional<BlockLayout> gguf_block_layout(uint32_t gguf_id) {
+  const GgufType* t = find_gguf_type(gguf_id);
+  if (t == nullptr) return std::nullopt;
+  return t->layout;
+}
+
+}  // namespace coreinfer
