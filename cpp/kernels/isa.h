@@ -1,0 +1,39 @@
+// Which instruction sets this process may run: the CPU is asked and so is the operating system
+// (which registers it saves; permission for AMX tiles). Kernels are chosen from the answer at run
+// time. Nothing here computes.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace coreinfer {
+
+enum class Isa {
+  kScalar,  // plain C++; the reference for all others
+  kAvx2,    // AVX2, FMA, F16C
+  kAvx512,  // AVX-512 F, BW, VL, DQ, VNNI
+  kAmx,     // kAvx512 and AMX tiles with bf16
+  kNeon,    // AArch64 with the dot-product instructions
+};
+
+// "scalar", "avx2", "avx512", "amx", "neon": what COREINFER_ISA accepts.
+std::string_view isa_name(Isa isa);
+
+// Everything that this process can run, plainest first; kScalar is always there.
+const std::vector<Isa>& available_isas();
+
+// The names of available_isas(), "scalar, avx2", for messages.
+std::string available_isa_names();
+
+// The best available set, or the one that the environment variable COREINFER_ISA names. Throws
+// kValue when that is unknown or cannot run here.
+Isa best_isa();
+
+// The available set of that name; throws kValue as best_isa() does.
+Isa find_isa(std::string_view name);
+
+// AVX-512 VBMI and VBMI2 (byte permutes and byte compression), asked beside kAvx512.
+bool has_avx512_vbmi2();
+
+}  // namespace coreinfer
