@@ -1,0 +1,215 @@
+#include "model/arch/arch.h"
+
+#include <cmath>
+
+#include "base/error.h"
+
+namespace coreinfer {
+namespace {
+
+struct Architecture {
+  const char* name;
+  ModelConfig (*read)(const GgufFile&);
+};
+
+constexpr Architecture kArchitectures[] = {
+    {"llama", arch::read_llama},   {"qwen2", arch::read_qwen2}, {"qwen3", arch::read_qwen3},
+    {"gemma3", arch::read_gemma3}, {"opt", arch::read_opt},
+};
+
+// Above any real model and far below what would overflow a product of two.
+constexpr int64_t kMaxWidth = int64_t{1} << 20;
+constexpr int64_t kMaxLayers = 1024;
+constexpr int64_t kMaxContext = int64_t{1} << 26;
+
+}  // namespace
+
+std::string supported_architectures() {
+  std::string names;
+  for (const Architecture& a : kArchitectures) {
+    names += (names.empty() ? "" : ", ") + std::string(a.name);
+  }
+  return names;
+}
+
+ModelConfig read_config(const GgufFile& file) {
+  const std::string name = file.metadata().string("general.architecture");
+  for (const Architecture& a : kArchitectures) {
+    if (name == a.name) return a.read(file);
+  }
+  throw_error(ErrorKind::kGguf, "%s: architecture \"%s\" is not supported; supported: %s",
+              file.path().c_str(), name.c_str(), supported_architectures().c_str());
+}
+
+namespace arch {
+
+HyperParameters::HyperParameters(const GgufFile& f) : file(f) {
+  config.architecture = f.metadata().string("general.architecture");
+  config.name = f.metadata().maybe_string("general.name").value_or("");
+}
+
+int64_t HyperParameters::integer(const char* name, int64_t low, int64_t high) const {
+  const std::string k = key(name);
+  uint64_t value = 0;
+  const auto entry = file.metadata().find(k);
+  if (entry && entry->type == ValueType::kArray) {
+    // Some files give one value a layer; this library needs the same everywhere.
+    const std::vector<int64_t> values = file.metadata().integers(k);
+    for (int64_t v : values) {
+      if (v < 0 || v != values.front()) {
+        throw_error(ErrorKind::kGguf, "%s: %s differs between layers, which is not supported",
+                    file.path().c_str(), k.c_str());
+      }
+    }
+    value = values.empty() ? 0 : static_cast<uint64_t>(values.front());
+  } else {
+    value = file.metadata().u64(k);
+  }
+  if (value < static_cast<uint64_t>(low) || value > static_cast<uint64_t>(high)) {
+    throw_error(ErrorKind::kGguf, "%s: %s is %llu, expected %lld to %lld", file.path().c_str(),
+                k.c_str(), static_cast<unsigned long long>(value), static_cast<long long>(low),
+                static_cast<long long>(high));
+  }
+  return static_cast<int64_t>(value);
+}
+
+int64_t HyperParameters::integer_or(const char* name, int64_t fallback, int64_t low,
+                                    int64_t high) const {
+  return file.metadata().has(key(name)) ? integer(name, low, high) : fallback;
+}
+
+float HyperParameters::number(const char* name, double above) const {
+  const std::string k = key(name);
+  const float value = file.metadata().f32(k);
+  if (!std::isfinite(value) || value <= above) {
+    throw_error(ErrorKind::kGguf, "%s: %s is %g, expected a finite number above %g",
+                file.path().c_str(), k.c_str(), value, above);
+  }
+  return value;
+}
+
+float HyperParameters::number_or(const char* name, float fallback, double above) const {
+  return file.metadata().has(key(name)) ? number(name, above) : fallback;
+}
+
+void HyperParameters::read_sizes() {
+  ModelConfig& c = config;
+  if (integer_or("expert_count", 0, 0, kMaxWidth) > 0) {
+    throw_error(ErrorKind::kGguf,
+                "%s: %s is above 0: mixture-of-experts models are not supported, only dense ones",
+                file.path().c_str(), key("expert_count").c_str());
+  }
+  c.n_layer = integer("block_count", 1, kMaxLayers);
+  c.n_embd = integer("embedding_length", 1, kMaxWidth);
+  c.n_ff = integer("feed_forward_length", 1, kMaxWidth);
+  c.n_head = integer("attention.head_count", 1, 65536);
+  c.n_head_kv = integer_or("attention.head_count_kv", c.n_head, 1, 65536);
+  if (c.n_head % c.n_head_kv != 0) {
+    throw_error(ErrorKind::kGguf, "%s: %s is %lld, expected a multiple of head_count_kv (%lld)",
+                file.path().c_str(), key("attention.head_count").c_str(),
+                static_cast<long long>(c.n_head), static_cast<long long>(c.n_head_kv));
+  }
+  if (!file.metadata().has(key("attention.key_length")) && c.n_embd % c.n_head != 0) {
+    throw_error(ErrorKind::kGguf, "%s: %s is %lld, expected a multiple of head_count (%lld)",
+                file.path().c_str(), key("embedding_length").c_str(),
+                static_cast<long long>(c.n_embd), static_cast<long long>(c.n_head));
+  }
+  c.head_dim = integer_or("attention.key_length", c.n_embd / c.n_head, 1, 65536);
+  const int64_t value_length = integer_or("attention.value_length", c.head_dim, 1, 65536);
+  if (value_length != c.head_dim) {
+    throw_error(ErrorKind::kGguf, "%s: %s is %lld, expected the key length (%lld)",
+                file.path().c_str(), key("attention.value_length").c_str(),
+                static_cast<long long>(value_length), static_cast<long long>(c.head_dim));
+  }
+  if (c.n_head * c.head_dim > kMaxWidth) {
+    throw_error(ErrorKind::kGguf, "%s: head_count x key_length is %lld, expected at most %lld",
+                file.path().c_str(), static_cast<long long>(c.n_head * c.head_dim),
+                static_cast<long long>(kMaxWidth));
+  }
+  c.n_ctx = integer("context_length", 1, kMaxContext);
+  c.attention_scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim));
+
+  const Metadata& metadata = file.metadata();
+  if (metadata.has("tokenizer.ggml.tokens")) {
+    c.n_vocab = static_cast<int64_t>(metadata.array_size("tokenizer.ggml.tokens"));
+  } else if (metadata.has(key("vocab_size"))) {
+    c.n_vocab = integer("vocab_size", 1, int64_t{1} << 31);
+  } else if (const TensorInfo* table = file.find("token_embd.weight")) {
+    c.n_vocab = table->ne[1];
+  }
+  if (c.n_vocab < 1) {
+    throw_error(ErrorKind::kGguf,
+                "%s: no vocabulary size: expected tokenizer.ggml.tokens, %s or token_embd.weight",
+                file.path().c_str(), key("vocab_size").c_str());
+  }
+  c.layers.resize(static_cast<size_t>(c.n_layer));
+}
+
+float HyperParameters::rope_scaling_factor() const {
+  const Metadata& metadata = file.metadata();
+  const std::string type =
+      metadata.maybe_string(key("rope.scaling.type")).value_or("linear");
+  if (type == "none") return 1.0f;
+  if (type != "linear") {
+    throw_error(ErrorKind::kGguf,
+                "%s: %s is \"%s\", supported: \"none\", \"linear\" (and rope_freqs.weight)",
+                file.path().c_str(), key("rope.scaling.type").c_str(), type.c_str());
+  }
+  float factor = 0.0f;
+  if (metadata.has(key("rope.scaling.factor"))) {
+    factor = metadata.f32(key("rope.scaling.factor"));
+  } else if (metadata.has(key("rope.scale_linear"))) {
+    factor = metadata.f32(key("rope.scale_linear"));
+  }
+  if (!std::isfinite(factor) || factor < 0.0f) {
+    throw_error(ErrorKind::kGguf, "%s: %s is %g, expected a finite number of at least 0",
+                file.path().c_str(), key("rope.scaling.factor").c_str(), factor);
+  }
+  return factor == 0.0f ? 1.0f : factor;
+}
+
+std::shared_ptr<const std::vector<float>> HyperParameters::rope_frequencies(
+    float base, float factor, bool use_factors) const {
+  const int64_t n = config.rope_dim / 2;
+  auto freq = std::make_shared<std::vector<float>>(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    const double power = -2.0 * static_cast<double>(i) / static_cast<double>(config.rope_dim);
+    (*freq)[static_cast<size_t>(i)] = static_cast<float>(std::pow(base, power) / factor);
+  }
+  const Mat factors = use_factors ? file.maybe("rope_freqs.weight", {n}) : Mat{};
+  if (!factors.empty()) {
+    if (factors.type != DType::kF32) {
+      throw_error(ErrorKind::kGguf, "%s: rope_freqs.weight is %s, expected F32",
+                  file.path().c_str(), std::string(traits(factors.type).name).c_str());
+    }
+    const float* divisor = reinterpret_cast<const float*>(factors.data);
+    for (int64_t i = 0; i < n; ++i) {
+      if (!std::isfinite(divisor[i]) || divisor[i] <= 0.0f) {
+        throw_error(ErrorKind::kGguf,
+                    "%s: rope_freqs.weight[%lld] is %g, expected a finite number above 0",
+                    file.path().c_str(), static_cast<long long>(i), divisor[i]);
+      }
+      (*freq)[static_cast<size_t>(i)] /= divisor[i];
+    }
+  }
+  return freq;
+}
+
+void HyperParameters::read_rope_shape(RopeKind kind) {
+  config.rope = kind;
+  config.rope_dim = integer_or("rope.dimension_count", config.head_dim, 2, config.head_dim);
+  if (config.rope_dim % 2 != 0) {
+    throw_error(ErrorKind::kGguf, "%s: %s is %lld, expected an even number", file.path().c_str(),
+                key("rope.dimension_count").c_str(), static_cast<long long>(config.rope_dim));
+  }
+}
+
+void HyperParameters::read_rope(RopeKind kind) {
+  read_rope_shape(kind);
+  const float base = number_or("rope.freq_base", 10000.0f, 0.0);
+  const auto freq = rope_frequencies(base, rope_scaling_factor(), /*use_factors=*/true);
+  for (LayerConfig& layer : config.layers) layer.rope_freq = freq;
+}
+
+}  // namespace arch
+}  // namespace coreinfer

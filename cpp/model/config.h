@@ -1,0 +1,63 @@
+// ModelConfig: every difference between the supported architectures, as data, so that there is one
+// forward pass and no test of a name in it. Flows in: GGUF metadata, through model/arch. Flows out:
+// checked hyperparameters. It holds no weights and no device memory.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+
+namespace coreinfer {
+
+// Whether the architecture's files carry a group of tensors.
+enum class Presence { kNever, kMaybe, kAlways };
+
+struct LayerConfig {
+  int64_t window = 0;  // sliding attention window, own position included; 0: all positions
+  // (rope_dim / 2) angles per position, scaling applied; null without rope.
+  std::shared_ptr<const std::vector<float>> rope_freq;
+};
+
+struct ModelConfig {
+  std::string architecture;  // GGUF's general.architecture
+  std::string name;          // general.name, may be empty
+
+  int64_t n_layer = 0;
+  int64_t n_embd = 0;
+  int64_t n_ff = 0;
+  int64_t n_head = 0;
+  int64_t n_head_kv = 0;
+  int64_t head_dim = 0;
+  int64_t n_vocab = 0;
+  int64_t n_ctx = 0;  // positions the model was trained for
+
+  NormKind norm = NormKind::kRms;
+  float norm_eps = 1e-5f;
+  Activation activation = Activation::kSilu;
+  bool gated = true;
+
+  RopeKind rope = RopeKind::kNone;
+  int64_t rope_dim = 0;
+  float attention_scale = 0.0f;
+  float attention_softcap = 0.0f;  // 0: none
+  float final_softcap = 0.0f;      // 0: none
+  float embedding_scale = 1.0f;
+  // Learned positions: table row of position p is p + position_offset; -1: none.
+  int64_t position_offset = -1;
+
+  Presence qkv_bias = Presence::kNever;
+  Presence attn_output_bias = Presence::kNever;
+  Presence ffn_bias = Presence::kNever;   // of up and down; a gate has none
+  Presence norm_bias = Presence::kNever;  // of every norm but the head norms
+  Presence qk_norm = Presence::kNever;
+  Presence post_norm = Presence::kNever;  // after attention and after the FFN
+  std::vector<LayerConfig> layers;
+
+  int64_t n_embd_q() const { return n_head * head_dim; }
+  int64_t n_embd_kv() const { return n_head_kv * head_dim; }
+};
+
+}  // namespace coreinfer

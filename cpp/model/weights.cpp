@@ -1,0 +1,147 @@
+#include "model/weights.h"
+
+#include <set>
+#include <string>
+
+#include "base/error.h"
+
+namespace coreinfer {
+namespace {
+
+// Asks for tensors by name and shape, and remembers what was asked for: a tensor that nobody wanted
+// means that the file is another model than its architecture says, and would be computed wrongly.
+class Loader {
+ public:
+  Loader(const GgufFile& file, const ModelConfig& config, Backend& backend)
+      : file_(file), config_(config), backend_(backend) {}
+
+  void set_layer(int64_t layer) { prefix_ = "blk." + std::to_string(layer) + "."; }
+  void leave_layers() { prefix_.clear(); }
+
+  Mat mat(const char* name, std::initializer_list<int64_t> ne, Presence presence) {
+    const std::string full = prefix_ + name;
+    if (presence == Presence::kNever) return {};
+    asked_.insert(full);
+    return presence == Presence::kAlways ? file_.require(full, ne) : file_.maybe(full, ne);
+  }
+
+  WeightPtr matrix(const Mat& mat) {
+    const WeightPtr weight = backend_.load(mat);
+    file_.check_unchanged();
+    return weight;
+  }
+
+  BufferPtr vector(const char* name, int64_t n, Presence presence) {
+    const Mat m = mat(name, {n}, presence);
+    return m.empty() ? nullptr : backend_.load_vector(m);
+  }
+
+  Norm norm(const std::string& name, int64_t n, Presence presence, Presence bias) {
+    Norm norm;
+    norm.kind = config_.norm;
+    norm.eps = config_.norm_eps;
+    norm.weight = vector((name + ".weight").c_str(), n, presence);
+    norm.bias = vector((name + ".bias").c_str(), n, bias);
+    return norm;
+  }
+
+  void finish() {
+    // Facts that other tools put beside the weights and that need no computing with.
+    asked_.insert("rope_freqs.weight");
+    for (const TensorInfo& info : file_.tensors()) {
+      if (asked_.count(info.name) == 0) {
+        throw_error(ErrorKind::kGguf,
+                    "%s: tensor %s %s is not part of a %s model with %lld layers; the file needs "
+                    "something that is not supported here",
+                    file_.path().c_str(), info.name.c_str(), info.shape().c_str(),
+                    config_.architecture.c_str(), static_cast<long long>(config_.n_layer));
+      }
+    }
+  }
+
+ private:
+  const GgufFile& file_;
+  const ModelConfig& config_;
+  Backend& backend_;
+  std::string prefix_;
+  std::set<std::string> asked_;
+};
+
+LayerWeights load_layer(Loader& loader, const ModelConfig& c, const LayerConfig& layer) {
+  LayerWeights w;
+  const auto always = Presence::kAlways;
+  w.attn_norm = loader.norm("attn_norm", c.n_embd, always, c.norm_bias);
+  w.q = loader.matrix(loader.mat("attn_q.weight", {c.n_embd, c.n_embd_q()}, always));
+  w.k = loader.matrix(loader.mat("attn_k.weight", {c.n_embd, c.n_embd_kv()}, always));
+  w.v = loader.matrix(loader.mat("attn_v.weight", {c.n_embd, c.n_embd_kv()}, always));
+  w.o = loader.matrix(loader.mat("attn_output.weight", {c.n_embd_q(), c.n_embd}, always));
+  w.q_bias = loader.vector("attn_q.bias", c.n_embd_q(), c.qkv_bias);
+  w.k_bias = loader.vector("attn_k.bias", c.n_embd_kv(), c.qkv_bias);
+  w.v_bias = loader.vector("attn_v.bias", c.n_embd_kv(), c.qkv_bias);
+  w.o_bias = loader.vector("attn_output.bias", c.n_embd, c.attn_output_bias);
+
+  AttentionSpec& a = w.attention;
+  a.n_head = c.n_head;
+  a.n_head_kv = c.n_head_kv;
+  a.head_dim = c.head_dim;
+  a.scale = c.attention_scale;
+  a.softcap = c.attention_softcap;
+  a.window = layer.window;
+  a.q_norm = loader.norm("attn_q_norm", c.head_dim, c.qk_norm, Presence::kNever);
+  a.k_norm = loader.norm("attn_k_norm", c.head_dim, c.qk_norm, Presence::kNever);
+  a.rope = c.rope;
+  a.rope_dim = c.rope_dim;
+  a.rope_freq = layer.rope_freq;
+
+  w.attn_post_norm = loader.norm("post_attention_norm", c.n_embd, c.post_norm, Presence::kNever);
+  w.ffn_norm = loader.norm("ffn_norm", c.n_embd, always, c.norm_bias);
+  w.ffn_post_norm = loader.norm("post_ffw_norm", c.n_embd, c.post_norm, Presence::kNever);
+  CompactSource& s = w.source;
+  s.gate = loader.mat("ffn_gate.weight", {c.n_embd, c.n_ff}, c.gated ? always : Presence::kNever);
+  s.up = loader.mat("ffn_up.weight", {c.n_embd, c.n_ff}, always);
+  s.down = loader.mat("ffn_down.weight", {c.n_ff, c.n_embd}, always);
+  s.up_bias = loader.vector("ffn_up.bias", c.n_ff, c.ffn_bias);
+  s.down_bias = loader.vector("ffn_down.bias", c.n_embd, c.ffn_bias);
+  if (c.gated) w.ffn.gate = loader.matrix(s.gate);
+  w.ffn.up = loader.matrix(s.up);
+  w.ffn.down = loader.matrix(s.down);
+  w.ffn.up_bias = s.up_bias;
+  w.ffn.down_bias = s.down_bias;
+  return w;
+}
+
+}  // namespace
+
+size_t ModelWeights::bytes_per_token() const {
+  size_t bytes = output->bytes();
+  for (const LayerWeights& w : layers) {
+    bytes += w.q->bytes() + w.k->bytes() + w.v->bytes() + w.o->bytes() + w.ffn.bytes();
+  }
+  return bytes;
+}
+
+ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, Backend& backend,
+                          const std::function<void(float)>& progress) {
+  file.require_supported_types();
+  Loader loader(file, config, backend);
+  ModelWeights w;
+  const auto always = Presence::kAlways;
+  w.token_embd = loader.mat("token_embd.weight", {config.n_embd, config.n_vocab}, always);
+  if (config.position_offset >= 0) {
+    w.position_embd = loader.mat("position_embd.weight",
+                                 {config.n_embd, config.n_ctx + config.position_offset}, always);
+  }
+  w.output_norm = loader.norm("output_norm", config.n_embd, always, config.norm_bias);
+  const Mat head = loader.mat("output.weight", {config.n_embd, config.n_vocab}, Presence::kMaybe);
+  w.output = loader.matrix(head.empty() ? w.token_embd : head);
+  for (int64_t i = 0; i < config.n_layer; ++i) {
+    loader.set_layer(i);
+    w.layers.push_back(load_layer(loader, config, config.layers[static_cast<size_t>(i)]));
+    if (progress) progress(static_cast<float>(i + 1) / static_cast<float>(config.n_layer));
+  }
+  loader.leave_layers();
+  loader.finish();
+  return w;
+}
+
+}  // namespace coreinfer

@@ -1,0 +1,45 @@
+// ModelWeights: every tensor of a model, asked for by name with the shape that the configuration
+// implies, and brought into the backend's layout. Flows in: GgufFile, ModelConfig, Backend. Flows
+// out: what forward/ computes with, and the file's own matrices for compaction to read.
+#pragma once
+
+#include <functional>
+#include <vector>
+
+#include "backend/backend.h"
+#include "gguf/gguf_file.h"
+#include "model/config.h"
+
+namespace coreinfer {
+
+struct LayerWeights {
+  Norm attn_norm;
+  WeightPtr q;        // (n_head * head_dim, n_embd)
+  WeightPtr k;        // (n_head_kv * head_dim, n_embd)
+  WeightPtr v;        // (n_head_kv * head_dim, n_embd)
+  WeightPtr o;        // (n_embd, n_head * head_dim)
+  BufferPtr q_bias, k_bias, v_bias, o_bias;  // null where the model has none
+  AttentionSpec attention;                   // with the head norms and rope of this layer
+  Norm attn_post_norm;                       // no weight: none
+  Norm ffn_norm;
+  FfnWeights ffn;
+  Norm ffn_post_norm;
+  CompactSource source;  // the same FFN in the mapped file; `neurons` empty
+};
+
+struct ModelWeights {
+  Mat token_embd;     // (n_vocab, n_embd), in the mapped file
+  Mat position_embd;  // (n_ctx + offset, n_embd) or empty
+  Norm output_norm;
+  WeightPtr output;   // (n_vocab, n_embd); the embeddings again where the head is tied
+  std::vector<LayerWeights> layers;
+
+  // Weight bytes that one dense decode step reads.
+  size_t bytes_per_token() const;
+};
+
+// Throws kGguf for a missing, misshapen, unsupported or unexpected tensor. progress gets [0, 1].
+ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, Backend& backend,
+                          const std::function<void(float)>& progress);
+
+}  // namespace coreinfer

@@ -1,0 +1,24 @@
+#include "neurons/compact.h"
+
+namespace coreinfer {
+
+CompactWeights compact(Backend& backend, const ModelWeights& weights, const CoreSet& set) {
+  std::vector<CompactSource> sources;
+  std::vector<size_t> picked;
+  for (size_t i = 0; i < weights.layers.size(); ++i) {
+    if (!set.layers[i] || static_cast<int64_t>(set.layers[i]->size()) == set.n_ff) continue;
+    CompactSource source = weights.layers[i].source;
+    source.neurons = *set.layers[i];
+    sources.push_back(std::move(source));
+    picked.push_back(i);
+  }
+  CompactWeights result;
+  if (!sources.empty()) result = backend.compact(sources);
+  std::vector<FfnWeights> layers;
+  for (const LayerWeights& w : weights.layers) layers.push_back(w.ffn);
+  for (size_t j = 0; j < picked.size(); ++j) layers[picked[j]] = std::move(result.layers[j]);
+  result.layers = std::move(layers);
+  return result;
+}
+
+}  // namespace coreinfer

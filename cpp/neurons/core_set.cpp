@@ -1,0 +1,108 @@
+#include "neurons/core_set.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+
+#include "base/error.h"
+
+namespace coreinfer {
+namespace {
+
+void check_selection(double beta, LayerRange range, int64_t n_layer) {
+  if (!(beta > 0.0 && beta <= 1.0)) {
+    throw_error(ErrorKind::kValue, "beta is %g, expected above 0 and at most 1", beta);
+  }
+  if (range.first < 0 || range.last > n_layer || range.first >= range.last) {
+    throw_error(ErrorKind::kValue,
+                "layers are %lld:%lld, expected FIRST:LAST with 0 <= FIRST < LAST <= %lld",
+                static_cast<long long>(range.first), static_cast<long long>(range.last),
+                static_cast<long long>(n_layer));
+  }
+}
+
+}  // namespace
+
+void check(const CoreSet& set, int64_t n_layer, int64_t n_ff) {
+  if (set.n_ff != n_ff || static_cast<int64_t>(set.layers.size()) != n_layer) {
+    throw_error(ErrorKind::kValue,
+                "the core set is for %zu layers of %lld neurons, the model has %lld layers of %lld",
+                set.layers.size(), static_cast<long long>(set.n_ff),
+                static_cast<long long>(n_layer), static_cast<long long>(n_ff));
+  }
+  for (size_t i = 0; i < set.layers.size(); ++i) {
+    if (!set.layers[i]) continue;
+    const std::vector<int32_t>& neurons = *set.layers[i];
+    if (neurons.empty()) {
+      throw_error(ErrorKind::kValue, "layer %zu of the core set has no neurons, expected at least 1",
+                  i);
+    }
+    for (size_t j = 0; j < neurons.size(); ++j) {
+      if (neurons[j] < 0 || neurons[j] >= n_ff || (j > 0 && neurons[j] <= neurons[j - 1])) {
+        throw_error(ErrorKind::kValue,
+                    "neuron %d at position %zu of layer %zu: expected ascending indices below %lld",
+                    neurons[j], j, i, static_cast<long long>(n_ff));
+      }
+    }
+  }
+}
+
+int64_t core_size(double beta, int64_t n) {
+  const auto k = static_cast<int64_t>(std::floor(beta * static_cast<double>(n) + 0.5));
+  return std::clamp<int64_t>(k, 1, n);
+}
+
+CoreSet select_core(Backend& backend, const NeuronCounts::Snapshot& snapshot,
+                    const StatisticSpec& spec, double beta, LayerRange range) {
+  check_selection(beta, range, static_cast<int64_t>(snapshot.scores.size()));
+  CoreSet set;
+  set.n_ff = static_cast<int64_t>(snapshot.scores.front().size());
+  set.scores = snapshot.scores;
+  set.statistic = statistic_name(spec.statistic);
+  set.alpha = spec.alpha;
+  set.beta = static_cast<float>(beta);
+  set.n_tokens = snapshot.n_tokens;
+  set.layers.resize(snapshot.scores.size());
+  const int64_t k = core_size(beta, set.n_ff);
+  for (size_t i = 0; i < snapshot.scores.size(); ++i) {
+    if (!range.contains(static_cast<int64_t>(i))) continue;
+    std::vector<int32_t> neurons = backend.select(snapshot.scores[i], k);
+    if (neurons.empty()) {
+      throw_error(ErrorKind::kNumeric,
+                  "no neuron of layer %zu was active in %lld prompt tokens, so it has no core set; "
+                  "leave the layer out (layers) or decode dense",
+                  i, static_cast<long long>(snapshot.n_tokens));
+    }
+    set.layers[i] = std::move(neurons);
+  }
+  return set;
+}
+
+double similarity(const CoreSet& a, const CoreSet& b) {
+  double sum = 0.0;
+  int64_t n = 0;
+  for (size_t i = 0; i < a.layers.size() && i < b.layers.size(); ++i) {
+    if (!a.layers[i] || !b.layers[i]) continue;
+    std::vector<int32_t> shared;
+    std::set_intersection(a.layers[i]->begin(), a.layers[i]->end(), b.layers[i]->begin(),
+                          b.layers[i]->end(), std::back_inserter(shared));
+    const size_t larger = std::max(a.layers[i]->size(), b.layers[i]->size());
+    sum += larger == 0 ? 0.0 : static_cast<double>(shared.size()) / static_cast<double>(larger);
+    ++n;
+  }
+  return n == 0 ? 0.0 : sum / static_cast<double>(n);
+}
+
+std::optional<double> stability(Backend& backend, const NeuronCounts& counts, double beta,
+                                LayerRange range) {
+  const int64_t n = counts.n_tokens();
+  if (n < 2 || beta >= 1.0) return std::nullopt;
+  const auto half = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(n / 2)));
+  const std::optional<NeuronCounts::Snapshot> early = counts.at_most(half);
+  if (!early || early->n_tokens != half) return std::nullopt;
+  const CoreSet a = select_core(backend, *early, counts.spec(), beta, range);
+  const CoreSet b = select_core(backend, counts.now(), counts.spec(), beta, range);
+  return (similarity(a, b) - beta) / (1.0 - beta);
+}
+
+}  // namespace coreinfer

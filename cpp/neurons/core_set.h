@@ -1,0 +1,61 @@
+// CoreSet: which neurons of which layers decode the text, a plain value. Flows in: scores and the
+// share to keep, or indices from outside. Flows out: ascending indices a layer, checked. It holds
+// no weights; compact.h makes them.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "neurons/statistic.h"
+
+namespace coreinfer {
+
+// Half-open range of layers that take part; the others stay dense.
+struct LayerRange {
+  int64_t first = 0;
+  int64_t last = 0;
+
+  bool contains(int64_t layer) const { return layer >= first && layer < last; }
+};
+
+struct CoreSet {
+  int64_t n_ff = 0;
+  // Per layer: ascending neurons, or nothing where the layer stays dense.
+  std::vector<std::optional<std::vector<int32_t>>> layers;
+  std::vector<std::vector<float>> scores;  // per layer (n_ff), or empty when handed in without
+  std::string statistic;                   // "" when handed in
+  float alpha = 0.0f;
+  float beta = 0.0f;
+  int64_t n_tokens = 0;  // that the scores were summed over
+
+  bool same_neurons(const CoreSet& other) const {
+    return n_ff == other.n_ff && layers == other.layers;
+  }
+};
+
+// Throws kValue naming layer and position for a set that does not fit the model: wrong number of
+// layers, indices not ascending or outside [0, n_ff), an empty layer.
+void check(const CoreSet& set, int64_t n_layer, int64_t n_ff);
+
+// round(x) = floor(x + 0.5), and at least one: how many of n neurons the share beta keeps.
+int64_t core_size(double beta, int64_t n);
+
+// The core_size(beta, n_ff) neurons of highest score in each layer of the range (Eq. 2, as its
+// prose: the top beta); ties to the lower index, neurons of score 0 never. Throws kValue for a bad
+// beta or range, kNumeric for a layer in which no neuron was ever active.
+CoreSet select_core(Backend& backend, const NeuronCounts::Snapshot& snapshot,
+                    const StatisticSpec& spec, double beta, LayerRange range);
+
+// Shared neurons over the size of a set (of the larger one), averaged over the layers that both
+// have (Insight 2).
+double similarity(const CoreSet& a, const CoreSet& b);
+
+// Stability of a text (Insight 1): similarity of the core sets of its first p tokens, p the largest
+// power of two <= n / 2, and of all n, made free of chance: (overlap - beta) / (1 - beta). Nothing
+// for fewer than two tokens, or with beta = 1.
+std::optional<double> stability(Backend& backend, const NeuronCounts& counts, double beta,
+                                LayerRange range);
+
+}  // namespace coreinfer

@@ -1,0 +1,74 @@
+// NeuronCounts: how strongly a text has activated each FFN neuron, per layer, summed over tokens.
+// Flows in: the activation rows of one layer at a time, during a dense prefill. Flows out: scores
+// (n_ff) a layer, at the text's end and at every power of two, from which select.h takes core sets.
+//
+// With h_t the input of the down projection at token t (act(gate) * up, or relu(fc1)), P_t its
+// positive entries and alpha the token-wise share (CoreInfer, arXiv 2410.18311, Eq. 1 and 3):
+//   count       1 for each of the max(1, round(alpha P_t)) largest positive entries of h_t
+//   count_gate  the same on act(gate)
+//   count_abs   the same on |h_t|, with P_t its non-zero entries
+//   flock       h_t^2 / ||h_t||^2 (GRIFFIN, arXiv 2404.01365; the square of its score)
+// Scores add over tokens, so the counts of a prefix plus those of the rest are those of the whole.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "backend/backend.h"
+
+namespace coreinfer {
+
+std::string_view statistic_name(Statistic statistic);
+// Throws kValue naming the known statistics.
+Statistic statistic_from_name(std::string_view name);
+
+struct StatisticSpec {
+  Statistic statistic = Statistic::kFlock;
+  float alpha = 0.4f;  // in (0, 1]; flock does not use it
+
+  bool operator==(const StatisticSpec&) const = default;
+};
+void check(const StatisticSpec& spec);
+
+class NeuronCounts {
+ public:
+  // Scores of the first n_tokens tokens; scores[layer] has n_ff elements.
+  struct Snapshot {
+    int64_t n_tokens = 0;
+    std::vector<std::vector<float>> scores;
+  };
+
+  NeuronCounts(Backend& backend, const StatisticSpec& spec, int64_t n_layer, int64_t n_ff);
+
+  const StatisticSpec& spec() const { return spec_; }
+  int64_t n_tokens() const { return n_tokens_; }
+  int64_t n_ff() const { return n_ff_; }
+
+  // How many of the next n tokens may be added before a snapshot is due.
+  int64_t until_snapshot(int64_t n) const;
+  // Adds the rows of one layer; the same number of rows for every layer, then advance(rows).
+  // Throws kNumeric naming layer and token for a NaN or Inf.
+  void add(int64_t layer, Rows h);
+  void advance(int64_t n_rows);
+
+  // The scores now.
+  Snapshot now() const;
+  // The longest snapshot of at most n tokens (powers of two, and the present state); null: none.
+  std::optional<Snapshot> at_most(int64_t n) const;
+  int64_t known_at_most(int64_t n) const;  // its length, 0 for none
+  // Forgets all after the first n tokens; n must be a length that known_at_most gave.
+  void keep(int64_t n);
+
+ private:
+  Backend& backend_;
+  StatisticSpec spec_;
+  int64_t n_ff_;
+  int64_t n_tokens_ = 0;
+  std::vector<BufferPtr> scores_;  // per layer, in backend memory
+  std::vector<Snapshot> snapshots_;
+};
+
+}  // namespace coreinfer
