@@ -1,0 +1,235 @@
+#include "base/thread_pool.h"
+
+#include <atomic>
+#include <cstdio>
+#include <exception>
+#include <mutex>
+#include <set>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+#include "base/clock.h"
+#include "base/error.h"
+
+namespace coreinfer {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+// How long a thread that has nothing to do burns its core before it sleeps (or, at a barrier,
+// yields): longer than the gaps between the jobs of one decode step, short against a token.
+constexpr int64_t kSpinNs = 50'000;
+// Two cache lines: neighbouring lines are fetched in pairs.
+constexpr size_t kApart = 128;
+
+inline void cpu_pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield" ::: "memory");
+#endif
+}
+
+// Spins until done() or until the time is over; true when done.
+template <typename Done>
+bool spin(int64_t budget_ns, const Done& done) {
+  if (done()) return true;
+  if (budget_ns <= 0) return false;
+  const int64_t end = now_ns() + budget_ns;
+  do {
+    for (int i = 0; i < 8; ++i) {
+      cpu_pause();
+      if (done()) return true;
+    }
+  } while (now_ns() < end);
+  return false;
+}
+
+}  // namespace
+
+struct ThreadPool::State {
+  std::mutex run_mutex;  // one job at a time
+  const std::function<void(Context&)>* job = nullptr;
+  bool stop = false;
+  int64_t spin_ns = kSpinNs;
+  std::vector<std::thread> workers;
+
+  std::mutex error_mutex;
+  std::exception_ptr error;  // the first of the running job
+
+  alignas(kApart) std::atomic<uint32_t> generation{0};  // one more for each job
+  alignas(kApart) std::atomic<int32_t> running{0};      // workers that have not finished the job
+  alignas(kApart) std::atomic<int32_t> arrived{0};      // threads that wait at the barrier
+  alignas(kApart) std::atomic<uint32_t> phase{0};       // one more for each barrier passed
+  alignas(kApart) std::atomic<int64_t> counter{0};      // of next()
+
+  void execute(Context& context) {
+    try {
+      (*job)(context);
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(error_mutex);
+      if (!error) error = std::current_exception();
+    }
+  }
+
+  void work(ThreadPool* pool, int thread, int n_threads) {
+    uint32_t seen = 0;
+    for (;;) {
+      const auto new_job = [&] { return generation.load(std::memory_order_acquire) != seen; };
+      if (!spin(spin_ns, new_job)) {
+        while (!new_job()) generation.wait(seen, std::memory_order_acquire);
+      }
+      ++seen;
+      if (stop) return;
+      Context context(pool, thread, n_threads);
+      execute(context);
+      if (running.fetch_sub(1, std::memory_order_acq_rel) == 1) running.notify_one();
+    }
+  }
+
+  void wake() {
+    generation.fetch_add(1, std::memory_order_release);
+    generation.notify_all();
+  }
+
+  void join() {
+    stop = true;
+    wake();
+    for (std::thread& worker : workers) worker.join();
+  }
+};
+
+ThreadPool::ThreadPool(int n_threads) : n_threads_(n_threads) {
+  if (n_threads < 1 || n_threads > kMaxThreads) {
+    throw_error(ErrorKind::kValue, "n_threads is %d, expected 1 to %d", n_threads, kMaxThreads);
+  }
+  state_ = std::make_unique<State>();
+  // With fewer cores than threads a spinning thread keeps the one it waits for from running.
+  if (n_threads > static_cast<int>(std::thread::hardware_concurrency())) state_->spin_ns = 0;
+  try {
+    for (int t = 1; t < n_threads; ++t) {
+      state_->workers.emplace_back([this, t] { state_->work(this, t, n_threads_); });
+    }
+  } catch (const std::system_error& e) {
+    const size_t started = state_->workers.size() + 1;
+    state_->join();
+    throw_error(ErrorKind::kState, "the system refused thread %zu of %d (%s); use fewer threads",
+                started + 1, n_threads, e.what());
+  }
+}
+
+ThreadPool::~ThreadPool() { state_->join(); }
+
+void ThreadPool::run(const std::function<void(Context&)>& job) {
+  State& s = *state_;
+  std::lock_guard<std::mutex> lock(s.run_mutex);
+  s.job = &job;
+  s.counter.store(0, std::memory_order_relaxed);
+  if (n_threads_ > 1) {
+    s.running.store(n_threads_ - 1, std::memory_order_relaxed);
+    s.wake();
+  }
+  Context context(this, 0, n_threads_);
+  s.execute(context);
+  const auto all_done = [&] { return s.running.load(std::memory_order_acquire) == 0; };
+  if (!spin(s.spin_ns, all_done)) {
+    for (int32_t left; (left = s.running.load(std::memory_order_acquire)) != 0;) {
+      s.running.wait(left, std::memory_order_acquire);
+    }
+  }
+  if (s.error) std::rethrow_exception(std::exchange(s.error, nullptr));
+}
+
+void ThreadPool::Context::barrier() {
+  State& s = *pool_->state_;
+  if (n_threads_ == 1) {
+    s.counter.store(0, std::memory_order_relaxed);
+    return;
+  }
+  const uint32_t phase = s.phase.load(std::memory_order_relaxed);
+  if (s.arrived.fetch_add(1, std::memory_order_acq_rel) == n_threads_ - 1) {
+    s.arrived.store(0, std::memory_order_relaxed);
+    s.counter.store(0, std::memory_order_relaxed);
+    s.phase.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  const auto passed = [&] { return s.phase.load(std::memory_order_acquire) != phase; };
+  if (spin(s.spin_ns, passed)) return;
+  while (!passed()) std::this_thread::yield();
+}
+
+bool ThreadPool::Context::next(int64_t n, int64_t chunk, int64_t* begin, int64_t* end) {
+  const int64_t claimed = pool_->state_->counter.fetch_add(chunk, std::memory_order_relaxed);
+  if (claimed >= n) return false;
+  *begin = claimed;
+  *end = claimed + chunk < n ? claimed + chunk : n;
+  return true;
+}
+
+namespace {
+
+#if defined(__linux__)
+// The first integer of a small text file, or `missing`.
+long read_number(const char* path, long missing) {
+  std::FILE* file = std::fopen(path, "r");
+  if (!file) return missing;
+  long value = missing;
+  if (std::fscanf(file, "%ld", &value) != 1) value = missing;
+  std::fclose(file);
+  return value;
+}
+
+// Processors that a container's quota amounts to, rounded down; `missing` when there is no quota.
+int quota_cpus(int missing) {
+  long quota = -1;
+  long period = 0;
+  if (std::FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {  // cgroup 2: "max 100000"
+    if (std::fscanf(file, "%ld %ld", &quota, &period) != 2) quota = -1;
+    std::fclose(file);
+  } else {
+    quota = read_number("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", -1);
+    period = read_number("/sys/fs/cgroup/cpu/cpu.cfs_period_us", 0);
+  }
+  if (quota <= 0 || period <= 0) return missing;
+  return quota < period ? 1 : static_cast<int>(quota / period);
+}
+
+// Cores among the processors of the affinity mask: two hyper-threads of a core count once, since
+// they share the units that the kernels keep busy. 0 when it cannot be told.
+int affinity_cores() {
+  cpu_set_t mask;
+  CPU_ZERO(&mask);
+  if (sched_getaffinity(0, sizeof(mask), &mask) != 0) return 0;
+  std::set<std::pair<long, long>> cores;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &mask)) continue;
+    char path[96];
+    const char* const folder = "/sys/devices/system/cpu/cpu";
+    std::snprintf(path, sizeof(path), "%s%d/topology/core_id", folder, cpu);
+    const long core = read_number(path, -1);
+    std::snprintf(path, sizeof(path), "%s%d/topology/physical_package_id", folder, cpu);
+    const long package = read_number(path, -1);
+    // A processor without a known core counts by itself.
+    cores.insert(core < 0 ? std::pair<long, long>(-2, cpu) : std::pair<long, long>(package, core));
+  }
+  return static_cast<int>(cores.size());
+}
+#endif
+
+}  // namespace
+
+int ThreadPool::default_threads() {
+  int cores = static_cast<int>(std::thread::hardware_concurrency());
+#if defined(__linux__)
+  if (const int allowed = affinity_cores(); allowed > 0) cores = allowed;
+  if (const int quota = quota_cpus(cores); quota < cores) cores = quota;
+#endif
+  return cores < 1 ? 1 : cores > kMaxThreads ? kMaxThreads : cores;
+}
+
+}  // namespace coreinfer
