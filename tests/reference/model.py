@@ -1,0 +1,264 @@
+"""A float64 forward pass over a GGUF file, for llama, qwen2, qwen3, gemma3 and opt.
+
+In: a file and token ids. Out: logits of every token, and the activations of every FFN layer.
+Prefill, decode and score are the same function here; decoding with core neurons is the FFN
+restricted to given columns. No chunking, no threads, no quantised arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from reference.quant import GgufTensors, log_softmax
+
+GEMMA3_GLOBAL_EVERY = 6  # layers 5, 11, 17, ... attend to everything
+GEMMA3_LOCAL_ROPE_BASE = 10000.0
+GEMMA3_LAYERS_27B = 62  # this one size scales attention by n_embd / n_head, not by head_dim
+CoreLayers = Sequence[np.ndarray | None]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hyperparameters as the file states them, with llama.cpp's defaults for absent ones."""
+
+    arch: str
+    n_layer: int
+    n_embd: int
+    n_ff: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    norm_eps: float
+    rope_base: float
+    rope_scale: float  # positions are multiplied by it (1 / linear factor)
+    attn_scale: float
+    window: int | None  # sliding window of local layers
+
+    @classmethod
+    def read(cls, file: GgufTensors) -> Config:
+        """Config of a file; ValueError for an architecture or rope scaling not covered here."""
+        arch = file.field("general.architecture")
+        if arch not in ("llama", "qwen2", "qwen3", "gemma3", "opt"):
+            raise ValueError(f"the oracle does not know architecture {arch!r}")
+
+        def get(key: str, default: float | None = None) -> float:
+            return file.field(f"{arch}.{key}", default)
+
+        scaling = file.field(f"{arch}.rope.scaling.type", "none")
+        if scaling not in ("none", "linear"):
+            raise ValueError(f"the oracle does not know rope scaling {scaling!r}")
+        n_layer, n_embd, n_head = (int(get(key)) for key in
+                                   ("block_count", "embedding_length", "attention.head_count"))
+        head_dim = int(get("attention.key_length", n_embd // n_head))
+        narrow = n_embd // n_head if arch == "gemma3" and n_layer == GEMMA3_LAYERS_27B else head_dim
+        eps_key = "layer_norm_epsilon" if arch == "opt" else "layer_norm_rms_epsilon"
+        window = get("attention.sliding_window", 0) if arch == "gemma3" else 0
+        return cls(
+            arch=arch, n_layer=n_layer, n_embd=n_embd, n_ff=int(get("feed_forward_length")),
+            n_head=n_head, n_head_kv=int(get("attention.head_count_kv", n_head)),
+            head_dim=head_dim, norm_eps=float(get(f"attention.{eps_key}")),
+            rope_base=float(get("rope.freq_base", 10000.0)),
+            rope_scale=1.0 / float(get("rope.scaling.factor", 1.0)) if scaling == "linear" else 1.0,
+            attn_scale=narrow**-0.5, window=int(window) or None)
+
+    def is_local(self, layer: int) -> bool:
+        """Whether a layer sees only the last `window` tokens."""
+        return self.window is not None and (layer + 1) % GEMMA3_GLOBAL_EVERY != 0
+
+
+@dataclass
+class KvCache:
+    """Keys and values of every layer, (n_past, n_head_kv, head_dim) each, rotated already."""
+
+    keys: list[np.ndarray] = field(default_factory=list)
+    values: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def n_past(self) -> int:
+        """Number of tokens in the cache."""
+        return len(self.keys[0]) if self.keys else 0
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one forward pass gives.
+
+    logits : (n_tokens, n_vocab)
+    h : (n_layer, n_tokens, n_ff), what enters the down projection (zero outside a core set)
+    act : (n_layer, n_tokens, n_ff), act(gate) alone; the same as h for ungated FFNs
+    """
+
+    logits: np.ndarray
+    h: np.ndarray
+    act: np.ndarray
+
+
+class ReferenceModel:
+    """The model of one GGUF file. Weights are dequantised to float32 once and used in `dtype`."""
+
+    def __init__(self, path: str | Path, dtype: type = np.float64) -> None:
+        self.file = GgufTensors(path)
+        self.config = Config.read(self.file)
+        self.dtype = dtype
+        self._loaded: dict[str, np.ndarray] = {}
+
+    def weight(self, name: str) -> np.ndarray:
+        """A tensor by its full name, as `dtype`."""
+        if name not in self._loaded:
+            self._loaded[name] = self.file.load(name)
+        return self._loaded[name].astype(self.dtype, copy=False)
+
+    def forward(self, tokens: Sequence[int], cache: KvCache | None = None,
+                core_layers: CoreLayers | None = None) -> Forward:
+        """Run tokens after those in `cache` (which grows), each seeing all before it.
+
+        `core_layers[i]` holds the neurons of layer i to compute, ascending; None is all of them.
+        """
+        config = self.config
+        cache = KvCache() if cache is None else cache
+        positions = cache.n_past + np.arange(len(tokens))
+        x = self._embed(tokens, positions)
+        all_h, all_act = [], []
+        for i in range(config.n_layer):
+            blk = f"blk.{i}"
+            y = self._attention(i, self._norm(x, f"{blk}.attn_norm"), positions, cache)
+            if config.arch == "gemma3":
+                y = self._norm(y, f"{blk}.post_attention_norm")
+            x = x + y
+            core = None if core_layers is None else core_layers[i]
+            y, h, act = self._ffn(blk, self._norm(x, f"{blk}.ffn_norm"), core)
+            if config.arch == "gemma3":
+                y = self._norm(y, f"{blk}.post_ffw_norm")
+            x = x + y
+            all_h.append(h)
+            all_act.append(act)
+        head = "output.weight" if "output.weight" in self.file else "token_embd.weight"
+        logits = self._norm(x, "output_norm") @ self.weight(head).T
+        return Forward(logits, np.stack(all_h), np.stack(all_act))
+
+    def score(self, prompt: Sequence[int], continuation: Sequence[int],
+              core_layers: CoreLayers | None = None) -> np.ndarray:
+        """ln p(. | prompt, continuation[:k]) in row k, float64 (len(continuation), n_vocab).
+
+        Row 0 comes from the dense prefill; the later rows run through the core sets.
+        """
+        cache = KvCache()
+        logits = [self.forward(prompt, cache).logits[-1:]]
+        if len(continuation) > 1:
+            logits.append(self.forward(continuation[:-1], cache, core_layers).logits)
+        return log_softmax(np.concatenate(logits))
+
+    def generate(self, prompt: Sequence[int], n_tokens: int,
+                 core_layers: CoreLayers | None = None) -> list[int]:
+        """Greedy continuation: dense prefill, then decoding through the core sets."""
+        cache = KvCache()
+        logits = self.forward(prompt, cache).logits[-1]
+        out = [int(logits.argmax())]
+        while len(out) < n_tokens:
+            logits = self.forward(out[-1:], cache, core_layers).logits[-1]
+            out.append(int(logits.argmax()))
+        return out
+
+    def _embed(self, tokens: Sequence[int], positions: np.ndarray) -> np.ndarray:
+        x = self.weight("token_embd.weight")[np.asarray(tokens, np.int64)]
+        if self.config.arch == "gemma3":
+            return x * np.sqrt(self.dtype(self.config.n_embd))
+        if self.config.arch == "opt":
+            return x + self.weight("position_embd.weight")[positions + 2]
+        return x
+
+    def _norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        """RMSNorm, or LayerNorm for opt, over the last axis. (Gemma's files hold 1 + w.)"""
+        weight = self.weight(f"{name}.weight")
+        if self.config.arch == "opt":
+            x = x - x.mean(axis=-1, keepdims=True)
+        scaled = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + self.config.norm_eps)
+        return scaled * weight + (self.weight(f"{name}.bias") if f"{name}.bias" in self.file else 0)
+
+    def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
+        y = x @ self.weight(f"{name}.weight").T
+        return y + self.weight(f"{name}.bias") if f"{name}.bias" in self.file else y
+
+    def _attention(self, layer: int, x: np.ndarray, positions: np.ndarray,
+                   cache: KvCache) -> np.ndarray:
+        config, blk = self.config, f"blk.{layer}"
+        n = len(x)
+        q = self._linear(x, f"{blk}.attn_q").reshape(n, config.n_head, config.head_dim)
+        k = self._linear(x, f"{blk}.attn_k").reshape(n, config.n_head_kv, config.head_dim)
+        v = self._linear(x, f"{blk}.attn_v").reshape(n, config.n_head_kv, config.head_dim)
+        if config.arch in ("qwen3", "gemma3"):
+            q = self._norm(q, f"{blk}.attn_q_norm")
+            k = self._norm(k, f"{blk}.attn_k_norm")
+        if config.arch != "opt":
+            q = self._rope(q, positions, layer)
+            k = self._rope(k, positions, layer)
+        if len(cache.keys) == layer:
+            cache.keys.append(k)
+            cache.values.append(v)
+        else:
+            cache.keys[layer] = np.concatenate([cache.keys[layer], k])
+            cache.values[layer] = np.concatenate([cache.values[layer], v])
+        # each key/value head serves n_head / n_head_kv query heads in a row
+        group = config.n_head // config.n_head_kv
+        keys = np.repeat(cache.keys[layer], group, axis=1)
+        values = np.repeat(cache.values[layer], group, axis=1)
+        scores = np.einsum("qhd,khd->hqk", q, keys) * config.attn_scale
+        distance = positions[:, None] - np.arange(len(keys))[None, :]
+        hidden = distance < 0
+        if config.is_local(layer):
+            hidden |= distance >= config.window
+        scores = np.where(hidden, -np.inf, scores)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        y = np.einsum("hqk,khd->qhd", weights, values).reshape(n, -1)
+        return self._linear(y, f"{blk}.attn_output")
+
+    def _rope(self, x: np.ndarray, positions: np.ndarray, layer: int) -> np.ndarray:
+        """Rotate pairs of dimensions: (2j, 2j+1) for llama, (j, j + head_dim/2) for the others."""
+        config = self.config
+        half = config.head_dim // 2
+        local = config.is_local(layer)
+        base = GEMMA3_LOCAL_ROPE_BASE if local else config.rope_base
+        frequency = base ** (-np.arange(half, dtype=np.float64) / half)
+        if "rope_freqs.weight" in self.file:
+            frequency = frequency / self.weight("rope_freqs.weight")
+        scale = 1.0 if local else config.rope_scale
+        angle = (positions[:, None] * scale * frequency)[:, None, :]  # (n, 1, half)
+        cos, sin = np.cos(angle), np.sin(angle)
+        even = np.s_[..., 0::2] if config.arch == "llama" else np.s_[..., :half]
+        odd = np.s_[..., 1::2] if config.arch == "llama" else np.s_[..., half:]
+        out = np.empty_like(x)
+        out[even] = x[even] * cos - x[odd] * sin
+        out[odd] = x[even] * sin + x[odd] * cos
+        return out
+
+    def _ffn(self, blk: str, x: np.ndarray,
+             core: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The FFN's output, its activations h and act(gate)."""
+        up = self._linear(x, f"{blk}.ffn_up")
+        if self.config.arch == "opt":
+            act = np.maximum(up, 0)
+            h = act
+        else:
+            gate = x @ self.weight(f"{blk}.ffn_gate.weight").T
+            act = gelu_tanh(gate) if self.config.arch == "gemma3" else silu(gate)
+            h = act * up
+        if core is not None:
+            kept = np.zeros_like(h)
+            kept[:, core] = h[:, core]
+            h = kept
+        return self._linear(h, f"{blk}.ffn_down"), h, act
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """x * sigmoid(x), without overflow for very negative x."""
+    return x * 0.5 * (1 + np.tanh(0.5 * x))
+
+
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    """The tanh approximation of GELU."""
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))

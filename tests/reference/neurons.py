@@ -1,0 +1,134 @@
+"""The method's definitions in NumPy: core neurons of a token, scores over a prompt, core sets,
+and the numbers that compare core sets. One function a definition, with loops where they are
+clearer. All of them look at `h`, the activations that enter the down projection.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+STATISTICS = ("count", "count_gate", "count_abs", "flock")
+
+
+def round_half_up(x: float) -> int:
+    """round(x) of every definition here: floor(x + 0.5), in float64."""
+    return math.floor(x + 0.5)
+
+
+def largest(values: np.ndarray, k: int) -> np.ndarray:
+    """Indices of the k largest values, ascending; among equal values the lower index wins."""
+    order = np.argsort(-np.asarray(values, np.float64), kind="stable")
+    return np.sort(order[:k])
+
+
+def token_core(row: np.ndarray, alpha: float) -> np.ndarray:
+    """Token-wise core neurons: of the P positive entries the max(1, round(alpha * P)) largest.
+
+    Returns ascending indices; none where no entry is positive.
+    """
+    n_positive = int((row > 0).sum())
+    if n_positive == 0:
+        return np.empty(0, np.int64)
+    return largest(row, max(1, round_half_up(alpha * n_positive)))
+
+
+def count(h: np.ndarray, alpha: float) -> np.ndarray:
+    """For each neuron the number of rows (tokens) that have it among their core neurons.
+
+    h : (n_tokens, n_ff) -> int64 (n_ff,). On act(gate) this is `count_gate`, on |h| `count_abs`.
+    """
+    counts = np.zeros(h.shape[1], np.int64)
+    for row in h:
+        counts[token_core(row, alpha)] += 1
+    return counts
+
+
+def flock(h: np.ndarray) -> np.ndarray:
+    """Sum over tokens of h_t^2 / |h_t|^2, float64 (n_ff,); rows of zeros are skipped."""
+    scores = np.zeros(h.shape[1], np.float64)
+    for row in np.asarray(h, np.float64):
+        norm = float(row @ row)
+        if norm > 0:
+            scores += row * row / norm
+    return scores
+
+
+def statistic_scores(statistic: str, h: np.ndarray, act: np.ndarray, alpha: float,
+                     weight: np.ndarray | None = None) -> np.ndarray:
+    """Score of every neuron of one layer.
+
+    Parameters
+    ----------
+    statistic : one of STATISTICS
+    h : (n_tokens, n_ff) activations entering the down projection
+    act : (n_tokens, n_ff) act(gate) alone (for ungated FFNs the same as h)
+    alpha : share of a token's positive (non-zero) activations that count; unused by flock
+    weight : optional (n_ff,) norms of the down projection's columns: activations are multiplied
+        by them first, so that a neuron is judged by what it adds to the residual stream
+    """
+    scale = 1.0 if weight is None else np.asarray(weight, np.float64)
+    if statistic == "count":
+        return count(h * scale, alpha)
+    if statistic == "count_gate":
+        return count(act * scale, alpha)
+    if statistic == "count_abs":
+        return count(np.abs(h) * scale, alpha)
+    if statistic == "flock":
+        return flock(h * scale)
+    raise ValueError(f"statistic must be one of {', '.join(STATISTICS)}, got {statistic!r}")
+
+
+def core_set(scores: np.ndarray, beta: float) -> np.ndarray:
+    """The max(1, round(beta * N)) neurons of highest score, ascending; ties go to the lower
+    index, and neurons of score zero are never core (so the set may be smaller, even empty)."""
+    chosen = largest(scores, max(1, round_half_up(beta * len(scores))))
+    return chosen[np.asarray(scores)[chosen] > 0]
+
+
+def core_sets(statistic: str, h: np.ndarray, act: np.ndarray, alpha: float, beta: float,
+              layers: tuple[int, int] | None = None) -> list[np.ndarray | None]:
+    """Core set of every layer in [first, last), None (dense) for the others.
+
+    h, act : (n_layer, n_tokens, n_ff)
+    """
+    first, last = layers if layers is not None else (0, len(h))
+    return [core_set(statistic_scores(statistic, h[i], act[i], alpha), beta)
+            if first <= i < last else None for i in range(len(h))]
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Shared neurons / size of the (larger) set; two empty sets are the same set: 1."""
+    larger = max(len(a), len(b))
+    return len(np.intersect1d(a, b)) / larger if larger else 1.0
+
+
+def jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    """Shared neurons / neurons in either; two empty sets are the same set: 1."""
+    union = len(np.union1d(a, b))
+    return len(np.intersect1d(a, b)) / union if union else 1.0
+
+
+def core_similarity(a: list[np.ndarray | None], b: list[np.ndarray | None]) -> float:
+    """Core-neuron similarity of two texts: overlap averaged over the layers with core sets."""
+    return float(np.mean([overlap(x, y) for x, y in zip(a, b, strict=True)
+                          if x is not None and y is not None]))
+
+
+def stability_prefix(n_tokens: int) -> int:
+    """Largest power of two that is at most half of the prompt's tokens (n_tokens >= 2)."""
+    return 1 << ((n_tokens // 2).bit_length() - 1)
+
+
+def stability(statistic: str, h: np.ndarray, act: np.ndarray, alpha: float, beta: float,
+              layers: tuple[int, int] | None = None) -> float | None:
+    """Similarity of the prefix's core sets and the prompt's, made free of chance:
+    (overlap - beta) / (1 - beta). None for prompts of fewer than two tokens and for beta = 1."""
+    n_tokens = h.shape[1]
+    if n_tokens < 2 or beta >= 1:
+        return None
+    p = stability_prefix(n_tokens)
+    prefix = core_sets(statistic, h[:, :p], act[:, :p], alpha, beta, layers)
+    whole = core_sets(statistic, h, act, alpha, beta, layers)
+    return (core_similarity(prefix, whole) - beta) / (1 - beta)
