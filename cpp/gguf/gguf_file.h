@@ -4,33 +4,20 @@
 // threads. It knows no architecture: which keys and tensors a model needs is model/'s business.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
 #include "base/mmap_file.h"
 #include "gguf/metadata.h"
+#include "gguf/tensor_info.h"
 #include "tensor/mat.h"
 
 namespace coreinfer {
-
-struct TensorInfo {
-  std::string name;
-  uint32_t type = 0;                         // GGUF id; may be one that no kernel here knows
-  int n_dims = 0;                            // 1 … 4
-  std::array<int64_t, 4> ne = {1, 1, 1, 1};  // GGUF order: ne[0] = cols; unused dims are 1
-  uint64_t offset = 0;                       // bytes from the start of its file
-  uint64_t nbytes = 0;
-  int part = 0;  // index into GgufFile::files()
-
-  std::string shape() const;  // "[576, 1536]", for messages
-};
 
 class GgufFile {
  public:
@@ -84,7 +71,7 @@ class GgufFile {
   std::vector<uint64_t> data_starts_;    // one a part, bytes
   Metadata metadata_;
   std::vector<TensorInfo> tensors_;
-  std::unordered_map<std::string_view, size_t> index_;  // views of tensors_[i].name
+  std::vector<uint32_t> by_name_;  // indices into tensors_ in the order of their names
   mutable std::once_flag fingerprint_once_;
   mutable uint64_t fingerprint_ = 0;
 };

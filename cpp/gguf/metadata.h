@@ -10,7 +10,6 @@
 #include <span>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
 namespace coreinfer {
@@ -47,8 +46,6 @@ struct MetadataEntry {
   // its bytes, also when there is only one.
   std::span<const std::byte> data;
 };
-
-class ByteReader;
 
 class Metadata {
  public:
@@ -103,16 +100,18 @@ class Metadata {
     size_t data_at, data_bytes;
   };
 
+  std::string_view key_of(const Record& record) const;
   MetadataEntry require(std::string_view key) const;
-  [[noreturn]] void wrong_type(const MetadataEntry& entry, const char* expected) const;
-  int64_t integer_in(const MetadataEntry& entry, int64_t low, uint64_t high,
-                     const char* expected) const;
   MetadataEntry require_array(std::string_view key, const char* expected) const;
+  [[noreturn]] void wrong_type(const MetadataEntry& entry, const char* expected) const;
+  template <class T>
+  T integer_value(const MetadataEntry& entry, const char* expected) const;
+  float float_value(const MetadataEntry& entry) const;
 
   std::string path_;
   std::vector<std::byte> header_;
   std::vector<Record> records_;
-  std::unordered_map<std::string_view, size_t> index_;  // keys are views into header_
+  std::vector<uint32_t> by_key_;  // record indices in the order of their keys
 };
 
 }  // namespace coreinfer

@@ -12,5 +12,6 @@ void bind_errors(nb::module_& m);    // C++ Error -> Python exceptions
 void bind_gguf(nb::module_& m);      // GgufFile
 void bind_engine(nb::module_& m);    // Engine, Session
 void bind_testing(nb::module_& m);   // coreinfer._core.testing: kernels and neuron steps by themselves
+void bind_testing_gguf(nb::module_& testing);  // dequantisers and 16-bit floats
 
 }  // namespace coreinfer::python
