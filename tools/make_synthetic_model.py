@@ -8,7 +8,6 @@ The text such a model writes means nothing; shapes, types, metadata and value ra
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -17,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
-from synthetic_blocks import TENSOR_TYPES, block_size, plain_bytes, random_blocks
+from gguf_stream import StoredTensor, block_size, write_gguf
+from synthetic_blocks import QUANTISABLE, TENSOR_TYPES, random_blocks, stored_bytes
 from synthetic_shapes import (
     PAPER,
     ModelShape,
@@ -30,7 +29,6 @@ from synthetic_shapes import (
 )
 from synthetic_vocab import make_vocabulary
 
-QUANTISABLE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # what the gguf package can quantise to
 # What llama.cpp's quantiser takes when a row is not a multiple of 256 values.
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
             "IQ4_XS": "IQ4_NL"}
@@ -52,7 +50,8 @@ def make_tiny_model(path: str | Path, arch: str = "llama", dtype: str = "F32", *
     path : file to write (replaced as a whole)
     arch : llama, qwen2, qwen3, gemma3 or opt
     dtype : tensor type of all matrices; norms, biases and position tables are always F32
-    types : tensor type by part of the tensor's name, e.g. ``{"ffn_down": "Q6_K"}``
+    types : tensor type of matrices by part of the name, e.g. ``{"ffn_down": "Q6_K"}``, or of any
+        tensor by its full name
     extra_metadata : keys to add or replace; None removes the key
     edit : called with (name, float32 values) of every tensor that is made from float values;
         returns the values to use
@@ -63,23 +62,24 @@ def make_tiny_model(path: str | Path, arch: str = "llama", dtype: str = "F32", *
     ValueError for an unknown architecture, type or field, or a row that is not whole blocks.
     """
     shape = tiny_shape(arch, **overrides)
-    typed = [(spec, _type_of(spec, dtype, types or {})) for spec in tensor_specs(shape)]
+    specs = {spec.name: spec for spec in tensor_specs(shape)}
+    tensors = [StoredTensor(spec.name, spec.shape, _type_of(spec, dtype, types or {}))
+               for spec in specs.values()]
 
-    def data(spec: TensorSpec, tensor_type: str) -> Iterator[np.ndarray]:
+    def data(tensor: StoredTensor) -> Iterator[np.ndarray]:
+        spec = specs[tensor.name]
         rng = np.random.default_rng([seed, zlib.crc32(spec.name.encode())])
-        if tensor_type in TENSOR_TYPES[:3] or tensor_type in QUANTISABLE:
+        if tensor.dtype in QUANTISABLE:
             values = _float_values(rng, spec, shape)
             if edit is not None:
                 values = np.asarray(edit(spec.name, values), np.float32).reshape(spec.shape)
-            if tensor_type in QUANTISABLE:
-                yield quants.quantize(values, GGMLQuantizationType[tensor_type])
-            else:
-                yield plain_bytes(values.reshape(-1), tensor_type)
+            yield stored_bytes(values, tensor.dtype)
         else:
-            n_blocks = int(np.prod(spec.shape)) // block_size(tensor_type)[0]
-            yield random_blocks(rng, tensor_type, n_blocks, spec.scale)
+            n_blocks = int(np.prod(spec.shape)) // block_size(tensor.dtype)[0]
+            yield random_blocks(rng, tensor.dtype, n_blocks, spec.scale)
 
-    _write(Path(path), shape, typed, data, dtype, f"tiny {arch} seed {seed}", extra_metadata or {})
+    fields = metadata(shape, make_vocabulary(shape.n_vocab), dtype, f"tiny {arch} seed {seed}")
+    write_gguf(Path(path), shape.arch, fields | dict(extra_metadata or {}), tensors, data)
     return shape
 
 
@@ -94,44 +94,47 @@ def make_paper_model(path: str | Path, shape: ModelShape, dtype: str,
     replaced as llama.cpp's quantiser does, with a note on stderr.
     """
     head = "token_embd.weight" if shape.tied else "output.weight"
-    typed = []
-    for spec in tensor_specs(shape.check()):
-        wanted = output_type or dtype if spec.name == head else dtype
-        tensor_type = wanted if spec.kind == "matrix" else "F32"
-        if spec.shape[-1] % block_size(tensor_type)[0]:
-            tensor_type = FALLBACK[tensor_type]
-        typed.append((spec, tensor_type))
-    replaced = [spec.name for spec, t in typed
-                if spec.kind == "matrix" and t not in (dtype, output_type)]
+    specs = {spec.name: spec for spec in tensor_specs(shape.check())}
+    tensors, replaced = [], []
+    for spec in specs.values():
+        wanted = "F32" if spec.kind != "matrix" else output_type or dtype
+        if spec.kind == "matrix" and spec.name != head:
+            wanted = dtype
+        if spec.shape[-1] % block_size(wanted)[0]:
+            replaced.append(f"{spec.name} {wanted} -> {FALLBACK[wanted]}")
+            wanted = FALLBACK[wanted]
+        tensors.append(StoredTensor(spec.name, spec.shape, wanted))
     if replaced:
-        print(f"note: {len(replaced)} tensors have rows that {dtype} blocks do not divide and "
-              f"took the fallback type; the first is {replaced[0]}", file=sys.stderr)
+        print(f"note: rows of {len(replaced)} tensors are not whole blocks, they take the fallback "
+              f"type, e.g. {replaced[0]}", file=sys.stderr)
     rng = np.random.default_rng(seed)
     pools: dict[tuple[str, float], np.ndarray] = {}
 
-    def data(spec: TensorSpec, tensor_type: str) -> Iterator[np.ndarray]:
+    def data(tensor: StoredTensor) -> Iterator[np.ndarray]:
+        spec = specs[tensor.name]
         if spec.kind != "matrix":
-            yield plain_bytes(_float_values(rng, spec, shape).reshape(-1), tensor_type)
+            yield _float_values(rng, spec, shape)
             return
-        per_block, block_bytes = block_size(tensor_type)
-        if (tensor_type, spec.scale) not in pools:
-            pools[tensor_type, spec.scale] = random_blocks(
-                rng, tensor_type, _prime_from(POOL_BYTES // block_bytes), spec.scale)
-        pool = pools[tensor_type, spec.scale]
+        per_block, block_bytes = block_size(tensor.dtype)
+        if (tensor.dtype, spec.scale) not in pools:
+            pools[tensor.dtype, spec.scale] = random_blocks(
+                rng, tensor.dtype, _prime_from(POOL_BYTES // block_bytes), spec.scale)
+        pool = pools[tensor.dtype, spec.scale]
         left, at = int(np.prod(spec.shape)) // per_block, int(rng.integers(len(pool)))
         while left:
             part = pool[at : at + left]
-            yield part.reshape(-1)
+            yield part
             left, at = left - len(part), 0
 
-    _write(Path(path), shape, typed, data, dtype, name, {})
+    fields = metadata(shape, make_vocabulary(shape.n_vocab), dtype, name)
+    write_gguf(Path(path), shape.arch, fields, tensors, data)
     return shape
 
 
 def _type_of(spec: TensorSpec, dtype: str, types: Mapping[str, str]) -> str:
     wanted = dtype if spec.kind == "matrix" else "F32"
     for part, tensor_type in types.items():
-        if part in spec.name:
+        if part == spec.name or (spec.kind == "matrix" and part in spec.name):
             wanted = tensor_type
     if wanted not in TENSOR_TYPES:
         raise ValueError(f"tensor type must be one of {', '.join(TENSOR_TYPES)}, got {wanted!r}")
@@ -153,48 +156,6 @@ def _prime_from(n: int) -> int:
     while n < 2 or any(n % k == 0 for k in range(2, int(n**0.5) + 1)):
         n += 1
     return n
-
-
-def _write(path: Path, shape: ModelShape, typed: list[tuple[TensorSpec, str]],
-           data: Callable[[TensorSpec, str], Iterator[np.ndarray]], dtype: str, name: str,
-           extra: Mapping[str, Any]) -> None:
-    """Stream the file to a temporary name beside `path`, then rename it."""
-    fields = metadata(shape, make_vocabulary(shape.n_vocab), dtype, name) | dict(extra)
-    writer = GGUFWriter(None, shape.arch)
-    for key, value in fields.items():
-        if value is not None:
-            _add_field(writer, key, value)
-    for spec, tensor_type in typed:
-        per_block, block_bytes = block_size(tensor_type)
-        n_bytes = int(np.prod(spec.shape)) // per_block * block_bytes
-        writer.add_tensor_info(spec.name, spec.shape, np.dtype(np.float32), n_bytes,
-                               GGMLQuantizationType[tensor_type])
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        writer.write_header_to_file(partial)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        out = writer.fout[0]
-        for spec, tensor_type in typed:
-            writer.write_padding(out, out.tell())
-            for part in data(spec, tensor_type):
-                out.write(np.ascontiguousarray(part))
-        writer.write_padding(out, out.tell())
-        writer.close()
-        os.replace(partial, path)
-    except BaseException:
-        writer.close()
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _add_field(writer: GGUFWriter, key: str, value: Any) -> None:
-    kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32,
-             str: GGUFValueType.STRING, list: GGUFValueType.ARRAY}
-    sub = None
-    if isinstance(value, list):
-        sub = GGUFValueType.STRING if value and isinstance(value[0], str) else GGUFValueType.INT32
-    writer.add_key_value(key, value, kinds[type(value)], sub_type=sub)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,9 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType, quants
+from gguf_stream import block_size
 
 PLAIN_TYPES = ("F32", "F16", "BF16")
+# What the gguf package can make from float values.
+QUANTISABLE = (*PLAIN_TYPES, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,6 @@ LAYOUTS = {
 TENSOR_TYPES = (*PLAIN_TYPES, *LAYOUTS)
 
 
-def block_size(dtype: str) -> tuple[int, int]:
-    """(values in a block, bytes of a block) of a tensor type; a plain type's block is one value."""
-    return GGML_QUANT_SIZES[GGMLQuantizationType[dtype]]
-
-
 def random_blocks(rng: np.random.Generator, dtype: str, n_blocks: int, std: float) -> np.ndarray:
     """Random blocks whose values have mean about 0 and standard deviation about `std`.
 
@@ -62,7 +60,7 @@ def random_blocks(rng: np.random.Generator, dtype: str, n_blocks: int, std: floa
     """
     if dtype in PLAIN_TYPES:
         values = rng.standard_normal(n_blocks, dtype=np.float32) * np.float32(std)
-        return plain_bytes(values, dtype).reshape(n_blocks, -1)
+        return stored_bytes(values, dtype).reshape(n_blocks, -1)
     layout = LAYOUTS[dtype]
     blocks = rng.integers(0, 256, (n_blocks, block_size(dtype)[1]), dtype=np.uint8)
     d = (std / layout.unit_std) * rng.uniform(0.6, 1.4, n_blocks)
@@ -79,12 +77,6 @@ def half_bytes(values: np.ndarray) -> np.ndarray:
     return values.astype("<f2").view(np.uint8).reshape(-1, 2)
 
 
-def plain_bytes(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 values as the bytes of F32, F16 or BF16 (rounded to nearest even), shape (n,)."""
-    if dtype == "F32":
-        return values.astype("<f4").view(np.uint8).reshape(-1)
-    if dtype == "F16":
-        return values.astype("<f2").view(np.uint8).reshape(-1)
-    bits = values.astype("<f4").view(np.uint32).astype(np.uint64)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return rounded.astype("<u2").view(np.uint8).reshape(-1)
+def stored_bytes(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 values as the bytes of a type in QUANTISABLE, uint8 of any shape."""
+    return quants.quantize(values, GGMLQuantizationType[dtype]).view(np.uint8)
