@@ -51,9 +51,9 @@ class Weight {
  public:
   virtual ~Weight() = default;
   DType type() const { return type_; }
-  int64_t rows() const { return rows_; }     // outputs
-  int64_t cols() const { return cols_; }     // inputs (picked columns for a compacted matrix)
-  size_t bytes() const { return bytes_; }    // bytes that one pass over the matrix reads
+  int64_t rows() const { return rows_; }   // outputs
+  int64_t cols() const { return cols_; }   // inputs (picked columns for a compacted matrix)
+  size_t bytes() const { return bytes_; }  // bytes that one pass over the matrix reads
 
  protected:
   DType type_ = DType::kF32;
@@ -103,13 +103,13 @@ struct AttentionSpec {
   int64_t n_head = 0;
   int64_t n_head_kv = 0;
   int64_t head_dim = 0;
-  float scale = 1.0f;          // q.k is multiplied by this
-  float softcap = 0.0f;        // 0: none; else softcap * tanh(score / softcap)
-  int64_t window = 0;          // 0: all earlier positions; else the last `window`, own included
-  Norm q_norm;                 // per head, (head_dim); before rope
+  float scale = 1.0f;    // q.k is multiplied by this
+  float softcap = 0.0f;  // 0: none; else softcap * tanh(score / softcap)
+  int64_t window = 0;    // 0: all earlier positions; else the last `window`, own included
+  Norm q_norm;           // per head, (head_dim); before rope
   Norm k_norm;
   RopeKind rope = RopeKind::kNone;
-  int64_t rope_dim = 0;        // rotated elements at the head's start, even
+  int64_t rope_dim = 0;  // rotated elements at the head's start, even
   // Angle of pair i at position p is p * rope_freq[i] (float32, (rope_dim / 2), host memory,
   // scaling already applied); cos and sin are multiplied by rope_scale.
   std::shared_ptr<const std::vector<float>> rope_freq;

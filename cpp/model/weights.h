@@ -14,10 +14,10 @@ namespace coreinfer {
 
 struct LayerWeights {
   Norm attn_norm;
-  WeightPtr q;        // (n_head * head_dim, n_embd)
-  WeightPtr k;        // (n_head_kv * head_dim, n_embd)
-  WeightPtr v;        // (n_head_kv * head_dim, n_embd)
-  WeightPtr o;        // (n_embd, n_head * head_dim)
+  WeightPtr q;                               // (n_head * head_dim, n_embd)
+  WeightPtr k;                               // (n_head_kv * head_dim, n_embd)
+  WeightPtr v;                               // (n_head_kv * head_dim, n_embd)
+  WeightPtr o;                               // (n_embd, n_head * head_dim)
   BufferPtr q_bias, k_bias, v_bias, o_bias;  // null where the model has none
   AttentionSpec attention;                   // with the head norms and rope of this layer
   Norm attn_post_norm;                       // no weight: none
@@ -31,7 +31,7 @@ struct ModelWeights {
   Mat token_embd;     // (n_vocab, n_embd), in the mapped file
   Mat position_embd;  // (n_ctx + offset, n_embd) or empty
   Norm output_norm;
-  WeightPtr output;   // (n_vocab, n_embd); the embeddings again where the head is tied
+  WeightPtr output;  // (n_vocab, n_embd); the embeddings again where the head is tied
   std::vector<LayerWeights> layers;
 
   // Weight bytes that one dense decode step reads.

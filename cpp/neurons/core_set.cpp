@@ -34,8 +34,8 @@ void check(const CoreSet& set, int64_t n_layer, int64_t n_ff) {
     if (!set.layers[i]) continue;
     const std::vector<int32_t>& neurons = *set.layers[i];
     if (neurons.empty()) {
-      throw_error(ErrorKind::kValue, "layer %zu of the core set has no neurons, expected at least 1",
-                  i);
+      throw_error(ErrorKind::kValue,
+                  "layer %zu of the core set has no neurons, expected at least 1", i);
     }
     for (size_t j = 0; j < neurons.size(); ++j) {
       if (neurons[j] < 0 || neurons[j] >= n_ff || (j > 0 && neurons[j] <= neurons[j - 1])) {
@@ -98,8 +98,8 @@ std::optional<double> stability(Backend& backend, const NeuronCounts& counts, do
   const int64_t n = counts.n_tokens();
   if (n < 2 || beta >= 1.0) return std::nullopt;
   const auto half = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(n / 2)));
-  const std::optional<NeuronCounts::Snapshot> early = counts.at_most(half);
-  if (!early || early->n_tokens != half) return std::nullopt;
+  const NeuronCounts::Snapshot* early = counts.snapshot(half);
+  if (early == nullptr) return std::nullopt;
   const CoreSet a = select_core(backend, *early, counts.spec(), beta, range);
   const CoreSet b = select_core(backend, counts.now(), counts.spec(), beta, range);
   return (similarity(a, b) - beta) / (1.0 - beta);

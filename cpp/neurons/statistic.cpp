@@ -47,7 +47,7 @@ void check(const StatisticSpec& spec) {
 
 NeuronCounts::NeuronCounts(Backend& backend, const StatisticSpec& spec, int64_t n_layer,
                            int64_t n_ff)
-    : backend_(backend), spec_(spec), n_ff_(n_ff) {
+    : backend_(&backend), spec_(spec), n_ff_(n_ff) {
   check(spec);
   const std::vector<float> zeros(static_cast<size_t>(n_ff), 0.0f);
   for (int64_t i = 0; i < n_layer; ++i) {
@@ -56,33 +56,42 @@ NeuronCounts::NeuronCounts(Backend& backend, const StatisticSpec& spec, int64_t 
   }
 }
 
-int64_t NeuronCounts::until_snapshot(int64_t n) const {
-  const uint64_t next = std::bit_ceil(static_cast<uint64_t>(n_tokens_) + 1);
-  return std::min(n, static_cast<int64_t>(next) - n_tokens_);
-}
-
 void NeuronCounts::add(int64_t layer, Rows h) {
   float* scores = scores_[static_cast<size_t>(layer)]->data();
-  const int64_t bad = backend_.accumulate(spec_.statistic, spec_.alpha, h, scores);
-  if (bad >= 0) {
-    throw_error(ErrorKind::kNumeric,
-                "NaN or Inf in the FFN activations of layer %lld at prompt token %lld: the weights "
-                "are damaged or overflow",
-                static_cast<long long>(layer), static_cast<long long>(n_tokens_ + bad));
+  // In pieces that end where a snapshot is due, so that snapshots do not depend on the batches.
+  for (int64_t done = 0; done < h.n;) {
+    const int64_t position = n_tokens_ + done;
+    const auto due = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(position) + 1));
+    const int64_t count = std::min(h.n - done, due - position);
+    const int64_t bad =
+        backend_->accumulate(spec_.statistic, spec_.alpha, h.slice(done, count), scores);
+    if (bad >= 0) {
+      throw_error(
+          ErrorKind::kNumeric,
+          "NaN or Inf in the FFN activations of layer %lld at prompt token %lld: the weights "
+          "are damaged or overflow",
+          static_cast<long long>(layer), static_cast<long long>(position + bad));
+    }
+    done += count;
+    if (n_tokens_ + done == due) {
+      if (layer == 0) snapshots_.push_back({due, {}});
+      for (Snapshot& s : snapshots_) {
+        if (s.n_tokens != due) continue;
+        s.scores.emplace_back(static_cast<size_t>(n_ff_));
+        backend_->read(scores, s.scores.back().data(), n_ff_);
+      }
+    }
   }
 }
 
-void NeuronCounts::advance(int64_t n_rows) {
-  n_tokens_ += n_rows;
-  if (std::has_single_bit(static_cast<uint64_t>(n_tokens_))) snapshots_.push_back(now());
-}
+void NeuronCounts::advance(int64_t n_rows) { n_tokens_ += n_rows; }
 
 NeuronCounts::Snapshot NeuronCounts::now() const {
   Snapshot s;
   s.n_tokens = n_tokens_;
   for (const BufferPtr& buffer : scores_) {
     s.scores.emplace_back(static_cast<size_t>(n_ff_));
-    backend_.read(buffer->data(), s.scores.back().data(), n_ff_);
+    backend_->read(buffer->data(), s.scores.back().data(), n_ff_);
   }
   return s;
 }
@@ -96,32 +105,34 @@ int64_t NeuronCounts::known_at_most(int64_t n) const {
   return best;
 }
 
-std::optional<NeuronCounts::Snapshot> NeuronCounts::at_most(int64_t n) const {
-  const int64_t known = known_at_most(n);
-  if (known == 0) return std::nullopt;
-  if (known == n_tokens_) return now();
+const NeuronCounts::Snapshot* NeuronCounts::snapshot(int64_t n) const {
   for (const Snapshot& s : snapshots_) {
-    if (s.n_tokens == known) return s;
+    if (s.n_tokens == n) return &s;
   }
-  return std::nullopt;
+  return nullptr;
 }
 
 void NeuronCounts::keep(int64_t n) {
   if (n == n_tokens_) return;
   std::erase_if(snapshots_, [n](const Snapshot& s) { return s.n_tokens > n; });
   const std::vector<float> zeros(static_cast<size_t>(n_ff_), 0.0f);
-  const Snapshot* found = nullptr;
-  for (const Snapshot& s : snapshots_) {
-    if (s.n_tokens == n) found = &s;
-  }
+  const Snapshot* found = snapshot(n);
   if (n != 0 && found == nullptr) {
     throw_error(ErrorKind::kState, "no neuron scores are known for the first %lld tokens",
                 static_cast<long long>(n));
   }
   for (size_t i = 0; i < scores_.size(); ++i) {
-    backend_.write(found ? found->scores[i].data() : zeros.data(), scores_[i]->data(), n_ff_);
+    backend_->write(found ? found->scores[i].data() : zeros.data(), scores_[i]->data(), n_ff_);
   }
   n_tokens_ = n;
+}
+
+void NeuronCounts::restore(std::vector<Snapshot> snapshots, const Snapshot& now) {
+  for (size_t i = 0; i < scores_.size(); ++i) {
+    backend_->write(now.scores[i].data(), scores_[i]->data(), n_ff_);
+  }
+  n_tokens_ = now.n_tokens;
+  snapshots_ = std::move(snapshots);
 }
 
 }  // namespace coreinfer

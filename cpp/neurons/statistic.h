@@ -12,7 +12,6 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -47,23 +46,25 @@ class NeuronCounts {
   int64_t n_tokens() const { return n_tokens_; }
   int64_t n_ff() const { return n_ff_; }
 
-  // How many of the next n tokens may be added before a snapshot is due.
-  int64_t until_snapshot(int64_t n) const;
   // Adds the rows of one layer; the same number of rows for every layer, then advance(rows).
-  // Throws kNumeric naming layer and token for a NaN or Inf.
+  // Throws kNumeric naming layer and token for a NaN or Inf; the counts are then of no use.
   void add(int64_t layer, Rows h);
   void advance(int64_t n_rows);
 
   // The scores now.
   Snapshot now() const;
-  // The longest snapshot of at most n tokens (powers of two, and the present state); null: none.
-  std::optional<Snapshot> at_most(int64_t n) const;
-  int64_t known_at_most(int64_t n) const;  // its length, 0 for none
+  // The longest prefix of at most n tokens whose scores are known: all tokens, or a power of two.
+  int64_t known_at_most(int64_t n) const;
+  // Null unless the scores of exactly the first n tokens are known and n > 0.
+  const Snapshot* snapshot(int64_t n) const;
+  const std::vector<Snapshot>& snapshots() const { return snapshots_; }  // shortest first
   // Forgets all after the first n tokens; n must be a length that known_at_most gave.
   void keep(int64_t n);
+  // Back to a state that snapshots() and now() gave.
+  void restore(std::vector<Snapshot> snapshots, const Snapshot& now);
 
  private:
-  Backend& backend_;
+  Backend* backend_;  // a pointer, so that counts can be moved
   StatisticSpec spec_;
   int64_t n_ff_;
   int64_t n_tokens_ = 0;

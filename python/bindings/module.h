@@ -8,10 +8,16 @@ namespace coreinfer::python {
 
 namespace nb = nanobind;
 
-void bind_errors(nb::module_& m);    // C++ Error -> Python exceptions
-void bind_gguf(nb::module_& m);      // GgufFile
-void bind_engine(nb::module_& m);    // Engine, Session
-void bind_testing(nb::module_& m);   // coreinfer._core.testing: kernels and neuron steps by themselves
-void bind_testing_gguf(nb::module_& testing);  // dequantisers and 16-bit floats
+void bind_errors(nb::module_& m);   // C++ Error -> Python exceptions
+void bind_gguf(nb::module_& m);     // GgufFile
+void bind_engine(nb::module_& m);   // Engine, memory()
+void bind_session(nb::module_& m);  // CoreSet, Sampler, Session
+
+// coreinfer._core.testing, an area a file:
+void bind_testing(nb::module_& testing);          // calls the ones below
+void bind_testing_gguf(nb::module_& testing);     // dequantize
+void bind_testing_linear(nb::module_& testing);   // matrix kernels, packing, compaction
+void bind_testing_vector(nb::module_& testing);   // row kernels, attention, statistics
+void bind_testing_neurons(nb::module_& testing);  // select, similarity
 
 }  // namespace coreinfer::python

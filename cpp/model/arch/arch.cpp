@@ -147,8 +147,7 @@ void HyperParameters::read_sizes() {
 
 float HyperParameters::rope_scaling_factor() const {
   const Metadata& metadata = file.metadata();
-  const std::string type =
-      metadata.maybe_string(key("rope.scaling.type")).value_or("linear");
+  const std::string type = metadata.maybe_string(key("rope.scaling.type")).value_or("linear");
   if (type == "none") return 1.0f;
   if (type != "linear") {
     throw_error(ErrorKind::kGguf,

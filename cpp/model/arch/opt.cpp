@@ -1,6 +1,6 @@
 // OPT: LayerNorm before each block, ReLU without a gate, biases everywhere, learned positions whose
-// table starts two rows in, head tied to the embeddings. llama.cpp has no OPT; the names of keys and
-// tensors are GGUF's usual ones.
+// table starts two rows in, head tied to the embeddings. llama.cpp has no OPT; the names of keys
+// and tensors are GGUF's usual ones.
 #include "base/error.h"
 #include "model/arch/arch.h"
 

@@ -1,0 +1,43 @@
+// Engine: a loaded model on a backend, constant after load and shared by any number of sessions.
+// Flows in: a path and where to compute. Flows out: configuration, weights, backend. It holds no
+// state of any text; Session does.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "backend/backend.h"
+#include "gguf/gguf_file.h"
+#include "model/config.h"
+#include "model/weights.h"
+
+namespace coreinfer {
+
+struct EngineOptions {
+  CpuOptions cpu;
+  std::function<void(float)> progress;  // of loading, in [0, 1]
+};
+
+class Engine {
+ public:
+  static std::shared_ptr<const Engine> load(const std::string& path, const EngineOptions& options);
+
+  const GgufFile& file() const { return *file_; }
+  std::shared_ptr<const GgufFile> shared_file() const { return file_; }
+  const ModelConfig& config() const { return config_; }
+  const ModelWeights& weights() const { return weights_; }
+  // Computing does not change the engine; the backend guards its own working memory.
+  Backend& backend() const { return *backend_; }
+  double load_seconds() const { return load_seconds_; }
+
+ private:
+  Engine() = default;
+  std::shared_ptr<const GgufFile> file_;
+  ModelConfig config_;
+  std::unique_ptr<Backend> backend_;
+  ModelWeights weights_;  // after backend_: released first
+  double load_seconds_ = 0.0;
+};
+
+}  // namespace coreinfer

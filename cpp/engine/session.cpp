@@ -1,0 +1,284 @@
+#include "engine/session.h"
+
+#include <algorithm>
+
+#include "base/clock.h"
+#include "base/error.h"
+
+namespace coreinfer {
+namespace {
+
+constexpr int64_t kMaxBatch = 65536;
+
+int64_t checked_context(const Engine& engine, int64_t n_ctx) {
+  const ModelConfig& c = engine.config();
+  if (n_ctx < 0 || n_ctx > (int64_t{1} << 26)) {
+    throw_error(ErrorKind::kValue, "n_ctx is %lld, expected 0 (the model's %lld) to 67108864",
+                static_cast<long long>(n_ctx), static_cast<long long>(c.n_ctx));
+  }
+  if (c.position_offset >= 0 && n_ctx > c.n_ctx) {
+    throw_error(ErrorKind::kValue, "n_ctx is %lld, but this %s model has learned %lld positions",
+                static_cast<long long>(n_ctx), c.architecture.c_str(),
+                static_cast<long long>(c.n_ctx));
+  }
+  return n_ctx == 0 ? c.n_ctx : n_ctx;
+}
+
+}  // namespace
+
+KvType kv_type_from_name(const std::string& name) {
+  if (name == "f16") return KvType::kF16;
+  if (name == "f32") return KvType::kF32;
+  if (name == "q8_0") return KvType::kQ8_0;
+  throw_error(ErrorKind::kValue, "cache type is \"%s\", expected f16, f32 or q8_0", name.c_str());
+}
+
+Session::Session(std::shared_ptr<const Engine> engine, const SessionOptions& options)
+    : engine_(std::move(engine)), n_ctx_(checked_context(*engine_, options.n_ctx)) {
+  if (options.n_batch < 1 || options.n_batch > kMaxBatch) {
+    throw_error(ErrorKind::kValue, "n_batch is %lld, expected 1 to %lld",
+                static_cast<long long>(options.n_batch), static_cast<long long>(kMaxBatch));
+  }
+  n_batch_ = std::min(options.n_batch, n_ctx_);
+  const ModelConfig& c = engine_->config();
+  KvSpec kv;
+  kv.type_k = options.type_k;
+  kv.type_v = options.type_v;
+  kv.n_layer = c.n_layer;
+  kv.n_ctx = n_ctx_;
+  kv.row_width = c.n_embd_kv();
+  kv.head_dim = c.head_dim;
+  cache_ = engine_->backend().make_kv_cache(kv);
+  transformer_ = std::make_unique<Transformer>(engine_->backend(), c, engine_->weights(),
+                                               std::max(n_batch_, std::min(kExactRows, n_ctx_)));
+}
+
+void Session::check_tokens(std::span<const int32_t> tokens) const {
+  const int64_t n_vocab = engine_->config().n_vocab;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    if (tokens[i] < 0 || tokens[i] >= n_vocab) {
+      throw_error(ErrorKind::kValue, "token %d at position %zu, expected an id from 0 to %lld",
+                  tokens[i], i, static_cast<long long>(n_vocab - 1));
+    }
+  }
+}
+
+void Session::check_room(size_t n) const {
+  const int64_t wanted = n_past() + static_cast<int64_t>(n);
+  if (wanted > n_ctx_) {
+    throw_error(ErrorKind::kValue, "Requested tokens (%lld) exceed context window of %lld",
+                static_cast<long long>(wanted), static_cast<long long>(n_ctx_));
+  }
+}
+
+int64_t Session::reusable(std::span<const int32_t> tokens,
+                          const std::optional<StatisticSpec>& spec) const {
+  if (tokens.empty()) return 0;
+  const auto same =
+      std::mismatch(tokens_.begin(), tokens_.begin() + n_dense_, tokens.begin(), tokens.end() - 1);
+  const int64_t common = same.first - tokens_.begin();
+  if (!spec) return common;
+  return counts_ && counts_->spec() == *spec ? counts_->known_at_most(common) : 0;
+}
+
+void Session::keep(int64_t n) {
+  if (n < 0 || n > n_past()) {
+    throw_error(ErrorKind::kValue, "cannot keep %lld positions: %lld are in the cache",
+                static_cast<long long>(n), static_cast<long long>(n_past()));
+  }
+  if (n == n_past()) return;
+  tokens_.resize(static_cast<size_t>(n));
+  n_dense_ = std::min(n_dense_, n);
+  logits_.clear();
+  if (counts_ && n < counts_->n_tokens()) {
+    if (n > 0 && counts_->known_at_most(n) == n) {
+      counts_->keep(n);
+    } else {
+      counts_.reset();
+    }
+  }
+}
+
+void Session::prefill(std::span<const int32_t> tokens, const std::optional<StatisticSpec>& spec,
+                      const std::function<void(int64_t, int64_t)>& progress,
+                      const std::function<bool()>& cancelled) {
+  if (tokens.empty()) {
+    throw_error(ErrorKind::kValue, "the prompt has no tokens, expected at least one");
+  }
+  check_tokens(tokens);
+  check_room(tokens.size());
+  if (n_dense_ != n_past()) {
+    throw_error(ErrorKind::kState,
+                "the cache holds %lld positions of core-neuron decoding: keep(reusable(tokens)) "
+                "first",
+                static_cast<long long>(n_past() - n_dense_));
+  }
+  if (spec) {
+    check(*spec);
+    if (n_past() == 0) {
+      const ModelConfig& c = engine_->config();
+      counts_.emplace(engine_->backend(), *spec, c.n_layer, c.n_ff);
+    } else if (!counts_ || !(counts_->spec() == *spec) || counts_->n_tokens() != n_past()) {
+      throw_error(ErrorKind::kState,
+                  "the scores of the %lld cached positions are not known for this statistic: "
+                  "keep(reusable(tokens, statistic)) first",
+                  static_cast<long long>(n_past()));
+    }
+  } else if (n_past() == 0) {
+    counts_.reset();
+  }
+  const int64_t start = now_ns();
+  const double count_before = transformer_->count_seconds();
+  const auto total = static_cast<int64_t>(tokens.size());
+  try {
+    engine_->file().check_unchanged();
+    for (int64_t done = 0; done < total;) {
+      const int64_t n = std::min(n_batch_, total - done);
+      Batch batch;
+      batch.tokens = tokens.subspan(static_cast<size_t>(done), static_cast<size_t>(n));
+      batch.first = n_past();
+      batch.counts = spec ? &*counts_ : nullptr;
+      batch.logits = done + n == total ? WantLogits::kLast : WantLogits::kNone;
+      batch.cancelled = cancelled ? &cancelled : nullptr;
+      transformer_->run(batch, *cache_);
+      if (spec) counts_->advance(n);
+      tokens_.insert(tokens_.end(), batch.tokens.begin(), batch.tokens.end());
+      n_dense_ = n_past();
+      done += n;
+      if (progress) progress(done, total);
+    }
+    engine_->file().check_unchanged();
+  } catch (...) {
+    reset();
+    counts_.reset();
+    throw;
+  }
+  const std::span<const float> last = transformer_->logits();
+  logits_.assign(last.begin(), last.end());
+  timings_.prefill_tokens += total;
+  timings_.prefill_seconds += seconds_since(start);
+  timings_.count_seconds += transformer_->count_seconds() - count_before;
+}
+
+LayerRange Session::range(std::optional<LayerRange> layers) const {
+  return layers.value_or(LayerRange{0, engine_->config().n_layer});
+}
+
+const NeuronCounts& Session::counted() const {
+  if (!counts_ || counts_->n_tokens() == 0) {
+    throw_error(ErrorKind::kState,
+                "no neuron scores: prefill a prompt with a statistic before selecting");
+  }
+  return *counts_;
+}
+
+CoreSet Session::select(double beta, std::optional<LayerRange> layers) {
+  const int64_t start = now_ns();
+  const NeuronCounts& counts = counted();
+  CoreSet set = select_core(engine_->backend(), counts.now(), counts.spec(), beta, range(layers));
+  timings_.select_seconds += seconds_since(start);
+  return set;
+}
+
+std::optional<double> Session::stability(double beta, std::optional<LayerRange> layers) {
+  return coreinfer::stability(engine_->backend(), counted(), beta, range(layers));
+}
+
+void Session::set_core(std::optional<CoreSet> set) {
+  if (!set) {
+    core_set_.reset();
+    compact_ = {};
+    return;
+  }
+  const ModelConfig& c = engine_->config();
+  check(*set, c.n_layer, c.n_ff);
+  const int64_t start = now_ns();
+  if (!core_set_ || !core_set_->same_neurons(*set)) {
+    // The old buffer goes first: two at once would double the memory.
+    core_set_.reset();
+    compact_ = {};
+    engine_->file().check_unchanged();
+    CompactWeights compacted = compact(engine_->backend(), engine_->weights(), *set);
+    engine_->file().check_unchanged();
+    compact_ = std::move(compacted);
+  }
+  core_set_ = std::move(set);
+  timings_.compact_seconds += seconds_since(start);
+}
+
+size_t Session::decode_weight_bytes() const {
+  size_t bytes = engine_->weights().bytes_per_token();
+  for (size_t i = 0; i < compact_.layers.size(); ++i) {
+    bytes -= engine_->weights().layers[i].ffn.bytes();
+    bytes += compact_.layers[i].bytes();
+  }
+  return bytes;
+}
+
+// At most kExactRows tokens, so that each row's bits are those of decoding it alone.
+void Session::run_decode(std::span<const int32_t> tokens, WantLogits want) {
+  check_tokens(tokens);
+  check_room(tokens.size());
+  const int64_t start = now_ns();
+  engine_->file().check_unchanged();
+  Batch batch;
+  batch.tokens = tokens;
+  batch.first = n_past();
+  batch.ffn = compact_.layers;
+  batch.logits = want;
+  logits_.clear();
+  transformer_->run(batch, *cache_);
+  engine_->file().check_unchanged();
+  const bool dense = !core_set_ && n_dense_ == n_past();
+  tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
+  if (dense) n_dense_ = n_past();
+  if (want != WantLogits::kNone) {
+    const std::span<const float> last = transformer_->logits(transformer_->n_logits() - 1);
+    logits_.assign(last.begin(), last.end());
+  }
+  timings_.decode_tokens += static_cast<int64_t>(tokens.size());
+  timings_.decode_seconds += seconds_since(start);
+}
+
+void Session::decode(int32_t token) { run_decode({&token, 1}, WantLogits::kLast); }
+
+void Session::verify(std::span<const int32_t> tokens, std::span<float> logits) {
+  if (tokens.empty()) throw_error(ErrorKind::kValue, "no tokens to verify, expected at least one");
+  check_tokens(tokens);
+  check_room(tokens.size());
+  const auto n_vocab = static_cast<size_t>(engine_->config().n_vocab);
+  for (size_t done = 0; done < tokens.size();) {
+    const size_t n = std::min<size_t>(kExactRows, tokens.size() - done);
+    run_decode(tokens.subspan(done, n), WantLogits::kAll);
+    for (size_t r = 0; r < n; ++r) {
+      const std::span<const float> row = transformer_->logits(static_cast<int64_t>(r));
+      std::copy(row.begin(), row.end(),
+                logits.begin() + static_cast<ptrdiff_t>((done + r) * n_vocab));
+    }
+    done += n;
+  }
+}
+
+void Session::score(std::span<const int32_t> continuation, std::span<float> out) {
+  if (continuation.empty()) {
+    throw_error(ErrorKind::kValue, "the continuation has no tokens, expected at least one");
+  }
+  check_tokens(continuation);
+  check_room(continuation.size() - 1);
+  const auto n_vocab = static_cast<size_t>(engine_->config().n_vocab);
+  log_softmax(logits(), out.first(n_vocab));
+  if (continuation.size() == 1) return;
+  const std::span<float> rest = out.subspan(n_vocab);
+  verify(continuation.first(continuation.size() - 1), rest);
+  for (size_t r = 0; r + 1 < continuation.size(); ++r) {
+    const std::span<float> row = rest.subspan(r * n_vocab, n_vocab);
+    log_softmax(row, row);
+  }
+}
+
+std::span<const float> Session::logits() const {
+  if (logits_.empty()) throw_error(ErrorKind::kState, "no logits yet: prefill a prompt first");
+  return logits_;
+}
+
+}  // namespace coreinfer

@@ -1,0 +1,115 @@
+// Session: the story of one text, for one caller. prefill (dense, counting) -> select -> compact ->
+// decode with the small FFN. Flows in: token ids. Flows out: logits, tokens, core sets, timings.
+// The phase is said by which function is called, never guessed from a shape.
+//
+// Positions that were written while decoding with core weights are remembered as such: a later
+// prefill keeps only the dense ones before them, so its cache and statistics are those of a fresh
+// dense prefill.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "engine/engine.h"
+#include "forward/transformer.h"
+#include "neurons/compact.h"
+#include "neurons/core_set.h"
+#include "sampling/sampler.h"
+
+namespace coreinfer {
+
+struct SessionOptions {
+  int64_t n_ctx = 0;      // 0: what the model was trained for
+  int64_t n_batch = 512;  // tokens that one prefill step takes
+  KvType type_k = KvType::kF16;
+  KvType type_v = KvType::kF16;
+};
+KvType kv_type_from_name(const std::string& name);
+
+struct Timings {
+  int64_t prefill_tokens = 0;
+  double prefill_seconds = 0.0;  // counting included
+  double count_seconds = 0.0;
+  double select_seconds = 0.0;
+  double compact_seconds = 0.0;
+  int64_t decode_tokens = 0;
+  double decode_seconds = 0.0;
+};
+
+class Session {
+ public:
+  Session(std::shared_ptr<const Engine> engine, const SessionOptions& options);
+
+  const Engine& engine() const { return *engine_; }
+  int64_t n_ctx() const { return n_ctx_; }
+  int64_t n_batch() const { return n_batch_; }
+  int64_t n_past() const { return static_cast<int64_t>(tokens_.size()); }
+  const std::vector<int32_t>& tokens() const { return tokens_; }
+
+  // How many leading ids of `tokens` a prefill of them may keep: the common prefix with the cache
+  // that is dense and, with a statistic, whose scores are known. Always leaves the last id to run,
+  // since logits are wanted.
+  int64_t reusable(std::span<const int32_t> tokens, const std::optional<StatisticSpec>& spec) const;
+  // Forgets all positions from n on.
+  void keep(int64_t n);
+  void reset() { keep(0); }
+
+  // Appends tokens with the dense weights; the logits of the last are then available. With a
+  // statistic their activations are counted. After an exception the cache is empty.
+  void prefill(std::span<const int32_t> tokens, const std::optional<StatisticSpec>& spec,
+               const std::function<void(int64_t, int64_t)>& progress = {},
+               const std::function<bool()>& cancelled = {});
+
+  // Core set, and stability, of the counted prefix. kState when nothing has been counted.
+  CoreSet select(double beta, std::optional<LayerRange> layers);
+  std::optional<double> stability(double beta, std::optional<LayerRange> layers);
+
+  // From now on decode, verify and score use these neurons (nothing: the dense weights).
+  void set_core(std::optional<CoreSet> set);
+  const std::optional<CoreSet>& core_set() const { return core_set_; }
+  size_t compact_bytes() const { return compact_.buffer_bytes; }
+  size_t decode_weight_bytes() const;  // that one decode step reads
+
+  // One token with the decode weights.
+  void decode(int32_t token);
+  // Several at once, with logits for each; bit-equal to decoding them one by one.
+  void verify(std::span<const int32_t> tokens, std::span<float> logits);
+  // ln p of every id before each token of the continuation: out is (n, n_vocab). Row 0 comes from
+  // the present logits. The cache then holds all but the continuation's last token.
+  void score(std::span<const int32_t> continuation, std::span<float> out);
+
+  std::span<const float> logits() const;  // (n_vocab) of the last position
+  int32_t sample(Sampler& sampler) const { return sampler.sample(logits()); }
+
+  std::vector<std::byte> save_state() const;
+  void load_state(std::span<const std::byte> state);
+
+  const Timings& timings() const { return timings_; }
+  size_t kv_bytes() const { return cache_->committed_bytes(); }
+
+ private:
+  void check_tokens(std::span<const int32_t> tokens) const;
+  void check_room(size_t n) const;
+  void run_decode(std::span<const int32_t> tokens, WantLogits want);
+  LayerRange range(std::optional<LayerRange> layers) const;
+  const NeuronCounts& counted() const;
+
+  std::shared_ptr<const Engine> engine_;
+  int64_t n_ctx_;
+  int64_t n_batch_;
+  KvCachePtr cache_;
+  std::unique_ptr<Transformer> transformer_;
+  std::vector<int32_t> tokens_;
+  int64_t n_dense_ = 0;                 // leading positions written by the dense weights
+  std::optional<NeuronCounts> counts_;  // of the first counts_->n_tokens() positions
+  std::optional<CoreSet> core_set_;
+  CompactWeights compact_;     // layers empty: decode dense
+  std::vector<float> logits_;  // of the last position; empty: none
+  Timings timings_;
+};
+
+}  // namespace coreinfer

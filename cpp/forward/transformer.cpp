@@ -1,0 +1,134 @@
+#include "forward/transformer.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "base/clock.h"
+#include "base/error.h"
+
+namespace coreinfer {
+
+Transformer::Transformer(Backend& backend, const ModelConfig& config, const ModelWeights& weights,
+                         int64_t max_rows)
+    : backend_(backend), config_(config), weights_(weights), max_rows_(max_rows) {
+  x_ = backend.allocate(max_rows * config.n_embd);
+  q_ = backend.allocate(max_rows * config.n_embd_q());
+  k_ = backend.allocate(max_rows * config.n_embd_kv());
+  v_ = backend.allocate(max_rows * config.n_embd_kv());
+  attended_ = backend.allocate(max_rows * config.n_embd_q());
+  if (config.post_norm != Presence::kNever) block_ = backend.allocate(max_rows * config.n_embd);
+  hidden_ = backend.allocate(max_rows * config.n_ff);
+  device_logits_ = backend.allocate(std::min(max_rows, kExactRows) * config.n_vocab);
+}
+
+void Transformer::run(const Batch& batch, KvCache& cache) {
+  const auto n = static_cast<int64_t>(batch.tokens.size());
+  if (n < 1 || n > max_rows_) {
+    throw_error(ErrorKind::kState, "a batch of %lld tokens, expected 1 to %lld",
+                static_cast<long long>(n), static_cast<long long>(max_rows_));
+  }
+  n_logits_ = 0;
+  const Rows x = x_->rows(n, config_.n_embd);
+  const int64_t offset = std::max<int64_t>(config_.position_offset, 0);
+  backend_.embed(batch.tokens, weights_.token_embd, config_.embedding_scale, weights_.position_embd,
+                 batch.first + offset, x);
+  for (int64_t i = 0; i < config_.n_layer; ++i) {
+    if (batch.cancelled != nullptr && (*batch.cancelled)()) {
+      throw_error(ErrorKind::kCancelled, "stopped in layer %lld", static_cast<long long>(i));
+    }
+    const LayerWeights& w = weights_.layers[static_cast<size_t>(i)];
+    const FfnWeights& ffn = batch.ffn.empty() ? w.ffn : batch.ffn[static_cast<size_t>(i)];
+    attention(w, i, batch.first, x, cache);
+    feed_forward(w, ffn, i, x, batch.counts);
+  }
+  head(x, batch.logits);
+}
+
+void Transformer::attention(const LayerWeights& w, int64_t layer, int64_t first, Rows x,
+                            KvCache& cache) {
+  const Rows q = q_->rows(x.n, config_.n_embd_q());
+  const Rows k = k_->rows(x.n, config_.n_embd_kv());
+  const Rows v = v_->rows(x.n, config_.n_embd_kv());
+  const Rows attended = attended_->rows(x.n, config_.n_embd_q());
+  const Linear qkv[] = {{w.q.get(), w.q_bias.get(), q, false},
+                        {w.k.get(), w.k_bias.get(), k, false},
+                        {w.v.get(), w.v_bias.get(), v, false}};
+  backend_.linear(x, w.attn_norm, qkv);
+  backend_.attend(w.attention, q, k, v, cache, layer, first, attended);
+  if (w.attn_post_norm.weight) {
+    const Rows block = block_->rows(x.n, config_.n_embd);
+    const Linear o[] = {{w.o.get(), w.o_bias.get(), block, false}};
+    backend_.linear(attended, Norm{}, o);
+    backend_.add(x, block, w.attn_post_norm);
+  } else {
+    const Linear o[] = {{w.o.get(), w.o_bias.get(), x, true}};
+    backend_.linear(attended, Norm{}, o);
+  }
+}
+
+void Transformer::feed_forward(const LayerWeights& w, const FfnWeights& ffn, int64_t layer, Rows x,
+                               NeuronCounts* counts) {
+  const Rows hidden = hidden_->rows(x.n, ffn.n_ff());
+  Rows act_gate;
+  const bool of_gate = counts != nullptr && counts->spec().statistic == Statistic::kCountGate;
+  if (of_gate) {
+    if (!act_gate_) act_gate_ = backend_.allocate(max_rows_ * config_.n_ff);
+    act_gate = act_gate_->rows(x.n, ffn.n_ff());
+  }
+  backend_.ffn_hidden(x, w.ffn_norm, ffn, config_.activation, hidden, act_gate);
+  if (counts != nullptr) {
+    const int64_t start = now_ns();
+    counts->add(layer, of_gate ? act_gate : hidden);
+    count_seconds_ += seconds_since(start);
+  }
+  if (w.ffn_post_norm.weight) {
+    const Rows block = block_->rows(x.n, config_.n_embd);
+    const Linear down[] = {{ffn.down.get(), ffn.down_bias.get(), block, false}};
+    backend_.linear(hidden, Norm{}, down);
+    backend_.add(x, block, w.ffn_post_norm);
+  } else {
+    const Linear down[] = {{ffn.down.get(), ffn.down_bias.get(), x, true}};
+    backend_.linear(hidden, Norm{}, down);
+  }
+}
+
+void Transformer::head(Rows x, WantLogits want) {
+  if (want == WantLogits::kNone) return;
+  const int64_t n = want == WantLogits::kAll ? x.n : 1;
+  const int64_t n_vocab = config_.n_vocab;
+  logits_.resize(static_cast<size_t>(n * n_vocab));
+  for (int64_t done = 0; done < n;) {
+    const int64_t count = std::min(n - done, kExactRows);
+    const Rows out = device_logits_->rows(count, n_vocab);
+    const Linear head[] = {{weights_.output.get(), nullptr, out, false}};
+    backend_.linear(x.slice(x.n - n + done, count), weights_.output_norm, head);
+    backend_.read(out.data, logits_.data() + done * n_vocab, count * n_vocab);
+    done += count;
+  }
+  if (config_.final_softcap > 0.0f) {
+    const float cap = config_.final_softcap;
+    for (float& l : logits_) l = cap * std::tanh(l / cap);
+  }
+  for (int64_t r = 0; r < n; ++r) {
+    const float* row = logits_.data() + r * n_vocab;
+    const bool finite = std::all_of(row, row + n_vocab, [](float l) { return std::isfinite(l); });
+    if (!finite) {
+      throw_error(
+          ErrorKind::kNumeric,
+          "NaN or Inf in the logits of batch token %lld: the weights are damaged or overflow",
+          static_cast<long long>(x.n - n + r));
+    }
+  }
+  n_logits_ = n;
+}
+
+std::span<const float> Transformer::logits(int64_t row) const {
+  if (row < 0 || row >= n_logits_) {
+    throw_error(ErrorKind::kState, "no logits for row %lld: %lld are there",
+                static_cast<long long>(row), static_cast<long long>(n_logits_));
+  }
+  const auto n_vocab = static_cast<size_t>(config_.n_vocab);
+  return {logits_.data() + static_cast<size_t>(row) * n_vocab, n_vocab};
+}
+
+}  // namespace coreinfer

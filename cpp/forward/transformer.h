@@ -1,0 +1,62 @@
+// Transformer: the one forward pass. Flows in: token ids, their first position, a KV cache and the
+// FFN weights to use. Flows out: logits, and for a dense prefill the activations' neuron counts.
+// It knows neither architectures (ModelConfig is data) nor whether an FFN is dense or compacted.
+#pragma once
+
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "backend/backend.h"
+#include "model/config.h"
+#include "model/weights.h"
+#include "neurons/statistic.h"
+
+namespace coreinfer {
+
+enum class WantLogits { kNone, kLast, kAll };
+
+struct Batch {
+  std::span<const int32_t> tokens;
+  int64_t first = 0;                // position of tokens[0]
+  std::span<const FfnWeights> ffn;  // per layer; empty: the model's dense ones
+  NeuronCounts* counts = nullptr;   // receives every FFN activation of the batch
+  WantLogits logits = WantLogits::kLast;
+  // Asked before each layer on the calling thread; true stops with kCancelled.
+  const std::function<bool()>* cancelled = nullptr;
+};
+
+class Transformer {
+ public:
+  // max_rows: the largest batch that run() will be given; working memory is sized for it.
+  Transformer(Backend& backend, const ModelConfig& config, const ModelWeights& weights,
+              int64_t max_rows);
+
+  // Runs the batch and writes its keys and values to the cache. After an exception the positions
+  // of the batch, and the counts, are undefined.
+  void run(const Batch& batch, KvCache& cache);
+
+  // Host memory: logits of the last run, row r of those wanted (n_vocab).
+  std::span<const float> logits(int64_t row = 0) const;
+  int64_t n_logits() const { return n_logits_; }
+
+  // Seconds that run() has spent counting.
+  double count_seconds() const { return count_seconds_; }
+
+ private:
+  void attention(const LayerWeights& w, int64_t layer, int64_t first, Rows x, KvCache& cache);
+  void feed_forward(const LayerWeights& w, const FfnWeights& ffn, int64_t layer, Rows x,
+                    NeuronCounts* counts);
+  void head(Rows x, WantLogits want);
+
+  Backend& backend_;
+  const ModelConfig& config_;
+  const ModelWeights& weights_;
+  int64_t max_rows_;
+  BufferPtr x_, q_, k_, v_, attended_, block_, hidden_, act_gate_, device_logits_;
+  std::vector<float> logits_;
+  int64_t n_logits_ = 0;
+  double count_seconds_ = 0.0;
+};
+
+}  // namespace coreinfer

@@ -1,0 +1,107 @@
+#include "engine/engine.h"
+
+#include <nanobind/stl/function.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+
+#include "base/memory_use.h"
+#include "bindings/module.h"
+
+namespace coreinfer::python {
+namespace {
+
+const char* activation_name(const ModelConfig& c) {
+  switch (c.activation) {
+    case Activation::kSilu:
+      return "silu";
+    case Activation::kGeluTanh:
+      return "gelu_tanh";
+    case Activation::kRelu:
+      return "relu";
+  }
+  return "";
+}
+
+nb::dict config_dict(const Engine& engine) {
+  const ModelConfig& c = engine.config();
+  nb::dict d;
+  d["architecture"] = c.architecture;
+  d["name"] = c.name;
+  d["n_layer"] = c.n_layer;
+  d["n_embd"] = c.n_embd;
+  d["n_ff"] = c.n_ff;
+  d["n_head"] = c.n_head;
+  d["n_head_kv"] = c.n_head_kv;
+  d["head_dim"] = c.head_dim;
+  d["n_vocab"] = c.n_vocab;
+  d["n_ctx_train"] = c.n_ctx;
+  d["activation"] = activation_name(c);
+  d["gated"] = c.gated;
+  return d;
+}
+
+nb::dict backend_dict(const Engine& engine) {
+  const BackendInfo info = engine.backend().info();
+  nb::dict d;
+  d["name"] = info.name;
+  d["isa"] = info.isa;
+  d["n_threads"] = info.n_threads;
+  d["description"] = info.description;
+  return d;
+}
+
+std::shared_ptr<const Engine> load(const std::string& path, int n_threads, bool f32_activations,
+                                   const std::function<void(float)>& progress) {
+  EngineOptions options;
+  options.cpu.n_threads = n_threads;
+  options.cpu.f32_activations = f32_activations;
+  // Loading checks for Ctrl-C with every layer, whether or not progress is wanted.
+  options.progress = [&progress](float share) {
+    nb::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+    if (progress) progress(share);
+  };
+  nb::gil_scoped_release release;
+  return Engine::load(path, options);
+}
+
+size_t ffn_bytes(const Engine& engine) {
+  size_t bytes = 0;
+  for (const LayerWeights& w : engine.weights().layers) bytes += w.ffn.bytes();
+  return bytes;
+}
+
+}  // namespace
+
+void bind_engine(nb::module_& m) {
+  nb::class_<Engine>(m, "Engine", "A loaded model on a backend, constant; shared by sessions.")
+      .def(nb::new_(&load), nb::arg("path"), nb::kw_only(), nb::arg("n_threads") = 0,
+           nb::arg("f32_activations") = false, nb::arg("progress") = nb::none(),
+           "Loads a GGUF file. Raises GGUFError for a malformed or unsupported file and "
+           "OSError where it cannot be read.")
+      .def_prop_ro("gguf", [](const Engine& e) { return e.shared_file(); })
+      .def_prop_ro("config", &config_dict)
+      .def_prop_ro("backend", &backend_dict)
+      .def_prop_ro("fingerprint", [](const Engine& e) { return e.file().fingerprint(); })
+      .def_prop_ro(
+          "weight_bytes", [](const Engine& e) { return e.weights().bytes_per_token(); },
+          "Weight bytes that one dense decode step reads.")
+      .def_prop_ro("ffn_bytes", &ffn_bytes, "The part of weight_bytes that is FFN weights.")
+      .def_prop_ro("load_seconds", &Engine::load_seconds)
+      .def_prop_ro("n_vocab", [](const Engine& e) { return e.config().n_vocab; })
+      .def_prop_ro("n_layer", [](const Engine& e) { return e.config().n_layer; })
+      .def_prop_ro("n_ctx_train", [](const Engine& e) { return e.config().n_ctx; });
+
+  m.def(
+      "memory",
+      [] {
+        const MemoryUse use = memory_use();
+        nb::dict d;
+        d["rss"] = use.rss;
+        d["peak_rss"] = use.peak_rss;
+        return d;
+      },
+      "Resident bytes of this process, now and at most: rss, peak_rss.");
+}
+
+}  // namespace coreinfer::python

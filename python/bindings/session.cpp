@@ -1,0 +1,263 @@
+#include "engine/session.h"
+
+#include <nanobind/stl/function.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings/arrays.h"
+
+namespace coreinfer::python {
+namespace {
+
+using Neurons = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Layers = std::optional<std::pair<int64_t, int64_t>>;
+
+std::optional<LayerRange> range_of(const Layers& layers) {
+  if (!layers) return std::nullopt;
+  return LayerRange{layers->first, layers->second};
+}
+
+std::optional<StatisticSpec> spec_of(const std::optional<std::string>& statistic, float alpha) {
+  if (!statistic) return std::nullopt;
+  StatisticSpec spec{statistic_from_name(*statistic), alpha};
+  check(spec);
+  return spec;
+}
+
+CoreSet make_core_set(const std::vector<std::optional<Neurons>>& layers,
+                      const std::optional<std::vector<FloatVector>>& scores, int64_t n_ff,
+                      const std::string& statistic, float alpha, float beta, int64_t n_tokens) {
+  CoreSet set;
+  set.n_ff = n_ff;
+  for (const std::optional<Neurons>& layer : layers) {
+    set.layers.emplace_back();
+    if (!layer) continue;
+    const auto neurons = span_of<int32_t>(*layer);
+    set.layers.back().emplace(neurons.begin(), neurons.end());
+  }
+  if (scores) {
+    for (const FloatVector& layer : *scores) {
+      const auto values = span_of<float>(layer);
+      set.scores.emplace_back(values.begin(), values.end());
+    }
+  }
+  set.statistic = statistic;
+  set.alpha = alpha;
+  set.beta = beta;
+  set.n_tokens = n_tokens;
+  check(set, static_cast<int64_t>(set.layers.size()), n_ff);
+  return set;
+}
+
+nb::list core_layers(const CoreSet& set) {
+  nb::list list;
+  for (const auto& layer : set.layers) {
+    if (layer) {
+      list.append(copy_array<int32_t>(*layer));
+    } else {
+      list.append(nb::none());
+    }
+  }
+  return list;
+}
+
+nb::list core_scores(const CoreSet& set) {
+  nb::list list;
+  for (const std::vector<float>& scores : set.scores) list.append(copy_array<float>(scores));
+  return list;
+}
+
+nb::dict timings_dict(const Session& s) {
+  const Timings& t = s.timings();
+  nb::dict d;
+  d["load_seconds"] = s.engine().load_seconds();
+  d["prefill_tokens"] = t.prefill_tokens;
+  d["prefill_seconds"] = t.prefill_seconds;
+  d["count_seconds"] = t.count_seconds;
+  d["select_seconds"] = t.select_seconds;
+  d["compact_seconds"] = t.compact_seconds;
+  d["compact_bytes"] = s.compact_bytes();
+  d["decode_tokens"] = t.decode_tokens;
+  d["decode_seconds"] = t.decode_seconds;
+  return d;
+}
+
+void prefill(Session& s, const Tokens& tokens, const std::optional<std::string>& statistic,
+             float alpha, const std::function<void(int64_t, int64_t)>& progress) {
+  const auto spec = spec_of(statistic, alpha);
+  const auto ids = span_of<int32_t>(tokens);
+  // Called between layers: a pending Ctrl-C becomes Python's own exception, and a stop here.
+  const auto cancelled = [] {
+    nb::gil_scoped_acquire gil;
+    return PyErr_CheckSignals() != 0;
+  };
+  std::function<void(int64_t, int64_t)> report;
+  if (progress) {
+    report = [&progress](int64_t done, int64_t total) {
+      nb::gil_scoped_acquire gil;
+      progress(done, total);
+    };
+  }
+  nb::gil_scoped_release release;
+  s.prefill(ids, spec, report, cancelled);
+}
+
+Array<float> rows_of(Session& s, const Tokens& tokens,
+                     void (Session::*call)(std::span<const int32_t>, std::span<float>)) {
+  const auto ids = span_of<int32_t>(tokens);
+  const auto n_vocab = static_cast<size_t>(s.engine().config().n_vocab);
+  Array<float> out = make_array<float>({ids.size(), n_vocab});
+  nb::gil_scoped_release release;
+  (s.*call)(ids, {out.data(), ids.size() * n_vocab});
+  return out;
+}
+
+}  // namespace
+
+void bind_session(nb::module_& m) {
+  nb::class_<CoreSet>(m, "CoreSet", "Which neurons of which layers decode a text; a plain value.")
+      .def(
+          "__init__",
+          [](CoreSet* self, const std::vector<std::optional<Neurons>>& layers,
+             const std::optional<std::vector<FloatVector>>& scores, int64_t n_ff,
+             const std::string& statistic, float alpha, float beta, int64_t n_tokens) {
+            new (self)
+                CoreSet(make_core_set(layers, scores, n_ff, statistic, alpha, beta, n_tokens));
+          },
+          nb::arg("layers"), nb::arg("scores") = nb::none(), nb::kw_only(), nb::arg("n_ff"),
+          nb::arg("statistic") = "", nb::arg("alpha") = 0.0f, nb::arg("beta") = 0.0f,
+          nb::arg("n_tokens") = 0,
+          "layers: per layer ascending int32 indices, or None where it stays dense.")
+      .def_prop_ro("layers", &core_layers, "Per layer: int32 (k,), ascending, or None (dense).")
+      .def_prop_ro("scores", &core_scores, "Per layer: float32 (n_ff,); empty when handed in.")
+      .def_ro("n_ff", &CoreSet::n_ff)
+      .def_ro("statistic", &CoreSet::statistic)
+      .def_ro("alpha", &CoreSet::alpha)
+      .def_ro("beta", &CoreSet::beta)
+      .def_ro("n_tokens", &CoreSet::n_tokens)
+      .def("same_neurons", &CoreSet::same_neurons, nb::arg("other"));
+
+  nb::class_<Sampler>(m, "Sampler", "Logits to a token; seeded; remembers tokens for penalties.")
+      .def(
+          "__init__",
+          [](Sampler* self, float temperature, int32_t top_k, float top_p, float min_p,
+             float typical_p, float repeat_penalty, float frequency_penalty, float presence_penalty,
+             int32_t penalty_last_n, const std::map<int32_t, float>& logit_bias, uint64_t seed) {
+            new (self) Sampler(SamplingParams{temperature, top_k, top_p, min_p, typical_p,
+                                              repeat_penalty, frequency_penalty, presence_penalty,
+                                              penalty_last_n, logit_bias, seed});
+          },
+          nb::kw_only(), nb::arg("temperature") = 0.8f, nb::arg("top_k") = 40,
+          nb::arg("top_p") = 0.95f, nb::arg("min_p") = 0.05f, nb::arg("typical_p") = 1.0f,
+          nb::arg("repeat_penalty") = 1.0f, nb::arg("frequency_penalty") = 0.0f,
+          nb::arg("presence_penalty") = 0.0f, nb::arg("penalty_last_n") = 64,
+          nb::arg("logit_bias") = std::map<int32_t, float>{}, nb::arg("seed") = 0)
+      .def("accept", &Sampler::accept, nb::arg("token"))
+      .def(
+          "sample",
+          [](Sampler& s, const FloatVector& logits) { return s.sample(span_of<float>(logits)); },
+          nb::arg("logits").noconvert());
+
+  nb::class_<Session>(m, "Session", "One text of one caller: cache, neuron scores, decode weights.")
+      .def(
+          "__init__",
+          [](Session* self, std::shared_ptr<const Engine> engine, int64_t n_ctx, int64_t n_batch,
+             const std::string& type_k, const std::string& type_v) {
+            SessionOptions o{n_ctx, n_batch, kv_type_from_name(type_k), kv_type_from_name(type_v)};
+            new (self) Session(std::move(engine), o);
+          },
+          nb::arg("engine"), nb::kw_only(), nb::arg("n_ctx") = 0, nb::arg("n_batch") = 512,
+          nb::arg("type_k") = "f16", nb::arg("type_v") = "f16")
+      .def_prop_ro("n_ctx", &Session::n_ctx)
+      .def_prop_ro("n_batch", &Session::n_batch)
+      .def_prop_ro("n_past", &Session::n_past)
+      .def_prop_ro("tokens", &Session::tokens)
+      .def(
+          "reusable",
+          [](const Session& s, const Tokens& tokens, const std::optional<std::string>& statistic,
+             float alpha) {
+            return s.reusable(span_of<int32_t>(tokens), spec_of(statistic, alpha));
+          },
+          nb::arg("tokens").noconvert(), nb::arg("statistic") = nb::none(), nb::arg("alpha") = 0.4f,
+          "How many leading ids a prefill of tokens may keep; always leaves the last to run.")
+      .def("keep", &Session::keep, nb::arg("n"), "Forgets all positions from n on.")
+      .def("reset", &Session::reset)
+      .def("prefill", &prefill, nb::arg("tokens").noconvert(), nb::kw_only(),
+           nb::arg("statistic") = nb::none(), nb::arg("alpha") = 0.4f,
+           nb::arg("progress") = nb::none(),
+           "Appends int32 tokens with the dense weights, counting for the statistic if given.")
+      .def(
+          "select",
+          [](Session& s, double beta, const Layers& layers) {
+            nb::gil_scoped_release release;
+            return s.select(beta, range_of(layers));
+          },
+          nb::kw_only(), nb::arg("beta"), nb::arg("layers") = nb::none())
+      .def(
+          "stability",
+          [](Session& s, double beta, const Layers& layers) {
+            nb::gil_scoped_release release;
+            return s.stability(beta, range_of(layers));
+          },
+          nb::kw_only(), nb::arg("beta"), nb::arg("layers") = nb::none())
+      .def("set_core", &Session::set_core, nb::arg("core_set").none(),
+           nb::call_guard<nb::gil_scoped_release>(),
+           "Compacts and decodes with these neurons from now on; None: the dense weights.")
+      .def_prop_ro("core_set", [](const Session& s) { return s.core_set(); })
+      .def_prop_ro("decode_weight_bytes", &Session::decode_weight_bytes)
+      .def("decode", &Session::decode, nb::arg("token"), nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "verify",
+          [](Session& s, const Tokens& tokens) { return rows_of(s, tokens, &Session::verify); },
+          nb::arg("tokens").noconvert(), "(n, n_vocab) float32 logits through the decode weights.")
+      .def(
+          "score",
+          [](Session& s, const Tokens& tokens) { return rows_of(s, tokens, &Session::score); },
+          nb::arg("continuation").noconvert(),
+          "(n, n_vocab) float32 ln p before each token of the continuation, row 0 from the present "
+          "logits, the rest through the decode weights.")
+      .def("logits", [](const Session& s) { return copy_array<float>(s.logits()); })
+      .def(
+          "logprobs",
+          [](const Session& s, int32_t top_n, int32_t token) {
+            const auto logits = s.logits();
+            if (token < 0 || static_cast<size_t>(token) >= logits.size()) {
+              throw nb::index_error("token is not an id of the vocabulary");
+            }
+            const double norm = log_sum_exp(logits);
+            const double own = logits[static_cast<size_t>(token)] - norm;
+            return std::pair(static_cast<float>(own), top_logprobs(logits, top_n));
+          },
+          nb::arg("top_n"), nb::arg("token"), "ln p(token) and the top_n (id, ln p).")
+      .def(
+          "sample",
+          [](const Session& s, Sampler& sampler) {
+            nb::gil_scoped_release release;
+            const int32_t token = s.sample(sampler);
+            sampler.accept(token);
+            return token;
+          },
+          nb::arg("sampler"), "Draws from the last logits; the sampler remembers the token.")
+      .def("save_state",
+           [](const Session& s) {
+             const std::vector<std::byte> state = s.save_state();
+             return nb::bytes(state.data(), state.size());
+           })
+      .def(
+          "load_state",
+          [](Session& s, const nb::bytes& state) {
+            const auto* data = static_cast<const std::byte*>(state.data());
+            const std::span<const std::byte> bytes(data, state.size());
+            nb::gil_scoped_release release;
+            s.load_state(bytes);
+          },
+          nb::arg("data"))
+      .def_prop_ro("timings", &timings_dict)
+      .def_prop_ro("kv_bytes", &Session::kv_bytes);
+}
+
+}  // namespace coreinfer::python
