@@ -1,0 +1,85 @@
+// Kernels of matrix products, one table an instruction set. All are single-threaded and work on a
+// tile: 16 outputs (one strip of a packed matrix, or 16 rows of a float matrix) for some tokens,
+// tile[token * 16 + output]. They know no norm, bias, or thread.
+//
+// Two families. Integer: activations as int8 with one scale a group and token; sums inside a group
+// are exact integers, groups are added in packed order by one fused multiply-add each. Float: the
+// weights as float32 values, one fused multiply-add a column in packed order. Both orders are
+// fixed, so that the bits of a result depend neither on the number of tokens nor, for these
+// kernels, on the instruction set. (AMX has a third family, for many tokens only.)
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/isa.h"
+#include "kernels/packed_format.h"
+#include "tensor/dtype.h"
+
+namespace coreinfer {
+
+// Tokens quantised to 8 bits for the columns of a packed matrix; not an owner.
+struct QuantizedRows {
+  int8_t* codes = nullptr;       // packed order, groups rounded up to whole steps with zeros
+  float* scale = nullptr;        // per group: value = scale * code
+  int32_t* minus_sum = nullptr;  // per group: -(sum of codes)
+  float* scaled_sum = nullptr;   // per group: scale * (sum of codes)
+  int64_t codes_stride = 0;      // from one token to the next
+  int64_t groups_stride = 0;
+
+  QuantizedRows from(int64_t token) const {
+    return {codes + token * codes_stride,
+            scale + token * groups_stride,
+            minus_sum + token * groups_stride,
+            scaled_sum + token * groups_stride,
+            codes_stride,
+            groups_stride};
+  }
+};
+
+// Float32 tokens; not an owner.
+struct FloatRows {
+  const float* data = nullptr;
+  int64_t stride = 0;
+};
+
+// Quantises one token, given in input order: to nearest, the largest magnitude of a group becomes
+// 127. A group with NaN or Inf gets the scale NaN.
+using QuantizeFn = void (*)(const ColumnGroups& columns, const float* x, const QuantizedRows& out);
+
+// tile = strip * tokens.
+using DotStripFn = void (*)(const PackedView& w, int64_t strip, const QuantizedRows& x,
+                            int64_t n_tokens, float* tile);
+
+// Weight values of groups [begin, end) of a strip: panel[column * 16 + row], packed order.
+using UnpackPanelFn = void (*)(const PackedView& w, int64_t strip, int64_t begin, int64_t end,
+                               float* panel);
+
+// The same for columns [begin, end) of n_rows <= 16 rows of a float matrix; absent rows are zero.
+using TransposePanelFn = void (*)(DType type, const std::byte* rows, size_t row_stride,
+                                  int64_t n_rows, int64_t begin, int64_t end, float* panel);
+
+// tile += panel * tokens, over n_cols columns.
+using DotPanelFn = void (*)(const float* panel, int64_t n_cols, const FloatRows& x,
+                            int64_t n_tokens, float* tile);
+
+// tile[t * 16] = row * token t: a row of a float matrix, n elements. Column c is added to partial
+// sum c % 32; partial sums i and i + half are added until one is left.
+using DotRowFn = void (*)(const std::byte* row, int64_t n, const FloatRows& x, int64_t n_tokens,
+                          float* tile);
+
+struct LinearKernels {
+  QuantizeFn quantize;
+  DotStripFn (*dot_strip)(DType type, bool dense);  // never null for a packed type
+  UnpackPanelFn (*unpack_panel)(DType type);        // nor this
+  TransposePanelFn transpose_panel;
+  DotPanelFn dot_panel;
+  DotRowFn (*dot_row)(DType type);  // never null for a float type
+};
+
+const LinearKernels& linear_kernels(Isa isa);
+
+// The tables, one a file: linear_scalar.cpp and so on.
+const LinearKernels& linear_kernels_scalar();
+
+}  // namespace coreinfer
