@@ -2,15 +2,15 @@
 // they are first asked for; weights are only dequantised, never handed out raw.
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
-#include <nanobind/stl/vector.h>
 
 #include <cstring>
 #include <memory>
 #include <string>
+#include <string_view>
 
 #include "base/error.h"
+#include "bindings/arrays.h"
 #include "bindings/module.h"
-#include "bindings/numpy_array.h"
 #include "gguf/byte_reader.h"
 #include "gguf/gguf_file.h"
 #include "kernels/dequantize.h"
@@ -35,9 +35,9 @@ nb::object values_of(const MetadataEntry& entry) {
     std::memcpy(&value, entry.data.data(), sizeof value);
     return nb::cast(value);
   }
-  auto values = std::make_unique<T[]>(entry.count);
-  if (entry.count > 0) std::memcpy(values.get(), entry.data.data(), entry.data.size());
-  return nb::cast(owned_array(std::move(values), {entry.count}));
+  Array<T> values = make_array<T>({entry.count});
+  if (entry.count > 0) std::memcpy(values.data(), entry.data.data(), entry.data.size());
+  return nb::cast(values);
 }
 
 nb::object to_python(const MetadataEntry& entry) {
@@ -76,10 +76,24 @@ nb::object to_python(const MetadataEntry& entry) {
   return out;
 }
 
+// The bytes that the system knows a file by, from str, bytes or os.PathLike.
+std::string system_path(nb::handle path) {
+  PyObject* bytes = nullptr;
+  if (!PyUnicode_FSConverter(path.ptr(), &bytes)) throw nb::python_error();
+  const nb::bytes owner = nb::steal<nb::bytes>(bytes);
+  return {owner.c_str(), owner.size()};
+}
+
+nb::object to_python_path(const std::string& path) {
+  return nb::steal(
+      PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size())));
+}
+
 struct PyGgufFile {
-  explicit PyGgufFile(const std::string& path) {
+  explicit PyGgufFile(nb::handle path) {
+    const std::string bytes = system_path(path);
     nb::gil_scoped_release release;
-    file = GgufFile::open(path);
+    file = GgufFile::open(bytes);
   }
 
   nb::dict metadata() {
@@ -102,17 +116,16 @@ struct PyGgufFile {
     }
     const Mat mat = file->mat(*info);
     const size_t rows = static_cast<size_t>(mat.rows), cols = static_cast<size_t>(mat.cols);
-    std::unique_ptr<float[]> values;
+    file->check_unchanged();
+    Array<float> values = make_array<float>({rows, cols});
     {
       nb::gil_scoped_release release;
-      file->check_unchanged();
-      values.reset(new float[rows * cols]);
       for (int64_t r = 0; r < mat.rows; ++r) {
-        dequantize_row(mat.type, mat.row(r), values.get() + r * mat.cols, mat.cols);
+        dequantize_row(mat.type, mat.row(r), values.data() + r * mat.cols, mat.cols);
       }
-      file->check_unchanged();
     }
-    return nb::cast(owned_array(std::move(values), {rows, cols}));
+    file->check_unchanged();
+    return nb::cast(values);
   }
 
   std::shared_ptr<const GgufFile> file;
@@ -146,10 +159,18 @@ void bind_gguf(nb::module_& m) {
   nb::class_<PyGgufFile>(m, "GgufFile",
                          "A GGUF model file (or split set), checked and mapped read-only.\n\n"
                          "Raises GGUFError when it is malformed, OSError when it cannot be read.")
-      .def(nb::init<const std::string&>(), nb::arg("path"))
-      .def_prop_ro("path", [](const PyGgufFile& f) { return f.file->path(); })
+      .def(nb::init<nb::handle>(), nb::arg("path"),
+           nb::sig("def __init__(self, path: str | bytes | os.PathLike) -> None"))
+      .def_prop_ro("path", [](const PyGgufFile& f) { return to_python_path(f.file->path()); })
       .def_prop_ro("version", [](const PyGgufFile& f) { return f.file->version(); })
-      .def_prop_ro("files", [](const PyGgufFile& f) { return f.file->files(); })
+      .def_prop_ro("files",
+                   [](const PyGgufFile& f) {
+                     nb::list out;
+                     for (const std::string& path : f.file->files()) {
+                       out.append(to_python_path(path));
+                     }
+                     return out;
+                   })
       .def_prop_ro("metadata", &PyGgufFile::metadata,
                    "Key -> value: int, float, bool, str (bytes where not UTF-8), NumPy arrays of\n"
                    "numbers, lists of strings. The same dict on every access.")
