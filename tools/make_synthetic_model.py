@@ -17,17 +17,10 @@ from typing import Any
 
 import numpy as np
 from gguf_stream import StoredTensor, block_size, write_gguf
+from model_shape import ModelShape, TensorSpec, architecture_fields, rope_factors, tensor_specs
 from synthetic_blocks import QUANTISABLE, TENSOR_TYPES, random_blocks, stored_bytes
-from synthetic_shapes import (
-    PAPER,
-    ModelShape,
-    TensorSpec,
-    metadata,
-    rope_factors,
-    tensor_specs,
-    tiny_shape,
-)
-from synthetic_vocab import make_vocabulary
+from synthetic_shapes import PAPER, tiny_shape
+from synthetic_vocab import make_vocabulary, vocabulary_fields
 
 # What llama.cpp's quantiser takes when a row is not a multiple of 256 values.
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
@@ -78,7 +71,7 @@ def make_tiny_model(path: str | Path, arch: str = "llama", dtype: str = "F32", *
             n_blocks = int(np.prod(spec.shape)) // block_size(tensor.dtype)[0]
             yield random_blocks(rng, tensor.dtype, n_blocks, spec.scale)
 
-    fields = metadata(shape, make_vocabulary(shape.n_vocab), dtype, f"tiny {arch} seed {seed}")
+    fields = _fields(shape, dtype, f"tiny {arch} seed {seed}")
     write_gguf(Path(path), shape.arch, fields | dict(extra_metadata or {}), tensors, data)
     return shape
 
@@ -126,7 +119,7 @@ def make_paper_model(path: str | Path, shape: ModelShape, dtype: str,
             yield part
             left, at = left - len(part), 0
 
-    fields = metadata(shape, make_vocabulary(shape.n_vocab), dtype, name)
+    fields = _fields(shape, dtype, name)
     write_gguf(Path(path), shape.arch, fields, tensors, data)
     return shape
 
@@ -150,6 +143,12 @@ def _float_values(rng: np.random.Generator, spec: TensorSpec, shape: ModelShape)
         return rope_factors(shape)
     noise = rng.standard_normal(spec.shape, dtype=np.float32) * np.float32(spec.scale)
     return noise + np.float32(spec.center)
+
+
+def _fields(shape: ModelShape, dtype: str, name: str) -> dict[str, Any]:
+    add_bos = shape.arch in ("gemma3", "opt")
+    return architecture_fields(shape, dtype, name) | vocabulary_fields(
+        make_vocabulary(shape.n_vocab), add_bos=add_bos)
 
 
 def _prime_from(n: int) -> int:

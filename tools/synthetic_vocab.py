@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 TEXT = """
 The river rose in the night, and by the morning the lower field was under water. The children
@@ -88,3 +89,19 @@ def make_vocabulary(n_vocab: int) -> Vocabulary:
     types += [UNUSED] * n_filler
     return Vocabulary(tokens, types, [" ".join(pair) for pair in merges],
                       bos_id, bos_id + 1, bos_id + 2)
+
+
+def vocabulary_fields(vocabulary: Vocabulary, *, add_bos: bool,
+                      pre: str = "gpt-2") -> dict[str, Any]:
+    """The tokenizer's metadata; `pre` names the pre-tokenizer."""
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": vocabulary.tokens,
+        "tokenizer.ggml.token_type": vocabulary.token_types,
+        "tokenizer.ggml.merges": vocabulary.merges,
+        "tokenizer.ggml.bos_token_id": vocabulary.bos_id,
+        "tokenizer.ggml.eos_token_id": vocabulary.eos_id,
+        "tokenizer.ggml.padding_token_id": vocabulary.pad_id,
+        "tokenizer.ggml.add_bos_token": add_bos,
+    }
