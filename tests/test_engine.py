@@ -1,0 +1,263 @@
+"""The engine against the NumPy oracle: logits, core sets and score, for every architecture."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from coreinfer import _core
+from make_synthetic_model import make_tiny_model
+from reference import neurons as oracle
+from reference.model import ReferenceModel
+from reference.quant import kl_divergence, log_softmax
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3", "opt"]
+DTYPES = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
+PROMPT_LENGTH = 21  # above the 16 rows of the exact path, so that both paths run
+
+
+def tokens_of(n: int, n_vocab: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, n_vocab, n, dtype=np.int32)
+
+
+def logits_after(session: _core.Session, tokens: np.ndarray) -> np.ndarray:
+    session.reset()
+    session.prefill(tokens)
+    return session.logits()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """(arch, dtype) -> path; made once."""
+    folder = tmp_path_factory.mktemp("engine")
+
+    def get(arch: str, dtype: str = "F32", **overrides) -> str:
+        tag = "_".join([arch, dtype, *(f"{k}{v}" for k, v in overrides.items())])
+        path = folder / f"{abs(hash(tag)):x}.gguf"
+        if not path.exists():
+            make_tiny_model(path, arch, dtype, **overrides)
+        return str(path)
+
+    return get
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_logits_equal_the_float64_oracle(models, arch, dtype):
+    path = models(arch, dtype)
+    engine = _core.Engine(path, f32_activations=True)
+    tokens = tokens_of(PROMPT_LENGTH + 4, engine.n_vocab)
+    expected = ReferenceModel(path).forward(tokens).logits
+    spread = expected.std()
+    session = _core.Session(engine, type_k="f32", type_v="f32")
+    session.prefill(tokens[:PROMPT_LENGTH])
+    # Float32 sums over a few hundred terms and a handful of layers: 1e-5 relative, with room.
+    tolerance = 3e-4 * spread
+    np.testing.assert_allclose(session.logits(), expected[PROMPT_LENGTH - 1], atol=tolerance)
+    for i in range(PROMPT_LENGTH, len(tokens)):
+        session.decode(int(tokens[i]))
+        np.testing.assert_allclose(session.logits(), expected[i], atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fast_activations_stay_close_to_the_oracle(models, dtype):
+    """8-bit and bf16 activations: the distribution moves by far less than quantisation itself."""
+    path = models("llama", dtype)
+    tokens = tokens_of(40, 320)
+    expected = log_softmax(ReferenceModel(path).forward(tokens).logits)
+    session = _core.Session(_core.Engine(path))
+    session.prefill(tokens[:30])
+    got = session.score(np.concatenate([tokens[30:], [0]]).astype(np.int32))
+    # llama.cpp's own distance to float32 on small real models is 0.003 (Q4_1); these tiny random
+    # models have flatter distributions and three layers.
+    assert kl_divergence(expected[29:], got).mean() < 0.003
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_rope_and_head_variants(models, arch):
+    variants = {
+        "llama": [
+            {"tied": True},
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            {
+                "rope_scaling": {
+                    "type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_context_length": 64,
+                }
+            },
+            {"n_head": 8, "n_head_kv": 1, "head_dim": 16},
+        ],
+        "gemma3": [{"sliding_window": 3}, {"rope_scaling": {"type": "linear", "factor": 8.0}}],
+        "qwen2": [{"tied": False}],
+        "qwen3": [{"tied": True, "head_dim": 32}],
+        "opt": [{"n_head": 8, "n_head_kv": 8, "head_dim": 32}],
+    }
+    for overrides in variants[arch]:
+        path = models(arch, "F32", **overrides)
+        engine = _core.Engine(path, f32_activations=True)
+        tokens = tokens_of(30, engine.n_vocab, seed=1)
+        expected = ReferenceModel(path).forward(tokens).logits[-1]
+        session = _core.Session(engine, type_k="f32", type_v="f32")
+        got = logits_after(session, tokens)
+        np.testing.assert_allclose(
+            got, expected, atol=3e-4 * expected.std(), err_msg=str(overrides)
+        )
+
+
+@pytest.mark.parametrize("statistic", ["count", "count_gate", "count_abs", "flock"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_core_sets_equal_the_oracle(models, arch, statistic):
+    path = models(arch)
+    engine = _core.Engine(path, f32_activations=True)
+    tokens = tokens_of(50, engine.n_vocab, seed=2)
+    forward = ReferenceModel(path).forward(tokens)
+    session = _core.Session(engine, type_k="f32", type_v="f32")
+    session.prefill(tokens, statistic=statistic, alpha=0.4)
+    for beta in (0.2, 0.4):
+        got = session.select(beta=beta).layers
+        expected = oracle.core_sets(statistic, forward.h, forward.act, 0.4, beta)
+        worst = min(oracle.jaccard(g, e) for g, e in zip(got, expected, strict=True))
+        # Float32 against float64 activations: only near-ties at the border may differ.
+        assert worst >= 0.99
+
+
+def test_core_sets_of_fast_activations_stay_close(models):
+    path = models("llama", "Q4_0", n_ff=2048)
+    tokens = tokens_of(200, 320, seed=3)
+    forward = ReferenceModel(path).forward(tokens)
+    session = _core.Session(_core.Engine(path))
+    for statistic in ("count", "flock"):
+        session.reset()
+        session.prefill(tokens, statistic=statistic)
+        expected = oracle.core_sets(statistic, forward.h, forward.act, 0.4, 0.4)
+        got = session.select(beta=0.4).layers
+        overlaps = [oracle.jaccard(g, e) for g, e in zip(got, expected, strict=True)]
+        assert np.mean(overlaps) >= 0.93, statistic
+
+
+def test_stability_equals_the_oracle(models):
+    path = models("opt")
+    engine = _core.Engine(path, f32_activations=True)
+    reference = ReferenceModel(path)
+    session = _core.Session(engine, type_k="f32", type_v="f32")
+    for n in (1, 2, 3, 37, 64):
+        tokens = tokens_of(n, engine.n_vocab, seed=n)
+        forward = reference.forward(tokens)
+        session.reset()
+        session.prefill(tokens, statistic="count")
+        expected = oracle.stability("count", forward.h, forward.act, 0.4, 0.3, (1, 3))
+        got = session.stability(beta=0.3, layers=(1, 3))
+        assert (got is None) == (expected is None)
+        if expected is not None:
+            assert got == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "Q4_0", "Q8_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_score_through_a_core_set_equals_the_oracle(models, arch, dtype):
+    """The oracle decodes with the same neurons: compaction loses nothing, for any layout."""
+    path = models(arch, dtype)
+    engine = _core.Engine(path, f32_activations=True)
+    tokens = tokens_of(26, engine.n_vocab, seed=4)
+    session = _core.Session(engine, type_k="f32", type_v="f32")
+    session.prefill(tokens[:20], statistic="flock")
+    core = session.select(beta=0.35, layers=(1, engine.n_layer))
+    session.set_core(core)
+    got = session.score(tokens[20:])
+    expected = ReferenceModel(path).score(tokens[:20], tokens[20:], core.layers)
+    np.testing.assert_allclose(got, expected, atol=1e-3)
+
+
+def test_core_of_all_neurons_decodes_like_dense(models):
+    for dtype in ("Q4_0", "Q5_K", "F16"):
+        engine = _core.Engine(models("llama", dtype))
+        tokens = tokens_of(24, engine.n_vocab)
+        session = _core.Session(engine)
+        session.prefill(tokens[:12], statistic="flock")
+        dense = session.score(tokens[12:])
+        session.keep(12 - 1)
+        session.reset()
+        session.prefill(tokens[:12], statistic="flock")
+        n_ff = engine.config["n_ff"]
+        session.set_core(
+            _core.CoreSet([np.arange(n_ff, dtype=np.int32)] * engine.n_layer, n_ff=n_ff)
+        )
+        np.testing.assert_array_equal(session.score(tokens[12:]), dense)
+
+
+def test_decode_reads_fewer_bytes_through_a_core_set(models):
+    engine = _core.Engine(models("llama", "Q4_0"))
+    session = _core.Session(engine)
+    session.prefill(tokens_of(20, engine.n_vocab), statistic="flock")
+    assert session.decode_weight_bytes == engine.weight_bytes
+    session.set_core(session.select(beta=0.2))
+    kept = session.decode_weight_bytes - (engine.weight_bytes - engine.ffn_bytes)
+    assert 0.2 * engine.ffn_bytes <= kept <= 0.25 * engine.ffn_bytes
+    session.set_core(None)
+    assert session.decode_weight_bytes == engine.weight_bytes
+
+
+@pytest.mark.parametrize("dtype", ["F16", "Q4_0", "Q4_K"])
+def test_rows_do_not_depend_on_their_number(models, dtype):
+    """verify() of 1 to 16 tokens gives, bit for bit, what decoding them one by one gives."""
+    engine = _core.Engine(models("qwen2", dtype))
+    tokens = tokens_of(60, engine.n_vocab, seed=5)
+    session = _core.Session(engine)
+    session.prefill(tokens[:20], statistic="flock")
+    session.set_core(session.select(beta=0.5))
+    one_by_one = []
+    for t in tokens[20:36]:
+        session.decode(int(t))
+        one_by_one.append(session.logits())
+    for n in (1, 2, 3, 5, 8, 15, 16):
+        session.keep(20)
+        together = np.concatenate(
+            [session.verify(tokens[i : min(i + n, 36)]) for i in range(20, 36, n)]
+        )
+        np.testing.assert_array_equal(together, np.stack(one_by_one), err_msg=f"{n} rows")
+
+
+def test_threads_do_not_change_a_bit(models):
+    results = []
+    for n_threads in (1, 2):
+        engine = _core.Engine(models("gemma3", "Q4_0"), n_threads=n_threads)
+        tokens = tokens_of(90, engine.n_vocab, seed=6)
+        session = _core.Session(engine)
+        session.prefill(tokens[:80], statistic="flock")
+        core = session.select(beta=0.4)
+        session.set_core(core)
+        results.append((session.score(tokens[80:]), core.layers))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_batches_change_little(models):
+    """n_batch 1, 7, 64, 512: the same greedy token where the gap exceeds 0.1, like core sets."""
+    engine = _core.Engine(models("llama", "Q4_0", n_ff=2048))
+    tokens = tokens_of(130, engine.n_vocab, seed=7)
+    logits, cores = [], []
+    for n_batch in (512, 64, 7, 1):
+        session = _core.Session(engine, n_batch=n_batch)
+        session.prefill(tokens, statistic="flock")
+        logits.append(session.logits())
+        cores.append(session.select(beta=0.4).layers)
+    best, second = np.sort(logits[0])[::-1][:2]
+    for other, core in zip(logits[1:], cores[1:], strict=True):
+        if best - second > 0.1:
+            assert other.argmax() == logits[0].argmax()
+        overlaps = [oracle.jaccard(a, b) for a, b in zip(core, cores[0], strict=True)]
+        assert np.mean(overlaps) >= 0.93
+
+
+@pytest.mark.parametrize("kv", ["f16", "q8_0"])
+def test_cache_types_stay_close_to_float32(models, kv):
+    engine = _core.Engine(models("llama", "F32"), f32_activations=True)
+    tokens = tokens_of(60, engine.n_vocab, seed=8)
+    exact = log_softmax(logits_after(_core.Session(engine, type_k="f32", type_v="f32"), tokens))
+    rounded = log_softmax(logits_after(_core.Session(engine, type_k=kv, type_v=kv), tokens))
+    # Half floats keep 11 bits, q8_0 about 8: their squares are what KL sees.
+    assert 0 < kl_divergence(exact, rounded) < {"f16": 1e-6, "q8_0": 1e-3}[kv]
