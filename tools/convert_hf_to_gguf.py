@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+
 from gguf_stream import StoredTensor, block_size, write_gguf
 from hf_architectures import hf_name, shape_from_config, to_gguf_values
 from hf_checkpoint import Checkpoint, CheckpointError

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import numpy as np
+
 from hf_checkpoint import CheckpointError
 from model_shape import ModelShape
 

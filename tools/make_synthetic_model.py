@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from gguf_stream import StoredTensor, block_size, write_gguf
 from model_shape import ModelShape, TensorSpec, architecture_fields, rope_factors, tensor_specs
 from synthetic_blocks import QUANTISABLE, TENSOR_TYPES, random_blocks, stored_bytes

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from gguf import GGMLQuantizationType, quants
+
 from gguf_stream import block_size
 
 PLAIN_TYPES = ("F32", "F16", "BF16")

@@ -1,0 +1,158 @@
+"""Makes tests/golden/transformers_logits.npz: what `transformers` computes on the tiny models.
+
+For developers; needs torch and transformers. Each case is a tiny F32 model of
+make_synthetic_model.py, given by architecture, seed and overrides; its weights are put into the
+transformers model of that architecture and a few token sequences are run in float64. The file
+holds the cases as JSON and, for each, tokens, logits and FFN activations at some positions, so
+that the tests need neither package. `--books DIRECTORY` adds the same for the OPT model there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from gguf import GGUFReader
+
+from hf_architectures import from_gguf_values, hf_name
+from make_synthetic_model import make_tiny_model
+from model_shape import ModelShape
+
+GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
+N_TOKENS = 24
+POSITIONS = (0, 10, 23)  # 10 and 23 lie beyond the sliding window of the gemma3 cases
+SMALL = {"n_layer": 2, "n_embd": 64, "n_ff": 96, "n_head": 4, "n_head_kv": 2, "head_dim": 16,
+         "n_vocab": 272, "n_ctx": 64}
+LLAMA3 = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_context_length": 32}
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {"arch": "llama", "seed": 1, **SMALL},
+    "llama_linear": {"arch": "llama", "seed": 2, **SMALL, "n_head_kv": 4, "tied": True,
+                     "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "llama3_scaling": {"arch": "llama", "seed": 3, **SMALL, "n_embd": 96, "n_head": 3,
+                       "n_head_kv": 1, "head_dim": 32, "rope_scaling": LLAMA3},
+    "qwen2": {"arch": "qwen2", "seed": 4, **SMALL},
+    "qwen3": {"arch": "qwen3", "seed": 5, **SMALL, "head_dim": 24},
+    "gemma3": {"arch": "gemma3", "seed": 6, **SMALL, "n_layer": 7, "head_dim": 24,
+               "sliding_window": 5},
+    "gemma3_linear": {"arch": "gemma3", "seed": 7, **SMALL, "n_layer": 6, "sliding_window": 8,
+                      "rope_scaling": {"type": "linear", "factor": 8.0}},
+    "opt": {"arch": "opt", "seed": 8, **SMALL, "n_head_kv": 4},
+}
+
+
+def build(shape: ModelShape, path: Path) -> torch.nn.Module:
+    """The transformers model with the weights of the F32 file at `path`, in float64."""
+    model = transformers.AutoModelForCausalLM.from_config(config_of(shape))
+    state = {}
+    for tensor in GGUFReader(str(path)).tensors:
+        if tensor.name != "rope_freqs.weight":
+            values = np.array(tensor.data, np.float32).reshape(tensor.shape[::-1])
+            state[hf_name(shape.arch, tensor.name)] = torch.tensor(
+                from_gguf_values(shape, tensor.name, values))
+    if shape.tied:
+        state["lm_head.weight"] = state[hf_name(shape.arch, "token_embd.weight")]
+    model.load_state_dict(state, strict=True)
+    return model.double().eval()
+
+
+def config_of(shape: ModelShape) -> transformers.PretrainedConfig:
+    """The transformers config of a shape."""
+    common = {"vocab_size": shape.n_vocab, "hidden_size": shape.n_embd,
+              "num_hidden_layers": shape.n_layer, "num_attention_heads": shape.n_head,
+              "max_position_embeddings": shape.n_ctx, "tie_word_embeddings": shape.tied,
+              "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    if shape.arch == "opt":
+        return transformers.OPTConfig(**common, ffn_dim=shape.n_ff,
+                                      word_embed_proj_dim=shape.n_embd)
+    common |= {"intermediate_size": shape.n_ff, "num_key_value_heads": shape.n_head_kv,
+               "head_dim": shape.head_dim, "rms_norm_eps": shape.norm_eps,
+               "rope_parameters": rope_of(shape)}
+    if shape.arch == "gemma3":
+        local = {"rope_type": "default", "rope_theta": 10000.0}
+        common["rope_parameters"] = {"full_attention": rope_of(shape), "sliding_attention": local}
+        return transformers.Gemma3TextConfig(**common, query_pre_attn_scalar=shape.head_dim,
+                                             sliding_window=shape.sliding_window)
+    kinds = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config,
+             "qwen3": transformers.Qwen3Config}
+    return kinds[shape.arch](**common)
+
+
+def rope_of(shape: ModelShape) -> dict[str, Any]:
+    """transformers' rope_parameters of a shape."""
+    scaling = dict(shape.rope_scaling or {"type": "default"})
+    out = {"rope_type": scaling.pop("type"), "rope_theta": shape.rope_freq_base}
+    if "original_context_length" in scaling:
+        scaling["original_max_position_embeddings"] = scaling.pop("original_context_length")
+    return out | scaling
+
+
+def run(model: torch.nn.Module, arch: str, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (n_tokens, n_vocab) and FFN activations (n_layer, n_tokens, n_ff)."""
+    h: list[np.ndarray] = []
+    suffix = ".fc2" if arch == "opt" else ".mlp.down_proj"
+    hooks = [module.register_forward_pre_hook(
+        lambda _, args: h.append(args[0].reshape(len(tokens), -1).numpy().copy()))
+        for name, module in model.named_modules() if name.endswith(suffix)]
+    with torch.no_grad():
+        logits = model(torch.tensor(tokens.astype(np.int64))[None]).logits[0].numpy()
+    for hook in hooks:
+        hook.remove()
+    return logits, np.stack(h)
+
+
+def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write an .npz and say how large it is."""
+    np.savez_compressed(path, **arrays)
+    print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+
+
+def tiny_goldens() -> dict[str, np.ndarray]:
+    """Arrays of all CASES."""
+    arrays: dict[str, np.ndarray] = {"cases": np.array(json.dumps(CASES)),
+                                     "positions": np.array(POSITIONS)}
+    for name, case in CASES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "tiny.gguf"
+            shape = make_tiny_model(path, **case)
+            model = build(shape, path)
+        tokens = np.random.default_rng(case["seed"]).integers(0, shape.n_vocab, N_TOKENS)
+        logits, h = run(model, shape.arch, tokens)
+        arrays[f"{name}.tokens"] = tokens.astype(np.int32)
+        arrays[f"{name}.logits"] = logits[list(POSITIONS)].astype(np.float32)
+        arrays[f"{name}.h"] = h[:, list(POSITIONS)].astype(np.float32)
+    return arrays
+
+
+def book_goldens(directory: Path) -> dict[str, np.ndarray]:
+    """Tokens of one sentence, and the 20 largest logits at three positions."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    text = "Once upon a time there was a little girl who lived in a house by the river,"
+    tokens = np.array(tokenizer(text)["input_ids"], np.int32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
+    logits, _ = run(model.eval(), "opt", tokens)
+    positions = np.array([0, len(tokens) // 2, len(tokens) - 1], np.int32)
+    top = np.argsort(-logits[positions], axis=-1, kind="stable")[:, :20]
+    return {"text": np.array(text), "tokens": tokens, "positions": positions,
+            "top_ids": top.astype(np.int32),
+            "top_logits": np.take_along_axis(logits[positions], top, axis=-1).astype(np.float32)}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--books", type=Path, help="directory of the opt-books-17m model")
+    args = parser.parse_args()
+    save(GOLDEN / "transformers_logits.npz", tiny_goldens())
+    if args.books:
+        save(GOLDEN / "opt_books_logits.npz", book_goldens(args.books))
+
+
+if __name__ == "__main__":
+    main()
