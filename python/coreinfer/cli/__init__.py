@@ -1,0 +1,54 @@
+"""The command `coreinfer`: run, info, tokenize, pull.
+
+Results go to stdout, everything else to stderr. Exit status: 0 fine, 1 runtime error, 2 usage,
+130 after Ctrl-C, 141 when the reader of stdout is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from . import info, pull, run, tokenize
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="coreinfer",
+        description="Run GGUF models, dense or with the neurons a prompt activates most.",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+    for module in (run, info, tokenize, pull):
+        module.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.version:
+        from coreinfer import __version__
+
+        print(__version__)
+        return 0
+    if args.command is None:
+        parser.error("a command is needed: run, info, tokenize or pull")
+    try:
+        status = args.call(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Nobody reads any more; stop Python from flushing into the closed pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError, ImportError) as error:
+        message = str(error) or type(error).__name__
+        print(f"coreinfer: error: {message}", file=sys.stderr)
+        return 1

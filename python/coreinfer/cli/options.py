@@ -1,0 +1,74 @@
+"""Command-line flags made from the configs' fields, and configs made from the flags."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from ..config import Checked, Spec
+
+Config = TypeVar("Config", bound=Checked)
+
+_TYPES = {"int": int, "float": float, "str": str, "layers": str}
+
+
+def flag_of(name: str, spec: Spec) -> str:
+    """The flag of a field: its own, or the name with dashes."""
+    return spec.flag or "--" + name.replace("_", "-")
+
+
+def add_flags(
+    parser: argparse._ArgumentGroup,
+    config: type[Checked],
+    *,
+    names: Iterable[str] | None = None,
+    default_notes: Mapping[str, str] | None = None,
+) -> None:
+    """A flag for every field of `config` (or those in `names`); unset flags are None.
+
+    `default_notes` replaces what the help says of a default.
+    """
+    wanted = None if names is None else set(names)
+    for f in dataclasses.fields(config):
+        spec: Spec = f.metadata["spec"]
+        if (wanted is not None and f.name not in wanted) or spec.kind == "bias":
+            continue
+        text = spec.help
+        if default_notes and f.name in default_notes:
+            text += f" (default: {default_notes[f.name]})"
+        elif "default:" not in text and spec.kind != "bool":
+            text += f" (default: {f.default})"
+        kind: dict[str, Any] = (
+            {"action": "store_true", "default": None}
+            if spec.kind == "bool"
+            else {
+                "type": _TYPES[spec.kind],
+                "choices": spec.choices,
+                "metavar": spec.metavar or (None if spec.choices else spec.kind.upper()),
+            }
+        )
+        parser.add_argument(
+            flag_of(f.name, spec), dest=f.name, help=text.replace("%", "%%"), **kind
+        )
+
+
+def given(args: argparse.Namespace, config: type[Checked]) -> dict[str, Any]:
+    """The fields of `config` that were set on the command line."""
+    names = [f.name for f in dataclasses.fields(config)]
+    return {n: getattr(args, n) for n in names if getattr(args, n, None) is not None}
+
+
+def make(
+    parser: argparse.ArgumentParser, config: type[Config], values: Mapping[str, Any]
+) -> Config:
+    """`config(**values)`; a value out of its range is a usage error that names the flag."""
+    try:
+        return config(**values)
+    except ValueError as error:
+        message = str(error)
+        for f in dataclasses.fields(config):
+            if message.startswith(f"{f.name} is "):
+                message = flag_of(f.name, f.metadata["spec"]) + message[len(f.name) :]
+        parser.error(message)

@@ -1,0 +1,308 @@
+"""Every parameter once: name, default, help text and valid range.
+
+`Llama`'s keyword arguments take their defaults from these dataclasses, and the command line makes
+its flags from the same fields, so the two cannot drift apart. Values are checked when a config is
+made; what depends on a model (number of layers, its context) is checked where the model is known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+CORE_MODES = ("off", "stable")
+STATISTICS = ("count", "count_gate", "count_abs", "flock")
+CACHE_TYPES = ("f32", "f16", "q8_0")
+
+DEFAULT_CORE_MODE = "off"  # what `Llama` and the command line do unless asked: dense decoding
+CHAT_TEMPERATURE = 0.2  # chat answers are drawn closer to the arg-max than completions
+RANDOM_SEED = 0xFFFFFFFF  # this seed asks for a new one from the operating system
+
+LayerRange = tuple[int, int | None]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is known of one parameter beside its default.
+
+    `kind` is one of int, float, str, bool, layers, bias; `low` and `high` are inclusive bounds
+    unless `low_open`; `flag` is the command-line name where it differs from the field's.
+    """
+
+    help: str
+    kind: str
+    low: float | None = None
+    high: float | None = None
+    low_open: bool = False
+    choices: tuple[str, ...] | None = None
+    optional: bool = False
+    flag: str | None = None
+    metavar: str | None = None
+
+    def expected(self) -> str:
+        """The valid values in words, for error messages."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        noun = {"int": "an integer", "float": "a number"}.get(self.kind, f"a {self.kind}")
+        if self.low is not None and self.high is not None:
+            return f"{noun} in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}]"
+        if self.low is not None:
+            return f"{noun} {'above' if self.low_open else 'of at least'} {self.low:g}"
+        return noun
+
+
+def parameter(default: Any, help: str, kind: str, **rest: Any) -> Any:
+    """A dataclass field that carries its `Spec`."""
+    return field(default=default, metadata={"spec": Spec(help, kind, **rest)})
+
+
+def spec_of(config: type, name: str) -> Spec:
+    """The `Spec` of field `name` of a config class."""
+    return next(f.metadata["spec"] for f in dataclasses.fields(config) if f.name == name)
+
+
+def _wrong(name: str, value: Any, expected: str) -> ValueError:
+    return ValueError(f"{name} is {value!r}; expected {expected}")
+
+
+def _checked(name: str, value: Any, spec: Spec) -> Any:
+    """`value` as the parameter's own type, or ValueError with what was expected and found."""
+    if value is None and spec.optional:
+        return None
+    if spec.choices:
+        if value not in spec.choices:
+            raise _wrong(name, value, spec.expected())
+        return value
+    if spec.kind == "bool":
+        if not isinstance(value, bool):
+            raise _wrong(name, value, "True or False")
+        return value
+    if spec.kind == "layers":
+        return _checked_layers(name, value)
+    if spec.kind == "bias":
+        return _checked_bias(name, value)
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value) if spec.kind == "int" else float(value)
+    except (TypeError, ValueError):
+        raise _wrong(name, value, spec.expected()) from None
+    too_low = spec.low is not None and (number <= spec.low if spec.low_open else number < spec.low)
+    too_high = spec.high is not None and number > spec.high
+    if too_low or too_high or not math.isfinite(number):
+        raise _wrong(name, value, spec.expected())
+    return number
+
+
+def _checked_layers(name: str, value: Any) -> LayerRange:
+    if isinstance(value, str):
+        return parse_layers(value, name)
+    try:
+        first, last = value
+        first = operator.index(first)
+        last = None if last is None else operator.index(last)
+    except (TypeError, ValueError):
+        raise _wrong(name, value, "(first, last) with last excluded") from None
+    if first < 0 or (last is not None and last <= first):
+        raise _wrong(name, value, "(first, last) with 0 <= first < last")
+    return first, last
+
+
+def _checked_bias(name: str, value: Any) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise _wrong(name, value, "a mapping from token id to a number")
+    try:
+        bias = {int(token): float(amount) for token, amount in value.items()}
+    except (TypeError, ValueError):
+        raise _wrong(name, value, "a mapping from token id to a number") from None
+    if any(math.isnan(amount) for amount in bias.values()):
+        raise _wrong(name, value, "no NaN among the numbers")
+    return bias
+
+
+def parse_layers(text: str, name: str = "layers") -> LayerRange:
+    """`"6:26"`, `":20"`, `"4:"` → (first, last), last excluded, None for "up to the last layer"."""
+    first, colon, last = text.partition(":")
+    try:
+        if not colon:
+            raise ValueError
+        pair = (int(first) if first.strip() else 0, int(last) if last.strip() else None)
+    except ValueError:
+        raise _wrong(name, text, "FIRST:LAST, for example 6:26, :20 or 4:") from None
+    return _checked_layers(name, pair)
+
+
+class Checked:
+    """Base of the configs: checks every field by its `Spec` and stores the checked value."""
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = _checked(f.name, getattr(self, f.name), f.metadata["spec"])
+            object.__setattr__(self, f.name, value)
+
+
+@dataclass(frozen=True)
+class CoreConfig(Checked):
+    """How decoding chooses its core neurons.
+
+    `CoreConfig(beta=0.8)` is stability-guided decoding with 80 % of the neurons; `mode="off"` is
+    dense decoding.
+    """
+
+    mode: str = parameter(
+        "stable",
+        "decode dense (off) or with the prompt's own core neurons (stable)",
+        "str",
+        choices=CORE_MODES,
+        flag="--core",
+    )
+    alpha: float = parameter(
+        0.4,
+        "share of a token's positive activations that count as its core neurons",
+        "float",
+        low=0,
+        high=1,
+        low_open=True,
+    )
+    beta: float = parameter(
+        0.4,
+        "share of a layer's neurons that decoding keeps",
+        "float",
+        low=0,
+        high=1,
+        low_open=True,
+    )
+    statistic: str = parameter(
+        "flock", "how neurons are ranked over the prompt", "str", choices=STATISTICS
+    )
+    layers: LayerRange | None = parameter(
+        None,
+        "layers that take part, last excluded (default: all); the others stay dense",
+        "layers",
+        optional=True,
+        metavar="A:B",
+    )
+
+    @classmethod
+    def of(cls, core: str | CoreConfig) -> CoreConfig:
+        """A config from a mode name or a config; anything else is a ValueError."""
+        if isinstance(core, cls):
+            return core
+        if isinstance(core, str):
+            return cls(mode=core)
+        raise _wrong("core", core, f"one of {', '.join(CORE_MODES)}, a CoreConfig or a CoreSet")
+
+    def layer_range(self, n_layer: int) -> tuple[int, int] | None:
+        """The range for a model of `n_layer` layers, None for all; ValueError if outside."""
+        if self.layers is None:
+            return None
+        first, last = self.layers
+        last = n_layer if last is None else last
+        if not first < last <= n_layer:
+            raise _wrong(
+                "layers", f"{first}:{last}", f"0 <= first < last <= {n_layer}, the model's layers"
+            )
+        return first, last
+
+
+@dataclass(frozen=True)
+class SamplingConfig(Checked):
+    """How the next token is drawn from the logits."""
+
+    temperature: float = parameter(
+        0.8, "softness of the choice; 0 takes the likeliest token", "float", low=0, flag="--temp"
+    )
+    top_k: int = parameter(40, "keep the K likeliest tokens; 0 or less keeps all", "int")
+    top_p: float = parameter(
+        0.95, "keep the likeliest tokens of total probability P", "float", low=0, high=1
+    )
+    min_p: float = parameter(
+        0.05, "drop tokens less likely than P times the likeliest", "float", low=0, high=1
+    )
+    typical_p: float = parameter(
+        1.0, "keep the most typical tokens of total probability P", "float", low=0, high=1
+    )
+    repeat_penalty: float = parameter(
+        1.0,
+        "divide the logits of recent tokens by this; 1 is none",
+        "float",
+        low=0,
+        low_open=True,
+    )
+    frequency_penalty: float = parameter(
+        0.0, "subtract this for every recent occurrence of a token", "float"
+    )
+    presence_penalty: float = parameter(0.0, "subtract this if a token occurred recently", "float")
+    penalty_last_n: int = parameter(
+        64, "how many recent tokens the penalties look at", "int", low=0, high=1 << 20
+    )
+    logit_bias: Mapping[int, float] | None = parameter(
+        None, "amounts to add to the logits of some tokens", "bias", optional=True
+    )
+
+    def sampler_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `coreinfer._core.Sampler`, but for the seed."""
+        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        arguments["top_k"] = min(max(0, self.top_k), 2**31 - 1)
+        arguments["logit_bias"] = dict(self.logit_bias or {})
+        return arguments
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the recent tokens change the logits at all."""
+        neutral = (1.0, 0.0, 0.0)
+        penalties = (self.repeat_penalty, self.frequency_penalty, self.presence_penalty)
+        return self.penalty_last_n > 0 and penalties != neutral
+
+
+@dataclass(frozen=True)
+class LoadConfig(Checked):
+    """How a model is opened: context, batches, threads, cache types."""
+
+    n_ctx: int = parameter(
+        0,
+        "tokens that prompt and answer may have together; 0 takes the model's own length "
+        "(memory is committed as it fills)",
+        "int",
+        low=0,
+        flag="--ctx",
+    )
+    n_batch: int = parameter(512, "prompt tokens computed at once", "int", low=1, flag="--batch")
+    n_threads: int | None = parameter(
+        None,
+        "threads that compute (default: one a physical core)",
+        "int",
+        low=1,
+        high=4096,
+        optional=True,
+        flag="--threads",
+    )
+    seed: int = parameter(
+        RANDOM_SEED,
+        "seed of the sampler (default: a new one every time)",
+        "int",
+        low=0,
+        high=2**64 - 1,
+    )
+    type_k: str = parameter("f16", "type of the cached keys", "str", choices=CACHE_TYPES)
+    type_v: str = parameter("f16", "type of the cached values", "str", choices=CACHE_TYPES)
+    f32_activations: bool = parameter(
+        False, "keep activations in float32 instead of 8 bits; slower, for comparisons", "bool"
+    )
+
+
+# llama-cpp-python names cache types by ggml's numbers.
+_GGML_CACHE_TYPES = {0: "f32", 1: "f16", 8: "q8_0"}
+
+
+def cache_type(value: str | int | None, default: str) -> str:
+    """A cache type by name or by ggml's number; None is the default."""
+    if value is None:
+        return default
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _GGML_CACHE_TYPES.get(value, str(value))
+    return value.lower() if isinstance(value, str) else value

@@ -1,0 +1,316 @@
+"""CoreSet: the neurons that decoding keeps, layer by layer, as a plain value that can be filed.
+
+A set comes out of `Llama.core_set`, goes back in through `Llama(core=...)` or `set_core_set`, and
+is saved as `.npz` (never pickled): one int32 array a layer, optionally the float32 scores, and a
+JSON header with the model's fingerprint. Every index is checked when a file is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT_NAME = "coreinfer core set"
+FORMAT_VERSION = 1
+_MAX_LAYERS = 4096
+_MAX_FF = 1 << 24
+_MAX_HEADER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class CoreSet:
+    """Core neurons of every layer.
+
+    Attributes
+    ----------
+    layers : list of ndarray int32 or None
+        Ascending neuron indices per layer; None where the layer stays dense.
+    n_ff : int
+        Neurons a layer has before selection.
+    scores : list of ndarray float32 (n_ff,) or None
+        The statistic summed over the prompt, per layer; an empty list if the set was handed in
+        without, None for a layer that took no part.
+    statistic, alpha, beta
+        How the set was chosen; "" and 0 if it was made by hand.
+    n_tokens : int
+        Prompt tokens behind the scores.
+    stability : float or None
+        1 where the first half of the prompt already chose the same set, 0 where the overlap is
+        what chance would give; None if it is not known.
+    fingerprint : int or None
+        Fingerprint of the model file the set belongs to; None fits any model of these shapes.
+    """
+
+    layers: Sequence[np.ndarray | None]
+    n_ff: int
+    scores: Sequence[np.ndarray | None] = field(default_factory=list, repr=False)
+    statistic: str = ""
+    alpha: float = 0.0
+    beta: float = 0.0
+    n_tokens: int = 0
+    stability: float | None = None
+    fingerprint: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.layers) <= _MAX_LAYERS:
+            raise ValueError(f"a core set has {len(self.layers)} layers; expected 1 to 4096")
+        if not 1 <= int(self.n_ff) <= _MAX_FF:
+            raise ValueError(f"n_ff is {self.n_ff}; expected 1 to {_MAX_FF}")
+        layers = [_checked_layer(i, layer, self.n_ff) for i, layer in enumerate(self.layers)]
+        if len(self.scores) not in (0, len(layers)):
+            raise ValueError(
+                f"a core set of {len(layers)} layers has scores for {len(self.scores)}; "
+                "expected one array a layer, or none at all"
+            )
+        scores = [_checked_scores(i, score, self.n_ff) for i, score in enumerate(self.scores)]
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "scores", scores)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Neurons kept per layer; n_ff where a layer stays dense."""
+        return [self.n_ff if layer is None else len(layer) for layer in self.layers]
+
+    @property
+    def kept(self) -> float:
+        """Share of all neurons that is kept, 0 to 1."""
+        return sum(self.sizes) / (self.n_ff * len(self.layers))
+
+    def same_neurons(self, other: CoreSet) -> bool:
+        """Whether both keep exactly the same neurons."""
+        return len(self.layers) == len(other.layers) and all(
+            (a is None and b is None) or (a is not None and b is not None and np.array_equal(a, b))
+            for a, b in zip(self.layers, other.layers, strict=True)
+        )
+
+    def similarity(self, other: CoreSet) -> float:
+        """Shared neurons ÷ the larger set's size, averaged over the layers both select in."""
+        pairs = [
+            (a, b)
+            for a, b in zip(self.layers, other.layers, strict=True)
+            if a is not None and b is not None
+        ]
+        if not pairs:
+            raise ValueError("the two core sets select in no common layer")
+        shares = [len(np.intersect1d(a, b)) / max(len(a), len(b)) for a, b in pairs]
+        return float(np.mean(shares))
+
+    def check_fits(self, *, n_layer: int, n_ff: int, fingerprint: int | None = None) -> None:
+        """ValueError unless the set belongs to a model of this shape and fingerprint."""
+        found = (len(self.layers), self.n_ff)
+        if found != (n_layer, n_ff):
+            raise ValueError(
+                f"the core set is for a model of {found[0]} layers with {found[1]} neurons; "
+                f"this one has {n_layer} layers with {n_ff}"
+            )
+        if None not in (self.fingerprint, fingerprint) and self.fingerprint != fingerprint:
+            raise ValueError(
+                f"the core set belongs to another model (fingerprint {self.fingerprint:016x}, "
+                f"this one has {fingerprint:016x}); make one with this model"
+            )
+
+    def for_any_model(self) -> CoreSet:
+        """The same neurons without the fingerprint, for another quantisation of the model."""
+        return replace(self, fingerprint=None)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to `path` (.npz): to a temporary file first, then renamed over the old one.
+
+        Raises OSError if the system refuses (disk full, no permission); the old file then stays.
+        """
+        path = Path(path)
+        arrays = {"header": np.frombuffer(json.dumps(self._header()).encode(), dtype=np.uint8)}
+        for i, layer in enumerate(self.layers):
+            if layer is not None:
+                arrays[f"layer_{i}"] = layer
+        for i, score in enumerate(self.scores):
+            if score is not None:
+                arrays[f"scores_{i}"] = score
+        try:
+            _write_replacing(path, arrays)
+        except OSError as error:
+            kept = "; the file that was there is unchanged" if path.exists() else ""
+            reason = f"cannot save the core set: {error.strerror or error}{kept}"
+            raise OSError(error.errno, reason, str(path)) from error
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT_NAME,
+            "version": FORMAT_VERSION,
+            "fingerprint": None if self.fingerprint is None else f"{self.fingerprint:016x}",
+            "n_layer": len(self.layers),
+            "n_ff": int(self.n_ff),
+            "dense_layers": [i for i, layer in enumerate(self.layers) if layer is None],
+            "statistic": self.statistic,
+            "alpha": self.alpha,
+            "beta": self.beta,
+            "n_tokens": int(self.n_tokens),
+            "stability": self.stability,
+        }
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CoreSet:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        ValueError
+            The file is no core set, is damaged, or holds indices that cannot be right.
+        OSError
+            The file cannot be opened or read.
+        """
+        with open(path, "rb") as file:
+            try:
+                with zipfile.ZipFile(file) as archive:
+                    return _read(archive)
+            except _DAMAGE as error:
+                raise ValueError(f"{os.fspath(path)}: not a valid core set: {error}") from error
+
+
+# What zipfile, zlib, json and our own checks raise on bytes that are not what they should be.
+_DAMAGE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,
+    RuntimeError,
+    OverflowError,
+    RecursionError,
+)
+
+
+def _checked_layer(i: int, layer: Any, n_ff: int) -> np.ndarray | None:
+    if layer is None:
+        return None
+    indices = np.asarray(layer)
+    if indices.ndim != 1 or indices.dtype.kind not in "iu":
+        raise ValueError(
+            f"layer {i} is {indices.dtype} of shape {indices.shape}; expected integers (k,)"
+        )
+    if len(indices) == 0:
+        raise ValueError(f"layer {i} keeps no neuron; expected at least one")
+    if int(indices.min()) < 0 or int(indices.max()) >= n_ff:
+        bad = int(indices.max()) if int(indices.max()) >= n_ff else int(indices.min())
+        raise ValueError(f"layer {i} names neuron {bad}; expected 0 to {n_ff - 1}")
+    indices = indices.astype(np.int32)
+    if np.any(np.diff(indices) <= 0):
+        raise ValueError(f"the neurons of layer {i} are not strictly ascending")
+    indices.flags.writeable = False
+    return indices
+
+
+def _checked_scores(i: int, score: Any, n_ff: int) -> np.ndarray | None:
+    if score is None or np.size(score) == 0:
+        return None
+    values = np.asarray(score, dtype=np.float32)
+    if values.shape != (n_ff,):
+        raise ValueError(f"the scores of layer {i} have shape {values.shape}; expected ({n_ff},)")
+    return values
+
+
+def _write_replacing(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _member(
+    archive: zipfile.ZipFile, name: str, kind: str, max_count: int, dtype: type
+) -> np.ndarray:
+    """One 1-D array of the archive, its size checked before anything is allocated for it."""
+    try:
+        info = archive.getinfo(f"{name}.npy")
+    except KeyError:
+        raise ValueError(f"the array {name} is missing") from None
+    limit = max_count * np.dtype(dtype).itemsize
+    if info.file_size > limit + 4096:
+        raise ValueError(f"the array {name} has {info.file_size} bytes; expected at most {limit}")
+    stream = io.BytesIO(archive.read(info))
+    major, _ = np.lib.format.read_magic(stream)
+    if major != 1:
+        raise ValueError(f"the array {name} has npy version {major}; expected 1")
+    shape, _, found = np.lib.format.read_array_header_1_0(stream)
+    if len(shape) != 1 or found != np.dtype(dtype) or found.hasobject:
+        raise ValueError(f"the array {name} is {found} of shape {shape}; expected {kind} (k,)")
+    data = stream.read()
+    if len(data) != shape[0] * found.itemsize:
+        raise ValueError(
+            f"the array {name} has {len(data)} bytes; its shape {shape} needs "
+            f"{shape[0] * found.itemsize}"
+        )
+    return np.frombuffer(data, dtype=dtype)
+
+
+def _whole(header: dict[str, Any], name: str, low: int, high: int) -> int:
+    value = header.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}; expected an integer from {low} to {high}")
+    return value
+
+
+def _number(header: dict[str, Any], name: str) -> float:
+    value = header.get(name)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not np.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; expected a number")
+    return float(value)
+
+
+def _read(archive: zipfile.ZipFile) -> CoreSet:
+    text = _member(archive, "header", "uint8", _MAX_HEADER_BYTES, np.uint8).tobytes()
+    header = json.loads(text.decode("utf-8"))
+    if not isinstance(header, dict) or header.get("format") != FORMAT_NAME:
+        raise ValueError(f"the header does not say {FORMAT_NAME!r}")
+    if header.get("version") != FORMAT_VERSION:
+        raise ValueError(f"version {header.get('version')!r}; this build reads {FORMAT_VERSION}")
+    n_layer = _whole(header, "n_layer", 1, _MAX_LAYERS)
+    n_ff = _whole(header, "n_ff", 1, _MAX_FF)
+    dense = header.get("dense_layers")
+    if not isinstance(dense, list) or any(not isinstance(i, int) for i in dense):
+        raise ValueError(f"dense_layers is {dense!r}; expected a list of layer numbers")
+    layers = [
+        None if i in dense else _member(archive, f"layer_{i}", "int32", n_ff, np.int32)
+        for i in range(n_layer)
+    ]
+    names = set(archive.namelist())
+    scored = any(f"scores_{i}.npy" in names for i in range(n_layer))
+    scores = [
+        _member(archive, f"scores_{i}", "float32", n_ff, np.float32)
+        if f"scores_{i}.npy" in names
+        else None
+        for i in range(n_layer if scored else 0)
+    ]
+    fingerprint = header.get("fingerprint")
+    stability = header.get("stability")
+    return CoreSet(
+        layers=layers,
+        n_ff=n_ff,
+        scores=scores,
+        statistic=str(header.get("statistic", "")),
+        alpha=_number(header, "alpha"),
+        beta=_number(header, "beta"),
+        n_tokens=_whole(header, "n_tokens", 0, 1 << 62),
+        stability=None if stability is None else _number(header, "stability"),
+        fingerprint=None if fingerprint is None else int(fingerprint, 16),
+    )

@@ -1,0 +1,71 @@
+"""Timings: tokens, seconds and bytes of the last generation, stage by stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What the last call cost. Seconds are wall time; bytes are weights that one step reads.
+
+    Prefill seconds include counting; selection and compaction come after it and before the first
+    decoded token, so they belong to the time to first token of a generation with core neurons.
+    """
+
+    load_seconds: float = 0.0
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    count_seconds: float = 0.0
+    select_seconds: float = 0.0
+    compact_seconds: float = 0.0
+    compact_bytes: int = 0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    reused_tokens: int = 0
+    dense_weight_bytes: int = 0
+    decode_weight_bytes: int = 0
+    kv_bytes: int = 0
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens a second, 0 if none was computed."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Decoded tokens a second, 0 if none was."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds > 0 else 0.0
+
+    @property
+    def decode_gb_per_second(self) -> float:
+        """Weight bytes that decoding read a second, in 10^9 bytes."""
+        return self.decode_weight_bytes * self.decode_tokens_per_second / 1e9
+
+    def as_dict(self) -> dict[str, float]:
+        """Fields and rates, ready for JSON."""
+        return {
+            **dataclasses.asdict(self),
+            "prefill_tokens_per_second": self.prefill_tokens_per_second,
+            "decode_tokens_per_second": self.decode_tokens_per_second,
+            "decode_gb_per_second": self.decode_gb_per_second,
+        }
+
+
+# Counters of the session that grow with every call; a generation's share is a difference.
+COUNTERS = {
+    "prefill_tokens": int,
+    "prefill_seconds": float,
+    "count_seconds": float,
+    "select_seconds": float,
+    "compact_seconds": float,
+    "decode_tokens": int,
+    "decode_seconds": float,
+}
+
+
+def since(now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+    """What the counters grew by since `before`."""
+    return {name: kind(now.get(name, 0) - before.get(name, 0)) for name, kind in COUNTERS.items()}

@@ -1,0 +1,470 @@
+"""TokenModel: token ids in, token ids and log-probabilities out; `Llama` adds text.
+
+Owns the engine and one session. A generation reads its prompt dense, chooses core neurons as
+`core` says, compacts them if they changed, and decodes; the arithmetic is the C++ session's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import _core
+from .config import RANDOM_SEED, CoreConfig, LoadConfig, SamplingConfig
+from .core_sets import CoreSet
+from .text_stream import TopLogprobs
+from .timings import Timings, since
+from .types import Backend, LlamaState
+
+LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
+StoppingCriterion = Callable[[np.ndarray, np.ndarray], bool]
+Tokens = Sequence[int] | np.ndarray
+TokenGenerator = Generator[int, Sequence[int] | None, None]
+
+_SCORE_CHUNK = 64  # rows of (n_vocab) log-probabilities held at once for an echoed prompt
+
+
+class TokenModel:
+    """A loaded model, the text in its cache, and the neurons that decode it.
+
+    One object serves one caller at a time: a second thread gets a RuntimeError. Every method of a
+    closed object raises RuntimeError.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        config: LoadConfig,
+        core: str | CoreConfig | CoreSet,
+        prefill_progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self.model_path = model_path
+        self.prefill_progress = prefill_progress
+        self._config = config
+        self._engine: _core.Engine | None = _core.Engine.load(
+            model_path, n_threads=config.n_threads or 0, f32_activations=config.f32_activations
+        )
+        self._session: _core.Session | None = _core.Session(
+            self._engine,
+            n_ctx=config.n_ctx,
+            n_batch=config.n_batch,
+            type_k=config.type_k,
+            type_v=config.type_v,
+        )
+        self._lock = threading.Lock()
+        self._generation = 0  # grows whenever the cache gets another text
+        self._core_set: CoreSet | None = None  # that decodes the present text
+        self._timings_before: dict[str, float] = {}
+        self._reused = 0
+        self.core = core
+        self.set_seed(config.seed)
+
+    # --- what is open, and closing ---
+
+    def _open_engine(self) -> _core.Engine:
+        if self._engine is None:
+            raise RuntimeError("this Llama is closed")
+        return self._engine
+
+    def _open_session(self) -> _core.Session:
+        if self._session is None:
+            raise RuntimeError("this Llama is closed")
+        return self._session
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[_core.Session]:
+        """The session, for one computation; a second thread is told so instead of waiting."""
+        session = self._open_session()
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("this Llama is computing in another thread; use one Llama a thread")
+        try:
+            yield session
+        finally:
+            self._lock.release()
+
+    def close(self) -> None:
+        """Give the model's memory back; the object then only says that it is closed."""
+        self._session = None
+        self._engine = None
+
+    # --- facts ---
+
+    def n_ctx(self) -> int:
+        """Tokens that fit the context."""
+        return self._open_session().n_ctx
+
+    def n_embd(self) -> int:
+        """Width of the hidden state."""
+        return self._open_engine().config["n_embd"]
+
+    def n_vocab(self) -> int:
+        """Number of token ids."""
+        return self._open_engine().n_vocab
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the cache."""
+        return self._open_session().n_past
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        """The cache's tokens, int32 (n_tokens,)."""
+        return np.asarray(self._open_session().tokens, dtype=np.int32)
+
+    @property
+    def eval_tokens(self) -> list[int]:
+        """The cache's tokens as a list."""
+        return list(self._open_session().tokens)
+
+    @property
+    def eval_logits(self) -> np.ndarray:
+        """Logits of the last position, float32 (1, n_vocab)."""
+        return self._open_session().logits()[None, :]
+
+    @property
+    def backend(self) -> Backend:
+        """What computes: name, instruction set, threads."""
+        info = self._open_engine().backend
+        return Backend(info["name"], info["isa"], info["n_threads"], info["description"])
+
+    @property
+    def fingerprint(self) -> int:
+        """Fingerprint of the model file, as core sets carry it."""
+        return self._open_engine().fingerprint
+
+    @property
+    def timings(self) -> Timings:
+        """Tokens, seconds and bytes of the last generation or score."""
+        session, engine = self._open_session(), self._open_engine()
+        now = session.timings
+        return Timings(
+            load_seconds=now["load_seconds"],
+            **since(now, self._timings_before),
+            compact_bytes=now["compact_bytes"],
+            reused_tokens=self._reused,
+            dense_weight_bytes=engine.weight_bytes,
+            decode_weight_bytes=session.decode_weight_bytes,
+            kv_bytes=session.kv_bytes,
+        )
+
+    # --- core neurons ---
+
+    @property
+    def core(self) -> CoreConfig | CoreSet:
+        """How generations choose their neurons; may be set between them as in the constructor."""
+        return self._given if self._given is not None else self._core
+
+    @core.setter
+    def core(self, core: str | CoreConfig | CoreSet) -> None:
+        engine = self._open_engine()
+        if isinstance(core, CoreSet):
+            core.check_fits(
+                n_layer=engine.n_layer, n_ff=engine.config["n_ff"], fingerprint=engine.fingerprint
+            )
+            self._given: CoreSet | None = core
+            self._core = CoreConfig.of("off")
+        else:
+            config = CoreConfig.of(core)
+            config.layer_range(engine.n_layer)
+            self._given, self._core = None, config
+
+    def set_core_set(self, core_set: CoreSet | None) -> None:
+        """Decode with these neurons from the next generation on; None decodes dense."""
+        self.core = "off" if core_set is None else core_set
+
+    @property
+    def core_set(self) -> CoreSet | None:
+        """The neurons that decode the present text; None if it is decoded dense."""
+        self._open_session()
+        return self._core_set
+
+    def _choose_core(self, session: _core.Session) -> None:
+        """Select from the prompt's statistics, and compact."""
+        chosen: CoreSet | None = self._given
+        if self._core.mode == "stable":
+            layers = self._core.layer_range(self._open_engine().n_layer)
+            raw = session.select(beta=self._core.beta, layers=layers)
+            chosen = CoreSet(
+                layers=raw.layers,
+                n_ff=raw.n_ff,
+                scores=raw.scores,
+                statistic=self._core.statistic,
+                alpha=self._core.alpha,
+                beta=self._core.beta,
+                n_tokens=raw.n_tokens,
+                stability=session.stability(beta=self._core.beta, layers=layers),
+                fingerprint=self.fingerprint,
+            )
+        self._decode_with(session, chosen)
+
+    def _decode_with(self, session: _core.Session, chosen: CoreSet | None) -> None:
+        self._core_set = None
+        session.set_core(None if chosen is None else _to_core(chosen))  # no work if unchanged
+        self._core_set = chosen
+
+    # --- ids ---
+
+    def checked_ids(self, tokens: Tokens, name: str = "tokens") -> np.ndarray:
+        """`tokens` as int32 (n,); ValueError for anything that is not ids of the vocabulary."""
+        n_vocab = self.n_vocab()
+        ids = np.asarray(tokens)
+        if ids.size == 0:
+            return np.zeros(0, dtype=np.int32)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise ValueError(
+                f"{name} is {ids.dtype} of shape {ids.shape}; expected a sequence of token ids"
+            )
+        wrong = np.flatnonzero((ids < 0) | (ids >= n_vocab))
+        if wrong.size:
+            at = int(wrong[0])
+            raise ValueError(
+                f"{name}[{at}] is {int(ids[at])}; expected a token id from 0 to {n_vocab - 1}"
+            )
+        return np.ascontiguousarray(ids, dtype=np.int32)
+
+    def checked_prompt(self, tokens: Tokens, name: str = "prompt") -> np.ndarray:
+        """`checked_ids`, and ValueError if there is none or more than the context holds."""
+        ids = self.checked_ids(tokens, name)
+        if ids.size == 0:
+            raise ValueError(
+                f"the {name} is empty: it has no token, and the model adds no BOS; give some text"
+            )
+        self._check_room(ids.size)
+        return ids
+
+    def _check_room(self, n: int) -> None:
+        if n > self.n_ctx():
+            raise ValueError(
+                f"Requested tokens ({n}) exceed context window of {self.n_ctx()}; shorten the "
+                "text, or load the model with a larger n_ctx"
+            )
+
+    # --- reading and drawing, one step at a time ---
+
+    def reset(self) -> None:
+        """Forget the text in the cache."""
+        with self._computing() as session:
+            self._generation += 1
+            session.reset()
+
+    def set_seed(self, seed: int) -> None:
+        """Start the sequence of sampler seeds again; 0xFFFFFFFF takes one from the system."""
+        self._seed = LoadConfig(seed=seed).seed
+        self._random = random.Random(None if self._seed == RANDOM_SEED else self._seed)
+
+    def eval(self, tokens: Tokens) -> None:
+        """Append tokens to the cache with the dense weights; `sample` draws what follows.
+
+        What was decoded with core neurons before is read again, dense.
+        """
+        ids = self.checked_ids(tokens)
+        if ids.size:
+            with self._computing() as session:
+                self._read(session, self._after_cache(session, ids))
+
+    def draw(
+        self, sampling: SamplingConfig, processors: Sequence[LogitsProcessor] = (), seed=None
+    ) -> int:
+        """Draw the token after the cache; the cache stays as it is."""
+        if self.n_tokens == 0:
+            raise RuntimeError("there is nothing to sample from; call eval first")
+        with self._computing() as session:
+            return _draw(session, self._sampler(session, sampling, seed), processors)
+
+    def token_logprobs(self, n_top: int, token: int) -> tuple[float, TopLogprobs]:
+        """ln p of `token` after the cache, and the `n_top` likeliest ids with theirs."""
+        with self._computing() as session:
+            return session.logprobs(n_top, token)
+
+    def _after_cache(self, session: _core.Session, ids: np.ndarray) -> np.ndarray:
+        whole = np.concatenate([np.asarray(session.tokens, dtype=np.int32), ids])
+        self._check_room(whole.size)
+        return whole
+
+    def _read(self, session: _core.Session, ids: np.ndarray) -> None:
+        """Make the cache hold exactly `ids`, dense, reusing what it can of the last text."""
+        self._generation += 1
+        self._timings_before = dict(session.timings)
+        statistic = self._core.statistic if self._core.mode == "stable" else None
+        self._reused = session.reusable(ids, statistic, self._core.alpha)
+        session.keep(self._reused)
+        session.prefill(
+            ids[self._reused :],
+            statistic=statistic,
+            alpha=self._core.alpha,
+            progress=self.prefill_progress,
+        )
+
+    def _sampler(
+        self, session: _core.Session, sampling: SamplingConfig, seed: int | None
+    ) -> _core.Sampler:
+        if seed is None:
+            seed = self._random.getrandbits(32)
+        elif LoadConfig(seed=seed).seed == RANDOM_SEED:
+            seed = random.SystemRandom().getrandbits(32)
+        n_vocab = self.n_vocab()
+        for token in sampling.logit_bias or ():
+            if not 0 <= token < n_vocab:
+                raise ValueError(f"logit_bias names token {token}; expected 0 to {n_vocab - 1}")
+        sampler = _core.Sampler(seed=seed, **sampling.sampler_arguments())
+        if sampling.has_penalties:
+            for token in session.tokens[-sampling.penalty_last_n :]:
+                sampler.accept(token)
+        return sampler
+
+    # --- generation ---
+
+    def generate_ids(
+        self,
+        ids: np.ndarray,
+        sampling: SamplingConfig,
+        *,
+        reset: bool = True,
+        seed: int | None = None,
+        processors: Sequence[LogitsProcessor] = (),
+        criteria: Sequence[StoppingCriterion] = (),
+    ) -> TokenGenerator:
+        """Token ids after checked `ids`, until the caller stops or the context is full.
+
+        The first token is drawn from the prefill's own, dense, logits. `send(ids)` puts ids after
+        the token that was yielded, through the decode weights.
+        """
+        with self._computing() as session:
+            self._read(session, ids if reset else self._after_cache(session, ids))
+            self._choose_core(session)
+            generation = self._generation
+            sampler = self._sampler(session, sampling, seed)
+        while True:
+            with self._computing() as session:
+                token = _draw(session, sampler, processors)
+                if criteria:
+                    so_far = np.asarray(session.tokens, dtype=np.int32)
+                    logits = session.logits()
+                    if any(stop(so_far, logits) for stop in criteria):
+                        return
+            sent = yield token
+            with self._computing() as session:
+                if self._generation != generation:
+                    raise RuntimeError(
+                        "the cache now holds another text; finish one generation before the next, "
+                        "or use two Llama objects"
+                    )
+                if session.n_past >= session.n_ctx:
+                    return
+                extra = self.checked_ids([] if sent is None else sent)
+                self._check_room(session.n_past + 1 + extra.size)
+                session.decode(token)
+                for token in extra.tolist():
+                    session.decode(token)
+                    sampler.accept(token)
+
+    def score(self, prompt_ids: Tokens, continuation_ids: Tokens) -> np.ndarray:
+        """Log-probabilities of a continuation, computed as a generation would compute them.
+
+        The prompt is read dense and chooses the core set; the continuation runs through the decode
+        weights, so this measures what decoding with core neurons does.
+
+        Returns
+        -------
+        ndarray float32 (n, n_vocab)
+            Row k is ln p(· | prompt, continuation[:k]); row 0 is the prefill's own.
+        """
+        prompt = self.checked_prompt(prompt_ids)
+        continuation = self.checked_ids(continuation_ids, "continuation_ids")
+        self._check_room(prompt.size + max(0, continuation.size - 1))
+        with self._computing() as session:
+            self._read(session, prompt)
+            self._choose_core(session)
+            if continuation.size == 0:
+                return np.zeros((0, self.n_vocab()), dtype=np.float32)
+            return session.score(continuation)
+
+    def prompt_logprobs(self, ids: Tokens, n_top: int) -> list[tuple[float, TopLogprobs]]:
+        """ln p of every id but the first, and the `n_top` likeliest in its place, read dense.
+
+        Row i belongs to ids[i + 1]. Decoding is dense afterwards, until the next generation.
+        """
+        prompt = self.checked_prompt(ids)
+        rows: list[tuple[float, TopLogprobs]] = []
+        with self._computing() as session:
+            self._generation += 1
+            self._decode_with(session, None)
+            session.keep(0)
+            session.prefill(prompt[:1])
+            done = 1
+            while done < prompt.size:
+                # A call leaves its last id out of the cache, so the next begins with that one.
+                chunk = prompt[done : done + _SCORE_CHUNK]
+                scores = session.score(np.ascontiguousarray(prompt[done : done + len(chunk) + 1]))
+                for row, token in zip(scores, chunk.tolist(), strict=False):
+                    rows.append((float(row[token]), _likeliest(row, n_top)))
+                done += len(chunk)
+        return rows
+
+    # --- state ---
+
+    def save_state(self) -> LlamaState:
+        """The cache, its statistics and the core set, for `load_state`."""
+        with self._computing() as session:
+            blob = session.save_state()
+            return LlamaState(
+                input_ids=np.asarray(session.tokens, dtype=np.int32),
+                n_tokens=session.n_past,
+                llama_state=blob,
+                llama_state_size=len(blob),
+                seed=self._seed,
+                core_set=self._core_set,
+            )
+
+    def load_state(self, state: LlamaState) -> None:
+        """Go back to a saved state of the same model with the same context and cache types."""
+        with self._computing() as session:
+            self._generation += 1
+            self._core_set = None
+            session.load_state(state.llama_state)
+            self._decode_with(session, state.core_set)
+        self.set_seed(state.seed)
+
+
+def _draw(
+    session: _core.Session, sampler: _core.Sampler, processors: Sequence[LogitsProcessor]
+) -> int:
+    if not processors:
+        return session.sample(sampler)
+    ids, logits = np.asarray(session.tokens, dtype=np.int32), session.logits()
+    expected = logits.shape
+    for processor in processors:
+        logits = np.ascontiguousarray(processor(ids, logits), dtype=np.float32)
+        if logits.shape != expected:
+            raise ValueError(
+                f"a logits processor returned shape {logits.shape}; expected {expected}"
+            )
+    token = sampler.sample(logits)
+    sampler.accept(token)
+    return token
+
+
+def _likeliest(row: np.ndarray, n: int) -> TopLogprobs:
+    """The n largest entries with their indices, largest first, ties to the lower index."""
+    if n == 0:
+        return []
+    least = np.partition(row, row.size - n)[row.size - n]
+    candidates = np.flatnonzero(row >= least)
+    order = candidates[np.lexsort((candidates, -row[candidates]))][:n]
+    return [(int(i), float(row[i])) for i in order]
+
+
+def _to_core(core_set: CoreSet) -> Any:
+    return _core.CoreSet.make(
+        list(core_set.layers),
+        n_ff=core_set.n_ff,
+        statistic=core_set.statistic,
+        alpha=core_set.alpha,
+        beta=core_set.beta,
+        n_tokens=core_set.n_tokens,
+    )
