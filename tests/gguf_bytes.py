@@ -141,8 +141,9 @@ def small_model() -> Gguf:
     """Every kind of metadata value, and tensors of four types and of one to three dimensions."""
     g = Gguf()
     g.kv("general.architecture", STRING, "llama")
-    for kind, number in ((U8, 7), (I8, -7), (U16, 700), (I16, -700), (U32, 70000), (I32, -70000),
-                         (U64, 2**40), (I64, -(2**40)), (F32, 0.5), (F64, 0.25), (BOOL, 1)):  # fmt: skip
+    numbers = {U8: 7, I8: -7, U16: 700, I16: -700, U32: 70000, I32: -70000, U64: 2**40,
+               I64: -(2**40), F32: 0.5, F64: 0.25, BOOL: 1}  # fmt: skip
+    for kind, number in numbers.items():
         g.kv(f"scalar.{kind}", kind, number)
         g.kv(f"array.{kind}", ARRAY, array(kind, [number, 0, number]))
     g.kv("tokens", ARRAY, array(STRING, ["a", "", "é", b"\xff\xfe"]))

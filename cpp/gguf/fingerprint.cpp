@@ -36,12 +36,18 @@ uint64_t hash_bytes(std::span<const std::byte> bytes, uint64_t seed) {
 uint64_t hash_sampled_pages(const MmapFile& file, uint64_t start, uint64_t seed) {
   uint64_t state = mix(seed, file.size());
   const uint64_t data_bytes = file.size() - start;
-  const uint64_t step = std::max(kSampleBytes, data_bytes / kSamples);
-  std::vector<std::byte> page(kSampleBytes);
-  for (uint64_t at = 0; at < data_bytes; at += step) {
-    page.resize(std::min(kSampleBytes, data_bytes - at));
-    file.read_at(start + at, page.data(), page.size());
-    state = hash_bytes(page, state);
+  std::vector<std::byte> bytes;
+  const auto take = [&](uint64_t at, uint64_t n) {
+    bytes.resize(n);
+    file.read_at(start + at, bytes.data(), n);
+    state = hash_bytes(bytes, state);
+  };
+  if (data_bytes <= kSamples * kSampleBytes) {
+    take(0, data_bytes);
+  } else {
+    const uint64_t step = (data_bytes - kSampleBytes) / (kSamples - 1);
+    for (uint64_t i = 0; i + 1 < kSamples; ++i) take(i * step, kSampleBytes);
+    take(data_bytes - kSampleBytes, kSampleBytes);
   }
   return state;
 }
