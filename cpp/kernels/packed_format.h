@@ -36,15 +36,16 @@ inline constexpr size_t kPackedSlack = 64;
 
 // What stands in a strip for the scales; each entry is for 16 rows.
 enum class ScaleKind {
-  kHalf,       // per group: float16 d
-  kHalfPair,   // per group: float16 d, float16 m
-  kSuper,      // per super-block: float16 d; per group: int8 s.               scale d * s
-  kSuperPair,  // per super-block: float16 d, dmin; per group: int8 s, uint8 m. d * s, dmin * m
+  kHalf,          // per group: float16 d
+  kHalfPair,      // per group: float16 d, float16 m
+  kSuper,         // per super-block: float16 d; per group: int8 s.               scale d * s
+  kSuperPair,     // per super-block: float16 d, dmin; per group: int8 s, uint8 m. d * s, dmin * m
+  kSuperNibbles,  // the same with s and m of 4 bits in one byte, s the low half
 };
 
 // A weight is scale * (code - offset), or scale * code + m (kHalfPair), or scale * code - minimum
-// (kSuperPair). Where `lookup`, 4-bit codes index kIQ4Values, which are taken as 8-bit codes with
-// offset 128; int8 weights are 8-bit codes with offset 128, too.
+// (the pairs of super-blocks). Where `lookup`, 4-bit codes index kIQ4Values, which are taken as
+// 8-bit codes with offset 128; int8 weights are 8-bit codes with offset 128, too.
 struct PackedFormat {
   int bits = 0;
   int offset_log2 = 0;  // the offset is 1 << offset_log2, or 0 for the types with minima
@@ -55,7 +56,7 @@ struct PackedFormat {
     return scales == ScaleKind::kHalf || scales == ScaleKind::kSuper;
   }
   constexpr bool has_super() const {
-    return scales == ScaleKind::kSuper || scales == ScaleKind::kSuperPair;
+    return scales != ScaleKind::kHalf && scales != ScaleKind::kHalfPair;
   }
   // Bits of the two planes; the second is 0 where there is one.
   constexpr int plane_bits(int plane) const {
@@ -64,7 +65,7 @@ struct PackedFormat {
   }
   constexpr int column_bytes() const { return 2 * bits; }  // of 16 rows
   constexpr int super_bytes() const {
-    return scales == ScaleKind::kSuper ? 32 : scales == ScaleKind::kSuperPair ? 64 : 0;
+    return scales == ScaleKind::kSuper ? 32 : has_super() ? 64 : 0;
   }
   constexpr int group_scale_bytes() const {
     switch (scales) {
@@ -74,6 +75,7 @@ struct PackedFormat {
       case ScaleKind::kHalfPair:
         return 64;
       case ScaleKind::kSuper:
+      case ScaleKind::kSuperNibbles:
         return 16;
     }
     return 0;
@@ -93,7 +95,7 @@ constexpr PackedFormat packed_format(DType type) {
     case DType::kQ8_0:
       return {8, 7, false, ScaleKind::kHalf};
     case DType::kQ2_K:
-      return {2, 0, false, ScaleKind::kSuperPair};
+      return {2, 0, false, ScaleKind::kSuperNibbles};
     case DType::kQ3_K:
       return {3, 2, false, ScaleKind::kSuper};
     case DType::kQ4_K:

@@ -130,7 +130,7 @@ class StripPacker {
   void put_super(std::byte* to) {
     for (int r = 0; r < kStripRows; ++r) {
       put16(to, r, blocks_[static_cast<size_t>(r)].d[0]);
-      if (format_.scales == ScaleKind::kSuperPair) {
+      if (format_.scales != ScaleKind::kSuper) {
         put16(to + 32, r, blocks_[static_cast<size_t>(r)].m[0]);
       }
     }
@@ -156,6 +156,9 @@ class StripPacker {
           [[fallthrough]];
         case ScaleKind::kSuper:
           scales[r] = static_cast<std::byte>(block.scale[g]);
+          break;
+        case ScaleKind::kSuperNibbles:
+          scales[r] = static_cast<std::byte>(block.scale[g] | block.minimum[g] << 4);
           break;
       }
     }

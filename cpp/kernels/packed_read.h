@@ -47,6 +47,10 @@ inline GroupScales read_scales(const PackedView& w, const std::byte* strip, int6
       case ScaleKind::kSuper:
         out.scale[r] = read_half(d, r) * static_cast<float>(static_cast<int8_t>(s[r]));
         break;
+      case ScaleKind::kSuperNibbles:
+        out.scale[r] = read_half(d, r) * static_cast<float>(std::to_integer<int>(s[r]) & 15);
+        out.add[r] = -(read_half(d + 32, r) * static_cast<float>(std::to_integer<int>(s[r]) >> 4));
+        break;
     }
   }
   return out;

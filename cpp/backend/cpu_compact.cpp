@@ -1,0 +1,149 @@
+// compact of the CPU backend: the picked neurons of all layers, gathered from the mapped file into
+// one contiguous buffer in the layout that the matrix kernels compute with. Rows of gate and up are
+// picked whole; of down, columns are picked inside the quantisation groups, values exactly kept.
+#include <algorithm>
+#include <cstring>
+
+#include "backend/cpu_backend.h"
+#include "backend/cpu_weight.h"
+#include "base/aligned_buffer.h"
+#include "base/error.h"
+#include "kernels/packed_pack.h"
+
+namespace coreinfer {
+namespace {
+
+// One matrix to be made: rows or columns of `from`.
+struct Target {
+  const Mat* from = nullptr;
+  std::span<const int32_t> rows{};     // picked rows; empty: all
+  std::span<const int32_t> columns{};  // picked columns; empty: all
+  ColumnGroupsPtr groups{};            // when packed
+  PackedView strips{};                 // when packed
+  Mat plain{};                         // when not
+  size_t offset = 0;                   // in the buffer
+  int64_t first_unit = 0;              // units of work before it: strips of 16 rows
+
+  int64_t n_rows() const { return rows.empty() ? from->rows : static_cast<int64_t>(rows.size()); }
+  size_t bytes() const { return groups ? strips.bytes() : plain.bytes(); }
+  int64_t units() const { return (n_rows() + kStripRows - 1) / kStripRows; }
+};
+
+Target make_target(const Mat& from, std::span<const int32_t> rows,
+                   std::span<const int32_t> columns) {
+  Target t{.from = &from, .rows = rows, .columns = columns};
+  if (traits(from.type).quantized) {
+    t.groups = columns.empty() ? all_columns(from.type, from.cols)
+                               : picked_columns(from.type, from.cols, columns);
+    t.strips = packed_layout(from.type, t.n_rows(), *t.groups);
+  } else {
+    const auto cols = columns.empty() ? from.cols : static_cast<int64_t>(columns.size());
+    t.plain = {from.type, t.n_rows(), cols, nullptr};
+  }
+  return t;
+}
+
+// Rows [begin, end) of a float matrix.
+void copy_plain(const Target& t, int64_t begin, int64_t end) {
+  const size_t element = row_bytes(t.from->type, 1);
+  for (int64_t r = begin; r < end; ++r) {
+    const std::byte* const row = t.from->row(t.rows.empty() ? r : t.rows[static_cast<size_t>(r)]);
+    auto* const to = const_cast<std::byte*>(t.plain.row(r));
+    if (t.columns.empty()) {
+      std::memcpy(to, row, t.plain.stride());
+    } else if (element == 2) {
+      for (size_t i = 0; i < t.columns.size(); ++i) {
+        std::memcpy(to + 2 * i, row + 2 * static_cast<size_t>(t.columns[i]), 2);
+      }
+    } else {
+      for (size_t i = 0; i < t.columns.size(); ++i) {
+        std::memcpy(to + 4 * i, row + 4 * static_cast<size_t>(t.columns[i]), 4);
+      }
+    }
+  }
+}
+
+void copy_units(const Target& t, int64_t begin, int64_t end) {
+  if (t.groups) {
+    pack_strips(*t.from, t.rows, t.strips, begin, end);
+  } else {
+    copy_plain(t, begin * kStripRows, std::min(end * kStripRows, t.n_rows()));
+  }
+}
+
+void check(const CompactSource& source) {
+  const auto& neurons = source.neurons;
+  const int64_t n_ff = source.up.rows;
+  if (neurons.empty()) throw_error(ErrorKind::kValue, "a core set without neurons");
+  for (size_t i = 0; i < neurons.size(); ++i) {
+    if (neurons[i] < 0 || neurons[i] >= n_ff || (i > 0 && neurons[i] <= neurons[i - 1])) {
+      throw_error(ErrorKind::kValue, "core neurons must ascend within [0, %lld); entry %zu is %d",
+                  static_cast<long long>(n_ff), i, neurons[i]);
+    }
+  }
+}
+
+}  // namespace
+
+CompactWeights CpuBackend::compact(std::span<const CompactSource> layers) {
+  const std::lock_guard lock(mutex_);
+  CompactWeights result;
+  std::vector<Target> targets;
+  for (const CompactSource& source : layers) {
+    check(source);
+    if (!source.gate.empty()) targets.push_back(make_target(source.gate, source.neurons, {}));
+    targets.push_back(make_target(source.up, source.neurons, {}));
+    targets.push_back(make_target(source.down, {}, source.neurons));
+  }
+  int64_t units = 0;
+  for (Target& t : targets) {
+    t.offset = result.buffer_bytes;
+    t.first_unit = units;
+    result.buffer_bytes += (t.bytes() + kCacheLine - 1) / kCacheLine * kCacheLine;
+    result.source_bytes +=
+        t.columns.empty() ? t.from->stride() * static_cast<size_t>(t.n_rows()) : t.from->bytes();
+    units += t.units();
+  }
+
+  auto memory = std::make_shared<AlignedBuffer>(result.buffer_bytes + kPackedSlack);
+  for (Target& t : targets) {
+    t.strips.data = memory->as<std::byte>() + t.offset;
+    t.plain.data = memory->as<std::byte>() + t.offset;
+  }
+  pool_.run([&](ThreadPool::Context& context) {
+    int64_t begin, end;
+    while (context.next(units, 8, &begin, &end)) {
+      auto t = std::upper_bound(targets.begin(), targets.end(), begin,
+                                [](int64_t unit, const Target& t) { return unit < t.first_unit; });
+      for (--t; begin < end; ++t) {
+        const int64_t last = std::min(end, t->first_unit + t->units());
+        copy_units(*t, begin - t->first_unit, last - t->first_unit);
+        begin = last;
+      }
+    }
+  });
+
+  auto target = targets.begin();
+  const auto take = [&]() -> WeightPtr {
+    const Target& t = *target++;
+    if (t.groups) return std::make_shared<CpuWeight>(t.strips, t.groups, memory);
+    return std::make_shared<CpuWeight>(t.plain, memory);
+  };
+  for (const CompactSource& source : layers) {
+    FfnWeights ffn;
+    if (!source.gate.empty()) ffn.gate = take();
+    ffn.up = take();
+    ffn.down = take();
+    if (source.up_bias) {
+      ffn.up_bias = allocate(static_cast<int64_t>(source.neurons.size()));
+      for (size_t i = 0; i < source.neurons.size(); ++i) {
+        ffn.up_bias->data()[i] = source.up_bias->data()[source.neurons[i]];
+      }
+    }
+    ffn.down_bias = source.down_bias;
+    result.layers.push_back(std::move(ffn));
+  }
+  return result;
+}
+
+}  // namespace coreinfer
