@@ -13,8 +13,27 @@
 #include "backend/backend.h"
 #include "base/thread_pool.h"
 #include "kernels/isa.h"
+#include "kernels/vector.h"
 
 namespace coreinfer {
+
+// The row function of an activation.
+inline ActivateFn activation_kernel(const VectorKernels& kernels, Activation act) {
+  return act == Activation::kSilu       ? kernels.silu
+         : act == Activation::kGeluTanh ? kernels.gelu_tanh
+                                        : kernels.relu;
+}
+
+// One row through a norm that has a weight; out may be x.
+inline void norm_row(const VectorKernels& kernels, const Norm& norm, const float* x, int64_t n,
+                     float* out) {
+  if (norm.kind == NormKind::kRms) {
+    kernels.rms_norm(x, norm.weight->data(), norm.eps, n, out);
+  } else {
+    kernels.layer_norm(x, norm.weight->data(), norm.bias ? norm.bias->data() : nullptr, norm.eps, n,
+                       out);
+  }
+}
 
 struct LinearScratch;
 struct AttendScratch;

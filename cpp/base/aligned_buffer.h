@@ -18,7 +18,8 @@ namespace detail {
 
 // Private zero pages; throws kMemory. `purpose` completes the sentence of the message.
 inline void* map_pages(size_t bytes, int flags, const char* purpose) {
-  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
+  void* p =
+      mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
   if (p == MAP_FAILED) {
     throw_error(ErrorKind::kMemory, "the system has no %.1f MiB left to %s",
                 static_cast<double>(bytes) / (1 << 20), purpose);
@@ -82,8 +83,13 @@ class Reservation {
   ~Reservation() {
     if (data_) munmap(data_, size_);
   }
-  Reservation(const Reservation&) = delete;
-  Reservation& operator=(const Reservation&) = delete;
+  Reservation(Reservation&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+  Reservation& operator=(Reservation&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    return *this;
+  }
 
   size_t size() const { return size_; }
   std::byte* data() const { return static_cast<std::byte*>(data_); }

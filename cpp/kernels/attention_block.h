@@ -1,0 +1,45 @@
+// Steps of attention over one block of kKvBlock cached positions: scores, softmax, weighted values,
+// and the packing of keys and values. Every sum runs over its depth in ascending order, so a row's
+// bits do not depend on the rows beside it. Which block a row may see is the caller's knowledge.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/isa.h"
+
+namespace coreinfer {
+
+// Positions of a block, counted from position 0.
+inline constexpr int64_t kKvBlock = 64;
+// Elements that share a scale in 8-bit keys and values.
+inline constexpr int64_t kKvGroup = 32;
+
+struct AttentionKernels {
+  // c[i][j] = (accumulate ? c[i][j] : 0) + sum over k of a[i][k] * b[k][j], fused, k ascending.
+  // a: (rows, depth), b: (depth, cols), c: (rows, cols); ld*: elements from row to row.
+  void (*multiply_f32)(const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                       int64_t ldc, int64_t rows, int64_t depth, int64_t cols, bool accumulate);
+  void (*multiply_f16)(const float* a, int64_t lda, const uint16_t* b, int64_t ldb, float* c,
+                       int64_t ldc, int64_t rows, int64_t depth, int64_t cols, bool accumulate);
+  // One row's scores s[0, cols) become weights: exp(s' - max) inside [begin, end), zero outside,
+  // with s' = softcap * tanh(s / softcap) (0: s' = s) and the maximum over this and earlier blocks.
+  // max and sum are carried from block to block (first: -inf, 0). Returns the factor by which what
+  // was summed before must be multiplied. cols <= kKvBlock, begin < end.
+  float (*softmax)(float* s, int64_t cols, int64_t begin, int64_t end, float softcap, float* max,
+                   float* sum);
+  void (*f16_to_f32)(const uint16_t* x, int64_t n, float* out);
+  void (*f32_to_f16)(const float* x, int64_t n, uint16_t* out);  // to nearest, ties to even
+  // Groups of kKvGroup: scale = max |x| / 127 rounded to f16, codes = round(x / scale).
+  void (*quantize)(const float* x, int64_t n, int8_t* codes, uint16_t* scales);
+  // out[g * kKvGroup + i] = codes[…] * scales[g]: a row of values.
+  void (*unpack_row)(const int8_t* codes, const uint16_t* scales, int64_t n, float* out);
+  // A block of keys lies element by element: codes (n, kKvBlock), scales (n / kKvGroup, kKvBlock);
+  // out (n, kKvBlock).
+  void (*unpack_block)(const int8_t* codes, const uint16_t* scales, int64_t n, float* out);
+};
+
+// The table of one of available_isas().
+const AttentionKernels& attention_kernels(Isa isa);
+
+}  // namespace coreinfer
