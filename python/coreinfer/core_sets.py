@@ -26,6 +26,7 @@ FORMAT_VERSION = 1
 _MAX_LAYERS = 4096
 _MAX_FF = 1 << 24
 _MAX_HEADER_BYTES = 1 << 20
+_MAX_FILE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,11 +172,14 @@ class CoreSet:
             The file cannot be opened or read.
         """
         with open(path, "rb") as file:
-            try:
-                with zipfile.ZipFile(file) as archive:
-                    return _read(archive)
-            except _DAMAGE as error:
-                raise ValueError(f"{os.fspath(path)}: not a valid core set: {error}") from error
+            data = file.read(_MAX_FILE_BYTES + 1)
+        try:
+            if len(data) > _MAX_FILE_BYTES:
+                raise ValueError(f"it has more than {_MAX_FILE_BYTES} bytes")
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                return _read(archive)
+        except _DAMAGE as error:
+            raise ValueError(f"{os.fspath(path)}: not a valid core set: {error}") from error
 
 
 # What zipfile, zlib, json and our own checks raise on bytes that are not what they should be.
