@@ -17,10 +17,15 @@ from coreinfer._tok_vocab import PREFIX, TokenizerError, Vocabulary, unused_name
 _CONTRACTION = "'(?:[sS]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])"
 # Possessive loops where giving back could never help: a megabyte of spaces stays linear.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s"
+_LINES = r"(?:[^\S\r\n]*+[\r\n]++)++|\s+(?!\S)|\s"
 _WORDS_AND_LINES = (
-    _CONTRACTION
-    + r"|[^\r\n\p{L}\p{N}]?\p{L}++|%s| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-    + r"|(?:[^\S\r\n]*+[\r\n]++)++|\s+(?!\S)|\s"
+    _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}++|%s| ?[^\s\p{L}\p{N}]++[\r\n]*+|" + _LINES
+)
+# Mistral's: words break where capitals follow small letters (a to z only, as llama.cpp has it).
+_NOT_SMALL, _NOT_CAPITAL = r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?(?:{_NOT_SMALL}*{_NOT_CAPITAL}+|{_NOT_SMALL}+{_NOT_CAPITAL}*)"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n/]*+|" + _LINES
 )
 
 # Patterns applied one after the other, each to the pieces the last one left.
@@ -29,6 +34,7 @@ _PATTERNS = {
     "smollm": (r"\p{N}", _GPT2),
     "qwen2": (_WORDS_AND_LINES % r"\p{N}",),
     "llama-bpe": (_WORDS_AND_LINES % r"\p{N}{1,3}",),
+    "tekken": (_TEKKEN,),
     "default": (r"[\p{P}$+<=>^~|]++", _GPT2, r"\p{N}++", "[0-9][0-9][0-9]"),
 }
 # Other names for the same patterns.
@@ -41,11 +47,9 @@ _ALIASES = {
 PRE_TOKENIZERS = {name: name for name in _PATTERNS} | {
     alias: name for name, aliases in _ALIASES.items() for alias in aliases.split()
 }
-# Llama 3's: a word that is a token as a whole needs no merges, and texts begin with a BOS.
-WHOLE_WORDS_FIRST = {n for n, of in PRE_TOKENIZERS.items() if of == "llama-bpe"} - {
-    "smaug-bpe",
-    "dbrx",
-}
+# A word that is a token as a whole needs no merges, and texts begin with a BOS: Llama 3, Mistral.
+WHOLE_WORDS_FIRST = {name for name, of in PRE_TOKENIZERS.items() if of in ("llama-bpe", "tekken")}
+WHOLE_WORDS_FIRST -= {"smaug-bpe", "dbrx"}
 
 
 def _byte_alphabet() -> list[str]:
