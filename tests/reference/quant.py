@@ -28,6 +28,10 @@ class GgufTensors:
         """Tensor names in file order."""
         return list(self._tensors)
 
+    def keys(self) -> list[str]:
+        """Metadata keys in file order."""
+        return list(self._reader.fields)
+
     def field(self, key: str, default: Any = None) -> Any:
         """Metadata value of `key`, or `default` where the file does not have it."""
         found = self._reader.get_field(key)
