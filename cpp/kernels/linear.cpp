@@ -4,6 +4,11 @@ namespace coreinfer {
 
 const LinearKernels& linear_kernels(Isa isa) {
   switch (isa) {
+#if defined(__x86_64__)
+    case Isa::kAmx:
+    case Isa::kAvx512:
+      return linear_kernels_avx512();
+#endif
     default:
       return linear_kernels_scalar();
   }

@@ -7,6 +7,7 @@
 #include "base/half.h"
 #include "kernels/dequantize.h"
 #include "kernels/linear.h"
+#include "kernels/linear_types.h"
 #include "kernels/packed_read.h"
 
 namespace coreinfer {
@@ -144,11 +145,10 @@ const LinearKernels& linear_kernels_scalar() {
       .unpack_panel = [](DType) -> UnpackPanelFn { return unpack_panel; },
       .transpose_panel = transpose_panel,
       .dot_panel = dot_panel,
-      .dot_row = [](DType type) -> DotRowFn {
-        return type == DType::kF32   ? dot_row<DType::kF32>
-               : type == DType::kF16 ? dot_row<DType::kF16>
-                                     : dot_row<DType::kBF16>;
-      },
+      .dot_row =
+          [](DType type) {
+            return for_float_type(type, []<DType kType>() -> DotRowFn { return dot_row<kType>; });
+          },
   };
   return kTable;
 }
