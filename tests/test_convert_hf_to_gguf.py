@@ -23,43 +23,80 @@ from reference.model import ReferenceModel
 from reference.quant import GgufTensors
 from synthetic_vocab import make_vocabulary
 
-SMALL = {"n_layer": 2, "n_embd": 64, "n_ff": 96, "n_head": 4, "head_dim": 16, "n_vocab": 272,
-         "n_ctx": 32}
-LLAMA3 = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_context_length": 32}
+SMALL = {
+    "n_layer": 2,
+    "n_embd": 64,
+    "n_ff": 96,
+    "n_head": 4,
+    "head_dim": 16,
+    "n_vocab": 272,
+    "n_ctx": 32,
+}
+LLAMA3 = {
+    "type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_context_length": 32,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"arch": "llama", **SMALL, "rope_scaling": LLAMA3},
     "qwen2": {"arch": "qwen2", **SMALL, "n_head_kv": 2, "tied": False},
     "qwen3": {"arch": "qwen3", **SMALL, "head_dim": 24},
-    "gemma3": {"arch": "gemma3", **SMALL, "n_layer": 6,
-               "rope_scaling": {"type": "linear", "factor": 8.0}},
+    "gemma3": {
+        "arch": "gemma3",
+        **SMALL,
+        "n_layer": 6,
+        "rope_scaling": {"type": "linear", "factor": 8.0},
+    },
     "opt": {"arch": "opt", **SMALL},
 }
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-              "use_regex": True}
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
 
 
 def config_of(shape: ModelShape) -> dict[str, Any]:
     """A config.json in the words of the first transformers version that had the model."""
-    config = {"vocab_size": shape.n_vocab, "hidden_size": shape.n_embd,
-              "num_hidden_layers": shape.n_layer, "num_attention_heads": shape.n_head,
-              "max_position_embeddings": shape.n_ctx, "tie_word_embeddings": shape.tied}
+    config = {
+        "vocab_size": shape.n_vocab,
+        "hidden_size": shape.n_embd,
+        "num_hidden_layers": shape.n_layer,
+        "num_attention_heads": shape.n_head,
+        "max_position_embeddings": shape.n_ctx,
+        "tie_word_embeddings": shape.tied,
+    }
     if shape.arch == "opt":
-        return config | {"architectures": ["OPTForCausalLM"], "ffn_dim": shape.n_ff,
-                         "word_embed_proj_dim": shape.n_embd, "activation_function": "relu"}
-    config |= {"architectures": [f"{shape.arch.capitalize()}ForCausalLM"],
-               "intermediate_size": shape.n_ff, "num_key_value_heads": shape.n_head_kv,
-               "head_dim": shape.head_dim, "rms_norm_eps": shape.norm_eps,
-               "rope_theta": shape.rope_freq_base}
+        return config | {
+            "architectures": ["OPTForCausalLM"],
+            "ffn_dim": shape.n_ff,
+            "word_embed_proj_dim": shape.n_embd,
+            "activation_function": "relu",
+        }
+    config |= {
+        "architectures": [f"{shape.arch.capitalize()}ForCausalLM"],
+        "intermediate_size": shape.n_ff,
+        "num_key_value_heads": shape.n_head_kv,
+        "head_dim": shape.head_dim,
+        "rms_norm_eps": shape.norm_eps,
+        "rope_theta": shape.rope_freq_base,
+    }
     scaling = dict(shape.rope_scaling or {})
     if scaling:
         if "original_context_length" in scaling:
             scaling["original_max_position_embeddings"] = scaling.pop("original_context_length")
         config["rope_scaling"] = scaling
     if shape.arch == "gemma3":
-        return config | {"hidden_activation": "gelu_pytorch_tanh",
-                         "query_pre_attn_scalar": shape.head_dim, "sliding_window_pattern": 6,
-                         "sliding_window": shape.sliding_window, "rope_local_base_freq": 10000.0}
+        return config | {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": shape.head_dim,
+            "sliding_window_pattern": 6,
+            "sliding_window": shape.sliding_window,
+            "rope_local_base_freq": 10000.0,
+        }
     return config | {"hidden_act": "silu"}
 
 
@@ -70,8 +107,11 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: str = "
             raw = (values.astype("<f4").view(np.uint32) >> 16).astype("<u2").tobytes()
         else:
             raw = values.astype({"F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
-        header[name] = {"dtype": dtype, "shape": list(values.shape),
-                        "data_offsets": [len(data), len(data) + len(raw)]}
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(values.shape),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
         data += raw
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
@@ -80,14 +120,25 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: str = "
 def tokenizer_json(n_vocab: int) -> dict[str, Any]:
     vocabulary = make_vocabulary(n_vocab)
     control = (vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id)
-    return {"added_tokens": [{"id": i, "content": vocabulary.tokens[i], "special": True}
-                             for i in control],
-            "normalizer": None, "pre_tokenizer": BYTE_LEVEL,
-            "post_processor": {"type": "TemplateProcessing", "single": [
+    return {
+        "added_tokens": [
+            {"id": i, "content": vocabulary.tokens[i], "special": True} for i in control
+        ],
+        "normalizer": None,
+        "pre_tokenizer": BYTE_LEVEL,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [
                 {"SpecialToken": {"id": "<|bos|>", "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}}]},
-            "model": {"type": "BPE", "merges": [m.split(" ") for m in vocabulary.merges],
-                      "vocab": {t: i for i, t in enumerate(vocabulary.tokens)}}}
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "merges": [m.split(" ") for m in vocabulary.merges],
+            "vocab": {t: i for i, t in enumerate(vocabulary.tokens)},
+        },
+    }
 
 
 def make_directory(folder: Path, name: str, dtype: str = "F32") -> tuple[Path, Path, ModelShape]:
@@ -95,8 +146,11 @@ def make_directory(folder: Path, name: str, dtype: str = "F32") -> tuple[Path, P
     original = folder / "original.gguf"
     shape = make_tiny_model(original, **MODELS[name])
     file = GgufTensors(original)
-    tensors = {hf_name(shape.arch, n): from_gguf_values(shape, n, file.load(n))
-               for n in file.names() if n != "rope_freqs.weight"}
+    tensors = {
+        hf_name(shape.arch, n): from_gguf_values(shape, n, file.load(n))
+        for n in file.names()
+        if n != "rope_freqs.weight"
+    }
     if shape.arch == "opt":
         tensors["lm_head.weight"] = tensors["model.decoder.embed_tokens.weight"]
     directory = folder / "model"
@@ -104,12 +158,21 @@ def make_directory(folder: Path, name: str, dtype: str = "F32") -> tuple[Path, P
     names = list(tensors)
     half = len(names) // 2
     for i, part in enumerate((names[:half], names[half:])):
-        write_safetensors(directory / f"model-0000{i + 1}-of-00002.safetensors",
-                          {n: tensors[n] for n in part}, dtype)
+        write_safetensors(
+            directory / f"model-0000{i + 1}-of-00002.safetensors",
+            {n: tensors[n] for n in part},
+            dtype,
+        )
     write_json(directory / "config.json", config_of(shape))
     write_json(directory / "tokenizer.json", tokenizer_json(shape.n_vocab))
-    write_json(directory / "tokenizer_config.json", {"eos_token": "<|eos|>", "pad_token": {
-        "content": "<|pad|>"}, "chat_template": "{{ messages }}"})
+    write_json(
+        directory / "tokenizer_config.json",
+        {
+            "eos_token": "<|eos|>",
+            "pad_token": {"content": "<|pad|>"},
+            "chat_template": "{{ messages }}",
+        },
+    )
     return directory, original, shape
 
 
@@ -129,8 +192,9 @@ def test_converted_model_has_the_weights_and_metadata_it_came_from(name, tmp_pat
     assert found.names() == expected.names()
     for tensor in expected.names():
         # Gemma's norms went through w - 1 and back, in float32
-        np.testing.assert_allclose(found.load(tensor), expected.load(tensor), rtol=0,
-                                   atol=2e-7 if name == "gemma3" else 0)
+        np.testing.assert_allclose(
+            found.load(tensor), expected.load(tensor), rtol=0, atol=2e-7 if name == "gemma3" else 0
+        )
     arch = [key for key in expected.keys() if key.startswith((shape.arch, "general.arch"))]
     assert len(arch) >= 8
     for key in arch:
@@ -148,8 +212,15 @@ def test_converted_tokenizer_is_the_one_in_tokenizer_json(tmp_path):
     assert found.field("tokenizer.chat_template") == "{{ messages }}"
 
 
-@pytest.mark.parametrize(("stored", "outtype", "tolerance"), [
-    ("F16", "F16", 2**-11), ("BF16", "BF16", 2**-7), ("BF16", "F32", 2**-7), ("F32", "Q8_0", None)])
+@pytest.mark.parametrize(
+    ("stored", "outtype", "tolerance"),
+    [
+        ("F16", "F16", 2**-11),
+        ("BF16", "BF16", 2**-7),
+        ("BF16", "F32", 2**-7),
+        ("F32", "Q8_0", None),
+    ],
+)
 def test_types_in_and_out(stored, outtype, tolerance, tmp_path):
     directory, original, _ = make_directory(tmp_path, "qwen2", stored)
     convert(directory, tmp_path / "out.gguf", outtype)
@@ -170,8 +241,10 @@ def test_rows_that_are_not_whole_blocks_become_f16(tmp_path):
     file = GgufTensors(tmp_path / "odd.gguf")
     for old in directory.glob("*.safetensors"):
         old.unlink()
-    write_safetensors(directory / "model.safetensors", {
-        hf_name("opt", n).removeprefix("model."): file.load(n) for n in file.names()})
+    write_safetensors(
+        directory / "model.safetensors",
+        {hf_name("opt", n).removeprefix("model."): file.load(n) for n in file.names()},
+    )
     write_json(directory / "config.json", config_of(shape))
     convert(directory, tmp_path / "out.gguf", "Q4_0")
     found = GgufTensors(tmp_path / "out.gguf")
@@ -182,6 +255,7 @@ def test_rows_that_are_not_whole_blocks_become_f16(tmp_path):
 
 # --- configurations --------------------------------------------------------------------------
 
+
 def test_newer_rope_parameters_mean_the_same(tmp_path):
     shape = make_tiny_model(tmp_path / "m.gguf", **MODELS["gemma3"])
     config = config_of(shape)
@@ -190,37 +264,49 @@ def test_newer_rope_parameters_mean_the_same(tmp_path):
         del config[key]
     config["rope_parameters"] = {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    }
     config["layer_types"] = ["sliding_attention"] * 5 + ["full_attention"]
     assert shape_from_config(config) == old == shape
 
 
 def test_sliding_window_of_mistral_bounds_the_context():
-    config = {"architectures": ["MistralForCausalLM"], "vocab_size": 300, "hidden_size": 64,
-              "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
-              "intermediate_size": 96, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
-              "sliding_window": 4096}
+    config = {
+        "architectures": ["MistralForCausalLM"],
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": 4096,
+    }
     assert shape_from_config(config).n_ctx == 4096
     assert shape_from_config(config | {"sliding_window": None}).n_ctx == 32768
     assert shape_from_config(config | {"use_sliding_window": False}).n_ctx == 32768
 
 
-@pytest.mark.parametrize(("name", "changes", "message"), [
-    ("llama", {"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
-    ("llama", {"architectures": None}, "none"),
-    ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-    ("llama", {"attention_bias": True}, "attention_bias"),
-    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
-    ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
-    ("opt", {"activation_function": "gelu"}, "activation_function"),
-    ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),
-    ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim"),
-    ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
-    ("gemma3", {"sliding_window_pattern": 4}, "sliding_window_pattern"),
-    ("gemma3", {"layer_types": ["full_attention"] * 6}, "layer_types"),
-    ("gemma3", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar"),
-    ("gemma3", {"rope_local_base_freq": 5e5}, "local layers"),
-])
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", {"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
+        ("llama", {"architectures": None}, "none"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("llama", {"attention_bias": True}, "attention_bias"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
+        ("opt", {"activation_function": "gelu"}, "activation_function"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),
+        ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("gemma3", {"sliding_window_pattern": 4}, "sliding_window_pattern"),
+        ("gemma3", {"layer_types": ["full_attention"] * 6}, "layer_types"),
+        ("gemma3", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar"),
+        ("gemma3", {"rope_local_base_freq": 5e5}, "local layers"),
+    ],
+)
 def test_unsupported_configs_name_the_field(name, changes, message, tmp_path):
     shape = make_tiny_model(tmp_path / "m.gguf", **MODELS[name])
     with pytest.raises(CheckpointError, match=message):
@@ -228,6 +314,7 @@ def test_unsupported_configs_name_the_field(name, changes, message, tmp_path):
 
 
 # --- directories that cannot be converted ----------------------------------------------------
+
 
 def first_file(directory: Path) -> Path:
     return directory / "model-00001-of-00002.safetensors"
@@ -242,25 +329,36 @@ def change_vocabulary(directory: Path, **changes: Any) -> None:
     change_json(directory / "tokenizer.json", **changes)
 
 
-@pytest.mark.parametrize(("harm", "message"), [
-    (lambda d: (d / "config.json").unlink(), "config.json: not found"),
-    (lambda d: (d / "config.json").write_text("{"), "config.json: not valid JSON"),
-    (lambda d: [f.unlink() for f in d.glob("*.safetensors")], "no .*safetensors"),
-    (lambda d: first_file(d).unlink(), "embed_tokens.weight is missing"),
-    (lambda d: write_safetensors(d / "extra.safetensors", {"model.adapter": np.ones(3)}),
-     "not part of a qwen2 model, e.g. model.adapter"),
-    (lambda d: write_safetensors(d / "z.safetensors", {"model.norm.weight": np.ones(3)}),
-     r"model.norm.weight has shape \(3,\), expected \(64,\)"),
-    (cut_short, "cut short"),
-    (lambda d: first_file(d).write_bytes(b"\xff" * 64), "not a safetensors file"),
-    (lambda d: first_file(d).write_bytes(b"\x04" + bytes(7) + b"{{{{"), "header is not JSON"),
-    (lambda d: first_file(d).write_bytes(b""), "not a safetensors file"),
-    (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json: not found"),
-    (lambda d: change_vocabulary(d, model={"type": "WordPiece"}), "WordPiece"),
-    (lambda d: change_vocabulary(d, pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
-    (lambda d: change_vocabulary(d, added_tokens=[{"id": 272, "content": "x", "special": True}]),
-     "272 has no embedding"),
-])
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda d: (d / "config.json").unlink(), "config.json: not found"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json: not valid JSON"),
+        (lambda d: [f.unlink() for f in d.glob("*.safetensors")], "no .*safetensors"),
+        (lambda d: first_file(d).unlink(), "embed_tokens.weight is missing"),
+        (
+            lambda d: write_safetensors(d / "extra.safetensors", {"model.adapter": np.ones(3)}),
+            "not part of a qwen2 model, e.g. model.adapter",
+        ),
+        (
+            lambda d: write_safetensors(d / "z.safetensors", {"model.norm.weight": np.ones(3)}),
+            r"model.norm.weight has shape \(3,\), expected \(64,\)",
+        ),
+        (cut_short, "cut short"),
+        (lambda d: first_file(d).write_bytes(b"\xff" * 64), "not a safetensors file"),
+        (lambda d: first_file(d).write_bytes(b"\x04" + bytes(7) + b"{{{{"), "header is not JSON"),
+        (lambda d: first_file(d).write_bytes(b""), "not a safetensors file"),
+        (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json: not found"),
+        (lambda d: change_vocabulary(d, model={"type": "WordPiece"}), "WordPiece"),
+        (lambda d: change_vocabulary(d, pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
+        (
+            lambda d: change_vocabulary(
+                d, added_tokens=[{"id": 272, "content": "x", "special": True}]
+            ),
+            "272 has no embedding",
+        ),
+    ],
+)
 def test_broken_directories_are_explained_and_leave_no_file(harm, message, tmp_path):
     directory, _, _ = make_directory(tmp_path, "qwen2")
     harm(directory)
@@ -286,22 +384,37 @@ def test_command_line(tmp_path, capsys, monkeypatch):
 
 # --- tokenizers ------------------------------------------------------------------------------
 
-L3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-      r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+L3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
-@pytest.mark.parametrize(("normalizer", "steps", "name"), [
-    (None, [BYTE_LEVEL], "gpt-2"),
-    (None, [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL], "smollm"),
-    (None, [{"type": "Split", "pattern": {"Regex": L3}}, BYTE_LEVEL | {"use_regex": False}],
-     "llama-bpe"),
-    ({"type": "NFC"}, [{"type": "Split", "pattern": {"Regex": L3.replace("{1,3}", "")}},
-                       BYTE_LEVEL | {"use_regex": False}], "qwen2"),
-])
+@pytest.mark.parametrize(
+    ("normalizer", "steps", "name"),
+    [
+        (None, [BYTE_LEVEL], "gpt-2"),
+        (None, [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL], "smollm"),
+        (
+            None,
+            [{"type": "Split", "pattern": {"Regex": L3}}, BYTE_LEVEL | {"use_regex": False}],
+            "llama-bpe",
+        ),
+        (
+            {"type": "NFC"},
+            [
+                {"type": "Split", "pattern": {"Regex": L3.replace("{1,3}", "")}},
+                BYTE_LEVEL | {"use_regex": False},
+            ],
+            "qwen2",
+        ),
+    ],
+)
 def test_pre_tokenizers_are_recognised(normalizer, steps, name, tmp_path):
     directory, _, _ = make_directory(tmp_path, "opt")
-    change_vocabulary(directory, normalizer=normalizer,
-                      pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
+    change_vocabulary(
+        directory, normalizer=normalizer, pre_tokenizer={"type": "Sequence", "pretokenizers": steps}
+    )
     convert(directory, tmp_path / "out.gguf")
     assert GgufTensors(tmp_path / "out.gguf").field("tokenizer.ggml.pre") == name
 
@@ -310,18 +423,33 @@ def test_sentencepiece_vocabulary_gets_types_and_scores(tmp_path):
     directory, _, _ = make_directory(tmp_path, "opt")
     tokens = ["<unk>", "</s>", "<0x0A>", "\u2581", "a", "b", "ab", "\u2581ab", "\n\n"]
     change_vocabulary(
-        directory, pre_tokenizer=None, post_processor=None,
-        added_tokens=[{"id": 0, "content": "<unk>", "special": True},
-                      {"id": 1, "content": "</s>", "special": True},
-                      {"id": 8, "content": "\n\n", "special": False}],
-        normalizer={"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": "\u2581"},
-            {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]},
-        model={"type": "BPE", "byte_fallback": True, "unk_token": "<unk>",
-               "vocab": {t: i for i, t in enumerate(tokens)},
-               "merges": [["a", "b"], ["\u2581", "ab"]]})
-    write_json(directory / "tokenizer_config.json",
-               {"eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True})
+        directory,
+        pre_tokenizer=None,
+        post_processor=None,
+        added_tokens=[
+            {"id": 0, "content": "<unk>", "special": True},
+            {"id": 1, "content": "</s>", "special": True},
+            {"id": 8, "content": "\n\n", "special": False},
+        ],
+        normalizer={
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "\u2581"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+            ],
+        },
+        model={
+            "type": "BPE",
+            "byte_fallback": True,
+            "unk_token": "<unk>",
+            "vocab": {t: i for i, t in enumerate(tokens)},
+            "merges": [["a", "b"], ["\u2581", "ab"]],
+        },
+    )
+    write_json(
+        directory / "tokenizer_config.json",
+        {"eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True},
+    )
     change_json(directory / "config.json", bos_token_id=1)
     convert(directory, tmp_path / "out.gguf")
     file = GgufTensors(tmp_path / "out.gguf")
@@ -332,10 +460,14 @@ def test_sentencepiece_vocabulary_gets_types_and_scores(tmp_path):
     assert file.field("tokenizer.ggml.add_space_prefix") is True
     assert file.field("tokenizer.ggml.add_bos_token") is True
     assert [file.field(f"tokenizer.ggml.{k}_token_id") for k in ("unknown", "bos", "eos")] == [
-        0, 1, 1]
+        0,
+        1,
+        1,
+    ]
 
 
 # --- a model that was really trained ---------------------------------------------------------
+
 
 def test_opt_books_converts_and_equals_transformers(shared_dir, tmp_path):
     directory = shared_dir / "models" / "opt-books-17m"
@@ -353,7 +485,8 @@ def test_opt_books_converts_and_equals_transformers(shared_dir, tmp_path):
     top = np.argsort(-logits, axis=-1, kind="stable")[:, :20]
     assert np.array_equal(top, golden["top_ids"])
     # float64 on both sides, stored as float32 of values up to 16
-    np.testing.assert_allclose(np.take_along_axis(logits, top, axis=-1), golden["top_logits"],
-                               rtol=0, atol=2e-6)
+    np.testing.assert_allclose(
+        np.take_along_axis(logits, top, axis=-1), golden["top_logits"], rtol=0, atol=2e-6
+    )
     active = (result.h[1:] > 0).mean()
     assert 0.02 < active < 0.15  # real ReLU sparsity

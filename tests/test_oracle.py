@@ -24,6 +24,7 @@ FLOAT64_TOLERANCE = 1e-11
 
 # --- core neurons of a token -----------------------------------------------------------------
 
+
 def test_token_core_takes_the_top_share_of_positive_entries():
     row = np.array([3.0, -9.0, 0.0, 2.0, 5.0, 1.0])  # four positive
     assert neurons.token_core(row, 0.5).tolist() == [0, 4]
@@ -35,14 +36,17 @@ def test_token_core_prefers_the_lower_index_among_equal_values():
     assert neurons.token_core(row, 0.5).tolist() == [1, 2]
 
 
-@pytest.mark.parametrize(("n_positive", "alpha", "size"), [
-    (5, 0.5, 3),  # 2.5 rounds up
-    (5, 0.3, 2),  # 1.5 rounds up
-    (3, 0.4, 1),  # 1.2 rounds down
-    (4, 0.4, 2),  # 1.6 rounds up
-    (2, 0.1, 1),  # 0.2 rounds to none, but one is always taken
-    (0, 0.4, 0),
-])
+@pytest.mark.parametrize(
+    ("n_positive", "alpha", "size"),
+    [
+        (5, 0.5, 3),  # 2.5 rounds up
+        (5, 0.3, 2),  # 1.5 rounds up
+        (3, 0.4, 1),  # 1.2 rounds down
+        (4, 0.4, 2),  # 1.6 rounds up
+        (2, 0.1, 1),  # 0.2 rounds to none, but one is always taken
+        (0, 0.4, 0),
+    ],
+)
 def test_token_core_rounds_half_up_and_takes_at_least_one(n_positive, alpha, size):
     row = np.concatenate([np.arange(1, n_positive + 1.0), -np.ones(3)])
     assert len(neurons.token_core(row, alpha)) == size
@@ -50,9 +54,13 @@ def test_token_core_rounds_half_up_and_takes_at_least_one(n_positive, alpha, siz
 
 # --- statistics ------------------------------------------------------------------------------
 
-H = np.array([[4.0, -5.0, 1.0, 0.0],   # positive: 0, 2; non-zero: 0, 1, 2
-              [0.0, 2.0, 2.0, -3.0],   # positive: 1, 2; non-zero: 1, 2, 3
-              [0.0, 0.0, 0.0, 0.0]])   # nothing
+H = np.array(
+    [
+        [4.0, -5.0, 1.0, 0.0],  # positive: 0, 2; non-zero: 0, 1, 2
+        [0.0, 2.0, 2.0, -3.0],  # positive: 1, 2; non-zero: 1, 2, 3
+        [0.0, 0.0, 0.0, 0.0],
+    ]
+)  # nothing
 
 
 def test_count_counts_the_tokens_that_have_a_neuron_in_their_core():
@@ -97,11 +105,14 @@ def test_scores_do_not_depend_on_how_loud_a_token_is(statistic):
     rng = np.random.default_rng(1)
     h = rng.standard_normal((9, 40))
     louder = h * 2.0 ** rng.integers(-8, 8, (9, 1))  # powers of two keep every bit
-    assert np.array_equal(neurons.statistic_scores(statistic, h, h, 0.4),
-                          neurons.statistic_scores(statistic, louder, louder, 0.4))
+    assert np.array_equal(
+        neurons.statistic_scores(statistic, h, h, 0.4),
+        neurons.statistic_scores(statistic, louder, louder, 0.4),
+    )
 
 
 # --- core sets -------------------------------------------------------------------------------
+
 
 def test_core_set_takes_the_top_share_ascending_with_ties_to_the_lower_index():
     scores = np.array([1, 7, 3, 3, 0, 3, 2, 1, 1, 1])
@@ -132,8 +143,10 @@ def test_overlap_and_jaccard_of_small_sets():
 
 # --- stability -------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("n_tokens", "prefix"),
-                         [(2, 1), (3, 1), (4, 2), (7, 2), (8, 4), (15, 4), (16, 8), (255, 64)])
+
+@pytest.mark.parametrize(
+    ("n_tokens", "prefix"), [(2, 1), (3, 1), (4, 2), (7, 2), (8, 4), (15, 4), (16, 8), (255, 64)]
+)
 def test_stability_prefix_is_the_largest_power_of_two_up_to_half(n_tokens, prefix):
     assert neurons.stability_prefix(n_tokens) == prefix
 
@@ -175,6 +188,7 @@ def test_stability_is_undefined_for_one_token_and_for_everything_kept():
 
 # --- distances between distributions ---------------------------------------------------------
 
+
 def test_log_softmax_sums_to_one_and_survives_large_logits():
     logits = np.array([[1000.0, 1001.0, 999.0], [0.0, 0.0, 0.0]])
     log_p = quant.log_softmax(logits)
@@ -206,15 +220,18 @@ def test_top1_agreement_counts_equal_arg_maxes():
 
 # --- the forward pass ------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("case", CASES)
 def test_forward_equals_transformers(case, tmp_path):
     make_tiny_model(tmp_path / "m.gguf", **CASES[case])
     result = ReferenceModel(tmp_path / "m.gguf").forward(GOLDEN[f"{case}.tokens"])
     at = GOLDEN["positions"]
-    np.testing.assert_allclose(result.logits[at], GOLDEN[f"{case}.logits"], rtol=0,
-                               atol=TRANSFORMERS_TOLERANCE)
-    np.testing.assert_allclose(result.h[:, at], GOLDEN[f"{case}.h"], rtol=0,
-                               atol=TRANSFORMERS_TOLERANCE)
+    np.testing.assert_allclose(
+        result.logits[at], GOLDEN[f"{case}.logits"], rtol=0, atol=TRANSFORMERS_TOLERANCE
+    )
+    np.testing.assert_allclose(
+        result.h[:, at], GOLDEN[f"{case}.h"], rtol=0, atol=TRANSFORMERS_TOLERANCE
+    )
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "gemma3", "opt"])
@@ -231,10 +248,12 @@ def test_chunks_give_what_one_pass_gives(model):
     whole = model.forward(TOKENS)
     cache = KvCache()
     parts = [model.forward(part, cache) for part in (TOKENS[:1], TOKENS[1:13], TOKENS[13:])]
-    np.testing.assert_allclose(np.concatenate([p.logits for p in parts]), whole.logits, rtol=0,
-                               atol=FLOAT64_TOLERANCE)
-    np.testing.assert_allclose(np.concatenate([p.h for p in parts], axis=1), whole.h, rtol=0,
-                               atol=FLOAT64_TOLERANCE)
+    np.testing.assert_allclose(
+        np.concatenate([p.logits for p in parts]), whole.logits, rtol=0, atol=FLOAT64_TOLERANCE
+    )
+    np.testing.assert_allclose(
+        np.concatenate([p.h for p in parts], axis=1), whole.h, rtol=0, atol=FLOAT64_TOLERANCE
+    )
 
 
 def test_a_token_does_not_see_later_ones(model):
@@ -254,8 +273,9 @@ def test_positions_matter(model):
 def test_core_sets_of_all_neurons_change_nothing(model):
     n_layer, n_ff = model.config.n_layer, model.config.n_ff
     every = [np.arange(n_ff) if i % 2 else None for i in range(n_layer)]
-    np.testing.assert_array_equal(model.forward(TOKENS, core_layers=every).logits,
-                                  model.forward(TOKENS).logits)
+    np.testing.assert_array_equal(
+        model.forward(TOKENS, core_layers=every).logits, model.forward(TOKENS).logits
+    )
 
 
 def test_core_sets_act_like_a_model_without_the_other_neurons(tmp_path):
@@ -271,8 +291,12 @@ def test_core_sets_act_like_a_model_without_the_other_neurons(tmp_path):
     make_tiny_model(tmp_path / "whole.gguf", "llama")
     make_tiny_model(tmp_path / "cut.gguf", "llama", edit=cut)
     restricted = ReferenceModel(tmp_path / "whole.gguf").forward(TOKENS, core_layers=kept).logits
-    np.testing.assert_allclose(restricted, ReferenceModel(tmp_path / "cut.gguf").forward(
-        TOKENS).logits, rtol=0, atol=FLOAT64_TOLERANCE)
+    np.testing.assert_allclose(
+        restricted,
+        ReferenceModel(tmp_path / "cut.gguf").forward(TOKENS).logits,
+        rtol=0,
+        atol=FLOAT64_TOLERANCE,
+    )
 
 
 def test_score_starts_dense_and_continues_through_the_core_sets(model):
@@ -280,8 +304,9 @@ def test_score_starts_dense_and_continues_through_the_core_sets(model):
     result = model.forward(prompt)
     sets = neurons.core_sets("flock", result.h, result.act, 0.4, 0.3)
     dense = quant.log_softmax(model.forward(TOKENS).logits[11:-1])
-    np.testing.assert_allclose(model.score(prompt, continuation), dense, rtol=0,
-                               atol=FLOAT64_TOLERANCE)
+    np.testing.assert_allclose(
+        model.score(prompt, continuation), dense, rtol=0, atol=FLOAT64_TOLERANCE
+    )
     core = model.score(prompt, continuation, sets)
     np.testing.assert_allclose(core[0], dense[0], rtol=0, atol=FLOAT64_TOLERANCE)
     assert np.abs(core[1:] - dense[1:]).max(axis=-1).min() > 0.01
@@ -304,7 +329,8 @@ def test_activations_of_ungated_models_are_relu(tmp_path):
 def test_activation_functions_at_known_points():
     assert silu(np.array([0.0, 1.0, -800.0])) == pytest.approx([0.0, 0.7310585786300049, 0.0])
     assert gelu_tanh(np.array([0.0, 1.0, -1.0])) == pytest.approx(
-        [0.0, 0.8411919906082768, -0.15880800939172324])
+        [0.0, 0.8411919906082768, -0.15880800939172324]
+    )
 
 
 def test_unknown_architecture_and_rope_scaling_are_refused(tmp_path):

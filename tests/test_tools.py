@@ -58,24 +58,37 @@ def test_quantised_model_is_the_quantisation_of_the_float_one(tmp_path):
         files[dtype] = GgufTensors(tmp_path / dtype)
     exact = files["F32"].load("blk.0.ffn_up.weight")
     # Q8_0 steps are max / 127 of a block of 32; bfloat16 keeps 8 bits
-    assert np.abs(files["Q8_0"].load("blk.0.ffn_up.weight") - exact).max() < 0.55 * np.abs(
-        exact).max() / 127
+    assert (
+        np.abs(files["Q8_0"].load("blk.0.ffn_up.weight") - exact).max()
+        < 0.55 * np.abs(exact).max() / 127
+    )
     np.testing.assert_allclose(files["BF16"].load("blk.0.ffn_up.weight"), exact, rtol=2**-8)
 
 
 def test_metadata_is_what_llama_cpp_asks_for(tmp_path):
-    make_tiny_model(tmp_path / "m.gguf", "gemma3", n_layer=1,
-                    rope_scaling={"type": "linear", "factor": 8.0})
+    make_tiny_model(
+        tmp_path / "m.gguf", "gemma3", n_layer=1, rope_scaling={"type": "linear", "factor": 8.0}
+    )
     file = GgufTensors(tmp_path / "m.gguf")
-    expected = {"general.architecture": "gemma3", "gemma3.block_count": 1,
-                "gemma3.embedding_length": 256, "gemma3.feed_forward_length": 512,
-                "gemma3.attention.head_count": 4, "gemma3.attention.head_count_kv": 1,
-                "gemma3.attention.key_length": 128, "gemma3.attention.value_length": 128,
-                "gemma3.attention.sliding_window": 8, "gemma3.context_length": 256,
-                "gemma3.rope.freq_base": 1e6, "gemma3.rope.scaling.type": "linear",
-                "gemma3.rope.scaling.factor": 8.0, "tokenizer.ggml.model": "gpt2",
-                "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.add_bos_token": True,
-                "general.file_type": 0}
+    expected = {
+        "general.architecture": "gemma3",
+        "gemma3.block_count": 1,
+        "gemma3.embedding_length": 256,
+        "gemma3.feed_forward_length": 512,
+        "gemma3.attention.head_count": 4,
+        "gemma3.attention.head_count_kv": 1,
+        "gemma3.attention.key_length": 128,
+        "gemma3.attention.value_length": 128,
+        "gemma3.attention.sliding_window": 8,
+        "gemma3.context_length": 256,
+        "gemma3.rope.freq_base": 1e6,
+        "gemma3.rope.scaling.type": "linear",
+        "gemma3.rope.scaling.factor": 8.0,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.add_bos_token": True,
+        "general.file_type": 0,
+    }
     assert {key: file.field(key) for key in expected} == expected
     assert file.field("gemma3.attention.layer_norm_rms_epsilon") == pytest.approx(1e-6)
     make_tiny_model(tmp_path / "o.gguf", "opt", n_layer=1)
@@ -86,8 +99,13 @@ def test_metadata_is_what_llama_cpp_asks_for(tmp_path):
 
 
 def test_rope_factors_leave_short_waves_and_stretch_long_ones():
-    scaling = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_context_length": 64}
+    scaling = {
+        "type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_context_length": 64,
+    }
     shape = ModelShape("llama", 1, 64, 64, 1, 1, 64, 300, 64, rope_scaling=scaling)
     factors = rope_factors(shape)
     waves = 2 * np.pi * 10000.0 ** (np.arange(32) / 32)
@@ -100,10 +118,17 @@ def test_rope_factors_leave_short_waves_and_stretch_long_ones():
 def test_overrides_types_metadata_and_edits_are_applied(tmp_path):
     path = tmp_path / "m.gguf"
     shape = make_tiny_model(
-        path, "llama", "Q4_0", n_layer=1, n_embd=64, n_ff=96, tied=True,
+        path,
+        "llama",
+        "Q4_0",
+        n_layer=1,
+        n_embd=64,
+        n_ff=96,
+        tied=True,
         types={"ffn_down": "Q8_0", "output_norm.weight": "F16"},
         extra_metadata={"llama.rope.freq_base": None, "general.name": "other"},
-        edit=lambda name, values: values * 0 if name == "blk.0.attn_norm.weight" else values)
+        edit=lambda name, values: values * 0 if name == "blk.0.attn_norm.weight" else values,
+    )
     assert (shape.n_embd, shape.head_dim, shape.tied) == (64, 16, True)
     file = GgufTensors(path)
     assert "output.weight" not in file
@@ -116,17 +141,20 @@ def test_overrides_types_metadata_and_edits_are_applied(tmp_path):
     assert file.load("output_norm.weight").all()
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"arch": "mamba"}, "'mamba'"),
-    ({"dtype": "Q9_9"}, "'Q9_9'"),
-    ({"n_heads": 3}, "n_heads"),
-    ({"dtype": "Q4_K", "n_ff": 300}, "blk.0.ffn_down.weight: rows of 300"),
-    ({"n_head": 3, "n_head_kv": 2, "head_dim": 64}, "n_head"),
-    ({"head_dim": 63}, "head_dim"),
-    ({"arch": "opt", "tied": False}, "tied"),
-    ({"arch": "qwen2", "rope_scaling": {"type": "llama3"}}, "'llama3'"),
-    ({"n_vocab": 100}, "259"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"arch": "mamba"}, "'mamba'"),
+        ({"dtype": "Q9_9"}, "'Q9_9'"),
+        ({"n_heads": 3}, "n_heads"),
+        ({"dtype": "Q4_K", "n_ff": 300}, "blk.0.ffn_down.weight: rows of 300"),
+        ({"n_head": 3, "n_head_kv": 2, "head_dim": 64}, "n_head"),
+        ({"head_dim": 63}, "head_dim"),
+        ({"arch": "opt", "tied": False}, "tied"),
+        ({"arch": "qwen2", "rope_scaling": {"type": "llama3"}}, "'llama3'"),
+        ({"n_vocab": 100}, "259"),
+    ],
+)
 def test_impossible_models_are_refused_and_leave_no_file(arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         make_tiny_model(tmp_path / "m.gguf", **arguments)
@@ -150,6 +178,7 @@ def test_failure_while_writing_keeps_the_old_file(tmp_path):
 
 
 # --- vocabulary ------------------------------------------------------------------------------
+
 
 def test_byte_symbols_are_distinct_and_printable():
     symbols = byte_symbols()
@@ -180,9 +209,18 @@ def test_vocabulary_has_the_size_asked_for_and_encodes_any_text(n_vocab):
 
 # --- paper shapes ----------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("name", "n_params"), [
-    ("llama2-7b", 6.74e9), ("llama3.1-8b", 8.03e9), ("opt-6.7b", 6.66e9), ("opt-13b", 12.85e9),
-    ("qwen2.5-7b", 7.62e9), ("smollm2-135m", 134.5e6)])
+
+@pytest.mark.parametrize(
+    ("name", "n_params"),
+    [
+        ("llama2-7b", 6.74e9),
+        ("llama3.1-8b", 8.03e9),
+        ("opt-6.7b", 6.66e9),
+        ("opt-13b", 12.85e9),
+        ("qwen2.5-7b", 7.62e9),
+        ("smollm2-135m", 134.5e6),
+    ],
+)
 def test_paper_shapes_have_the_published_number_of_parameters(name, n_params):
     total = sum(int(np.prod(spec.shape)) for spec in tensor_specs(PAPER[name]))
     assert total == pytest.approx(n_params, rel=2e-3)
@@ -190,8 +228,23 @@ def test_paper_shapes_have_the_published_number_of_parameters(name, n_params):
 
 def test_paper_model_from_the_command_line(tmp_path, capsys):
     path = tmp_path / "m.gguf"
-    assert main(["--shape", "smollm2-135m", "--type", "q4_1", "--output-type", "q8_0",
-                 "--layers", "1", "--out", str(path)]) == 0
+    assert (
+        main(
+            [
+                "--shape",
+                "smollm2-135m",
+                "--type",
+                "q4_1",
+                "--output-type",
+                "q8_0",
+                "--layers",
+                "1",
+                "--out",
+                str(path),
+            ]
+        )
+        == 0
+    )
     assert "0.03 GB" in capsys.readouterr().out
     model = ReferenceModel(path, np.float32)
     file = model.file
@@ -206,8 +259,10 @@ def test_paper_model_from_the_command_line(tmp_path, capsys):
 
 def test_paper_model_replaces_types_that_do_not_fit_and_says_so(tmp_path, capsys):
     path = tmp_path / "m.gguf"
-    assert main(["--shape", "smollm2-135m", "--type", "q6_k", "--layers", "1",
-                 "--out", str(path)]) == 0
+    assert (
+        main(["--shape", "smollm2-135m", "--type", "q6_k", "--layers", "1", "--out", str(path)])
+        == 0
+    )
     assert "token_embd.weight Q6_K -> Q8_0" in capsys.readouterr().err
     file = GgufTensors(path)
     assert file.tensor_type("blk.0.attn_q.weight") == "Q8_0"  # rows of 576
@@ -228,8 +283,21 @@ def test_pools_of_blocks_wrap_around_without_gaps(dtype, tmp_path, monkeypatch):
 
 
 def test_command_line_errors(tmp_path, capsys):
-    assert main(["--shape", "smollm2-135m", "--type", "q8_0", "--layers", "1",
-                 "--out", str(tmp_path / "none" / "m.gguf")]) == 1
+    assert (
+        main(
+            [
+                "--shape",
+                "smollm2-135m",
+                "--type",
+                "q8_0",
+                "--layers",
+                "1",
+                "--out",
+                str(tmp_path / "none" / "m.gguf"),
+            ]
+        )
+        == 1
+    )
     assert "cannot write" in capsys.readouterr().err
     for arguments in (["--layers", "0"], ["--type", "q9_9"]):
         with pytest.raises(SystemExit) as stop:

@@ -38,14 +38,19 @@ def convert(directory: Path, out: Path, outtype: str = "F16") -> ModelShape:
     shape = shape_from_config(checkpoint.config)
     sources = _match_tensors(checkpoint, shape)
     fields = architecture_fields(shape, outtype, directory.resolve().name) | tokenizer_fields(
-        directory, shape.n_vocab, checkpoint.config)
-    tensors = [StoredTensor(spec.name, spec.shape, _type_of(spec, outtype))
-               for spec in tensor_specs(shape)]
+        directory, shape.n_vocab, checkpoint.config
+    )
+    tensors = [
+        StoredTensor(spec.name, spec.shape, _type_of(spec, outtype)) for spec in tensor_specs(shape)
+    ]
 
     def data(tensor: StoredTensor) -> Iterator[np.ndarray]:
         source = sources[tensor.name]
-        values = rope_factors(shape) if source is None else to_gguf_values(
-            shape, tensor.name, checkpoint.load(source))
+        values = (
+            rope_factors(shape)
+            if source is None
+            else to_gguf_values(shape, tensor.name, checkpoint.load(source))
+        )
         yield stored_bytes(np.ascontiguousarray(values), tensor.dtype)
 
     write_gguf(out, shape.arch, fields, tensors, data)
@@ -54,8 +59,11 @@ def convert(directory: Path, out: Path, outtype: str = "F16") -> ModelShape:
 
 def _match_tensors(checkpoint: Checkpoint, shape: ModelShape) -> dict[str, str | None]:
     """Source of every tensor of the file (None: computed), each checked for its shape."""
-    present = {_full_name(name, shape.arch): name for name in checkpoint.names()
-               if not name.endswith(IGNORED_SUFFIXES)}
+    present = {
+        _full_name(name, shape.arch): name
+        for name in checkpoint.names()
+        if not name.endswith(IGNORED_SUFFIXES)
+    }
     sources: dict[str, str | None] = {}
     for spec in tensor_specs(shape):
         if spec.kind == "rope_factors":
@@ -66,15 +74,19 @@ def _match_tensors(checkpoint: Checkpoint, shape: ModelShape) -> dict[str, str |
             raise CheckpointError(f"{checkpoint.directory}: tensor {wanted} is missing")
         source = present.pop(wanted)
         if checkpoint.shape(source) != spec.shape:
-            raise CheckpointError(f"{checkpoint.directory}: {source} has shape "
-                                  f"{checkpoint.shape(source)}, expected {spec.shape} by the "
-                                  f"config")
+            raise CheckpointError(
+                f"{checkpoint.directory}: {source} has shape "
+                f"{checkpoint.shape(source)}, expected {spec.shape} by the "
+                f"config"
+            )
         sources[spec.name] = source
     if shape.tied:
         present.pop("lm_head.weight", None)  # a copy of the embedding
     if present:
-        raise CheckpointError(f"{checkpoint.directory}: {len(present)} tensors are not part of a "
-                              f"{shape.arch} model, e.g. {min(present)}")
+        raise CheckpointError(
+            f"{checkpoint.directory}: {len(present)} tensors are not part of a "
+            f"{shape.arch} model, e.g. {min(present)}"
+        )
     return sources
 
 
@@ -92,13 +104,21 @@ def _type_of(spec: TensorSpec, outtype: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Command line: 0 fine, 1 cannot convert or write, 2 usage."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("directory", type=Path, help="with config.json, *.safetensors and "
-                                                     "tokenizer.json")
-    parser.add_argument("--outtype", type=str.lower, default="f16",
-                        choices=[name.lower() for name in QUANTISABLE],
-                        help="tensor type of the matrices (default: f16)")
-    parser.add_argument("--out", type=Path, help="file to write (default: "
-                                                 "DIRECTORY-OUTTYPE.gguf in the working directory)")
+    parser.add_argument(
+        "directory", type=Path, help="with config.json, *.safetensors and tokenizer.json"
+    )
+    parser.add_argument(
+        "--outtype",
+        type=str.lower,
+        default="f16",
+        choices=[name.lower() for name in QUANTISABLE],
+        help="tensor type of the matrices (default: f16)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="file to write (default: DIRECTORY-OUTTYPE.gguf in the working directory)",
+    )
     args = parser.parse_args(argv)
     out = args.out or Path(f"{args.directory.resolve().name}-{args.outtype}.gguf")
     try:

@@ -14,8 +14,12 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter
 
-FIELD_TYPES = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32,
-               str: GGUFValueType.STRING}
+FIELD_TYPES = {
+    bool: GGUFValueType.BOOL,
+    int: GGUFValueType.UINT32,
+    float: GGUFValueType.FLOAT32,
+    str: GGUFValueType.STRING,
+}
 ITEM_TYPES = {int: GGUFValueType.INT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
 
 
@@ -39,8 +43,13 @@ def block_size(dtype: str) -> tuple[int, int]:
     return GGML_QUANT_SIZES[GGMLQuantizationType[dtype]]
 
 
-def write_gguf(path: Path, arch: str, fields: Mapping[str, Any], tensors: list[StoredTensor],
-               data: Callable[[StoredTensor], Iterable[np.ndarray]]) -> None:
+def write_gguf(
+    path: Path,
+    arch: str,
+    fields: Mapping[str, Any],
+    tensors: list[StoredTensor],
+    data: Callable[[StoredTensor], Iterable[np.ndarray]],
+) -> None:
     """Write the file.
 
     Parameters
@@ -63,8 +72,13 @@ def write_gguf(path: Path, arch: str, fields: Mapping[str, Any], tensors: list[S
         else:
             writer.add_key_value(key, value, FIELD_TYPES[type(value)])
     for tensor in tensors:
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes,
-                               GGMLQuantizationType[tensor.dtype])
+        writer.add_tensor_info(
+            tensor.name,
+            tensor.shape,
+            np.dtype(np.float32),
+            tensor.n_bytes,
+            GGMLQuantizationType[tensor.dtype],
+        )
     partial = path.with_name(f"{path.name}.partial")
     try:
         writer.write_header_to_file(partial)
@@ -73,11 +87,15 @@ def write_gguf(path: Path, arch: str, fields: Mapping[str, Any], tensors: list[S
         out = writer.fout[0]
         for tensor in tensors:
             writer.write_padding(out, out.tell())
-            written = sum(out.write(np.ascontiguousarray(part).view(np.uint8).reshape(-1))
-                          for part in data(tensor))
+            written = sum(
+                out.write(np.ascontiguousarray(part).view(np.uint8).reshape(-1))
+                for part in data(tensor)
+            )
             if written != tensor.n_bytes:
-                raise ValueError(f"{tensor.name}: expected {tensor.n_bytes} bytes of "
-                                 f"{tensor.dtype} data, got {written}")
+                raise ValueError(
+                    f"{tensor.name}: expected {tensor.n_bytes} bytes of "
+                    f"{tensor.dtype} data, got {written}"
+                )
         writer.write_padding(out, out.tell())
         writer.close()
         os.replace(partial, path)

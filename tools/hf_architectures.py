@@ -12,32 +12,64 @@ import numpy as np
 from hf_checkpoint import CheckpointError
 from model_shape import ModelShape
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "llama",
-                 "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3",
-                 "Gemma3ForCausalLM": "gemma3", "OPTForCausalLM": "opt"}
-_ROTARY = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-           "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj",
-           "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-           "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
-           "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm",
-           "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-_GEMMA3 = _ROTARY | {"post_attention_norm": "post_attention_layernorm",
-                     "ffn_norm": "pre_feedforward_layernorm",
-                     "post_ffw_norm": "post_feedforward_layernorm"}
-_OPT = {"token_embd": "model.decoder.embed_tokens",
-        "position_embd": "model.decoder.embed_positions",
-        "output_norm": "model.decoder.final_layer_norm", "output": "lm_head",
-        "attn_norm": "self_attn_layer_norm", "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.out_proj", "ffn_norm": "final_layer_norm", "ffn_up": "fc1",
-        "ffn_down": "fc2"}
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Gemma3ForCausalLM": "gemma3",
+    "OPTForCausalLM": "opt",
+}
+_ROTARY = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_GEMMA3 = _ROTARY | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_OPT = {
+    "token_embd": "model.decoder.embed_tokens",
+    "position_embd": "model.decoder.embed_positions",
+    "output_norm": "model.decoder.final_layer_norm",
+    "output": "lm_head",
+    "attn_norm": "self_attn_layer_norm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.out_proj",
+    "ffn_norm": "final_layer_norm",
+    "ffn_up": "fc1",
+    "ffn_down": "fc2",
+}
 _NAMES = {"gemma3": _GEMMA3, "opt": _OPT}
 # What a config.json of Gemma 3 may leave out, and what it then means.
-_GEMMA3_DEFAULTS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
-                    "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "vocab_size": 262208,
-                    "query_pre_attn_scalar": 256, "sliding_window": 4096,
-                    "rope_theta": 1e6, "tie_word_embeddings": True,
-                    "hidden_activation": "gelu_pytorch_tanh"}
+_GEMMA3_DEFAULTS = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 262208,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
 GEMMA3_GLOBAL_EVERY = 6
 GEMMA3_LOCAL_ROPE_BASE = 10000.0
 GEMMA3_LAYERS_27B = 62
@@ -87,8 +119,10 @@ def shape_from_config(config: dict[str, Any]) -> ModelShape:
     """The model's shape; CheckpointError names the field of config.json that is not supported."""
     names = config.get("architectures") or ["(none)"]
     if names[0] not in ARCHITECTURES:
-        raise CheckpointError(f"config.json: architecture {names[0]} is not supported, expected "
-                              f"one of {', '.join(ARCHITECTURES)}")
+        raise CheckpointError(
+            f"config.json: architecture {names[0]} is not supported, expected "
+            f"one of {', '.join(ARCHITECTURES)}"
+        )
     arch = ARCHITECTURES[names[0]]
     if arch == "gemma3":
         config = _GEMMA3_DEFAULTS | config
@@ -101,30 +135,52 @@ def shape_from_config(config: dict[str, Any]) -> ModelShape:
 def _expect(config: dict[str, Any], key: str, *allowed: Any) -> None:
     """`allowed[0]` is also what an absent field means."""
     if config.get(key, allowed[0]) not in allowed:
-        raise CheckpointError(f"config.json: {key} is {config[key]!r}, supported: "
-                              f"{', '.join(repr(a) for a in allowed)}")
+        raise CheckpointError(
+            f"config.json: {key} is {config[key]!r}, supported: "
+            f"{', '.join(repr(a) for a in allowed)}"
+        )
 
 
 def _opt_shape(config: dict[str, Any]) -> ModelShape:
-    for key, value in (("activation_function", "relu"), ("do_layer_norm_before", True),
-                       ("enable_bias", True), ("layer_norm_elementwise_affine", True),
-                       ("_remove_final_layer_norm", False), ("tie_word_embeddings", True),
-                       ("word_embed_proj_dim", config["hidden_size"])):
+    for key, value in (
+        ("activation_function", "relu"),
+        ("do_layer_norm_before", True),
+        ("enable_bias", True),
+        ("layer_norm_elementwise_affine", True),
+        ("_remove_final_layer_norm", False),
+        ("tie_word_embeddings", True),
+        ("word_embed_proj_dim", config["hidden_size"]),
+    ):
         _expect(config, key, value)
     n_head = config["num_attention_heads"]
-    return ModelShape("opt", config["num_hidden_layers"], config["hidden_size"], config["ffn_dim"],
-                      n_head, n_head, config["hidden_size"] // n_head, config["vocab_size"],
-                      config["max_position_embeddings"], tied=True)
+    return ModelShape(
+        "opt",
+        config["num_hidden_layers"],
+        config["hidden_size"],
+        config["ffn_dim"],
+        n_head,
+        n_head,
+        config["hidden_size"] // n_head,
+        config["vocab_size"],
+        config["max_position_embeddings"],
+        tied=True,
+    )
 
 
 def _rotary_shape(arch: str, config: dict[str, Any]) -> ModelShape:
     gemma3 = arch == "gemma3"
-    _expect(config, "hidden_activation" if gemma3 else "hidden_act",
-            "gelu_pytorch_tanh" if gemma3 else "silu")
+    _expect(
+        config,
+        "hidden_activation" if gemma3 else "hidden_act",
+        "gelu_pytorch_tanh" if gemma3 else "silu",
+    )
     _expect(config, "attention_bias", False)
     _expect(config, "mlp_bias", False)
-    n_head, n_embd, n_ctx = (config["num_attention_heads"], config["hidden_size"],
-                             config["max_position_embeddings"])
+    n_head, n_embd, n_ctx = (
+        config["num_attention_heads"],
+        config["hidden_size"],
+        config["max_position_embeddings"],
+    )
     head_dim = config.get("head_dim") or n_embd // n_head
     rope = _rope_parameters(config)
     window = config.get("sliding_window")
@@ -134,11 +190,21 @@ def _rotary_shape(arch: str, config: dict[str, Any]) -> ModelShape:
     elif window and config.get("use_sliding_window", True):
         n_ctx, window = min(n_ctx, window), None  # up to there the window hides nothing
     return ModelShape(
-        arch, config["num_hidden_layers"], n_embd, config["intermediate_size"], n_head,
-        config.get("num_key_value_heads") or n_head, head_dim, config["vocab_size"], n_ctx,
+        arch,
+        config["num_hidden_layers"],
+        n_embd,
+        config["intermediate_size"],
+        n_head,
+        config.get("num_key_value_heads") or n_head,
+        head_dim,
+        config["vocab_size"],
+        n_ctx,
         tied=config.get("tie_word_embeddings", False),
-        rope_freq_base=rope.get("rope_theta", 10000.0), norm_eps=config["rms_norm_eps"],
-        rope_scaling=_rope_scaling(rope), sliding_window=window if gemma3 else None)
+        rope_freq_base=rope.get("rope_theta", 10000.0),
+        norm_eps=config["rms_norm_eps"],
+        rope_scaling=_rope_scaling(rope),
+        sliding_window=window if gemma3 else None,
+    )
 
 
 def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
@@ -155,28 +221,40 @@ def _rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
     if kind == "linear":
         return {"type": "linear", "factor": rope["factor"]}
     if kind == "llama3":
-        return {"type": "llama3", "factor": rope["factor"],
-                "low_freq_factor": rope["low_freq_factor"],
-                "high_freq_factor": rope["high_freq_factor"],
-                "original_context_length": rope["original_max_position_embeddings"]}
-    raise CheckpointError(f"config.json: rope scaling {kind!r} is not supported, expected default, "
-                          f"linear or llama3")
+        return {
+            "type": "llama3",
+            "factor": rope["factor"],
+            "low_freq_factor": rope["low_freq_factor"],
+            "high_freq_factor": rope["high_freq_factor"],
+            "original_context_length": rope["original_max_position_embeddings"],
+        }
+    raise CheckpointError(
+        f"config.json: rope scaling {kind!r} is not supported, expected default, linear or llama3"
+    )
 
 
 def _check_gemma3(config: dict[str, Any], rope: dict[str, Any], head_dim: int) -> None:
     _expect(config, "final_logit_softcapping", None)
     _expect(config, "attn_logit_softcapping", None)
     n_layer = config["num_hidden_layers"]
-    _expect(config, "query_pre_attn_scalar",
-            config["hidden_size"] // config["num_attention_heads"]
-            if n_layer == GEMMA3_LAYERS_27B else head_dim)
+    _expect(
+        config,
+        "query_pre_attn_scalar",
+        config["hidden_size"] // config["num_attention_heads"]
+        if n_layer == GEMMA3_LAYERS_27B
+        else head_dim,
+    )
     for key in ("sliding_window_pattern", "_sliding_window_pattern"):
         _expect(config, key, GEMMA3_GLOBAL_EVERY)
-    pattern = ["full_attention" if (i + 1) % GEMMA3_GLOBAL_EVERY == 0 else "sliding_attention"
-               for i in range(n_layer)]
+    pattern = [
+        "full_attention" if (i + 1) % GEMMA3_GLOBAL_EVERY == 0 else "sliding_attention"
+        for i in range(n_layer)
+    ]
     _expect(config, "layer_types", pattern, None)
     local = rope.get("sliding_attention", {})
     base = local.get("rope_theta", config.get("rope_local_base_freq", GEMMA3_LOCAL_ROPE_BASE))
     if base != GEMMA3_LOCAL_ROPE_BASE or local.get("rope_type", "default") != "default":
-        raise CheckpointError(f"config.json: the local layers' rotary base is {base}, supported: "
-                              f"{GEMMA3_LOCAL_ROPE_BASE} without scaling")
+        raise CheckpointError(
+            f"config.json: the local layers' rotary base is {base}, supported: "
+            f"{GEMMA3_LOCAL_ROPE_BASE} without scaling"
+        )

@@ -14,8 +14,10 @@ import numpy as np
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-ADVICE = ("load the model with transformers once and write it with save_pretrained(), which makes "
-          "safetensors and tokenizer.json files")
+ADVICE = (
+    "load the model with transformers once and write it with save_pretrained(), which makes "
+    "safetensors and tokenizer.json files"
+)
 
 
 class CheckpointError(ValueError):
@@ -35,8 +37,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: not found; expected a Hugging Face model directory "
-                              f"({ADVICE})") from None
+        raise CheckpointError(
+            f"{path}: not found; expected a Hugging Face model directory ({ADVICE})"
+        ) from None
     except (ValueError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
 
@@ -79,8 +82,9 @@ def _read_header(file: Path) -> dict[str, _Entry]:
     with open(file, "rb") as f:
         n_header = int.from_bytes(f.read(8), "little")
         if not 2 <= n_header <= min(MAX_HEADER_BYTES, size - 8):
-            raise CheckpointError(f"{file}: not a safetensors file (header of {n_header} bytes in "
-                                  f"a file of {size})")
+            raise CheckpointError(
+                f"{file}: not a safetensors file (header of {n_header} bytes in a file of {size})"
+            )
         try:
             header = json.loads(f.read(n_header))
         except (ValueError, UnicodeDecodeError) as error:
@@ -91,11 +95,14 @@ def _read_header(file: Path) -> dict[str, _Entry]:
             continue
         shape, (start, end) = tuple(tensor["shape"]), tensor["data_offsets"]
         if tensor["dtype"] not in DTYPES:
-            raise CheckpointError(f"{file}: {name} has type {tensor['dtype']}, expected one of "
-                                  f"{', '.join(DTYPES)}")
+            raise CheckpointError(
+                f"{file}: {name} has type {tensor['dtype']}, expected one of {', '.join(DTYPES)}"
+            )
         n_bytes = int(np.prod(shape)) * np.dtype(DTYPES[tensor["dtype"]]).itemsize
         if end - start != n_bytes or start < 0 or 8 + n_header + end > size:
-            raise CheckpointError(f"{file}: {name} has {n_bytes} bytes by its shape, but lies at "
-                                  f"{start}..{end} of {size - 8 - n_header} (file cut short?)")
+            raise CheckpointError(
+                f"{file}: {name} has {n_bytes} bytes by its shape, but lies at "
+                f"{start}..{end} of {size - 8 - n_header} (file cut short?)"
+            )
         entries[name] = _Entry(file, tensor["dtype"], shape, 8 + n_header + start)
     return entries

@@ -28,8 +28,9 @@ def tokenizer_fields(directory: Path, n_vocab: int, config: dict[str, Any]) -> d
     tokenizer = read_json(path)
     model = tokenizer["model"]
     if model.get("type") != "BPE":
-        raise CheckpointError(f"{path}: model type {model.get('type')!r} is not supported, "
-                              f"expected BPE")
+        raise CheckpointError(
+            f"{path}: model type {model.get('type')!r} is not supported, expected BPE"
+        )
     settings_path = directory / "tokenizer_config.json"
     settings = read_json(settings_path) if settings_path.is_file() else {}
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
@@ -37,16 +38,22 @@ def tokenizer_fields(directory: Path, n_vocab: int, config: dict[str, Any]) -> d
     ids = {token: i for i, token in enumerate(tokens)}
     fields: dict[str, Any] = {}
     if model.get("byte_fallback"):
-        fields |= {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default",
-                   "tokenizer.ggml.tokens": tokens,
-                   "tokenizer.ggml.scores": _scores(tokens, model["merges"]),
-                   "tokenizer.ggml.token_type": types,
-                   "tokenizer.ggml.add_space_prefix": _adds_space(tokenizer)}
+        fields |= {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.pre": "default",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.scores": _scores(tokens, model["merges"]),
+            "tokenizer.ggml.token_type": types,
+            "tokenizer.ggml.add_space_prefix": _adds_space(tokenizer),
+        }
     else:
-        fields |= {"tokenizer.ggml.model": "gpt2",
-                   "tokenizer.ggml.pre": _pre_tokenizer(path, tokenizer),
-                   "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types,
-                   "tokenizer.ggml.merges": merges}
+        fields |= {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": _pre_tokenizer(path, tokenizer),
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": types,
+            "tokenizer.ggml.merges": merges,
+        }
     for key, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         fields[f"tokenizer.ggml.{key}_token_id"] = _special_id(name, settings, config, ids)
     first, last = _template_ends(tokenizer.get("post_processor"))
@@ -68,8 +75,9 @@ def _tokens(path: Path, tokenizer: dict[str, Any], n_vocab: int) -> tuple[list[s
     by_id = {i: token for token, i in model["vocab"].items()}
     by_id |= {entry["id"]: entry["content"] for entry in added}
     if by_id and max(by_id) >= n_vocab:
-        raise CheckpointError(f"{path}: token id {max(by_id)} has no embedding, the model has "
-                              f"{n_vocab} rows")
+        raise CheckpointError(
+            f"{path}: token id {max(by_id)} has no embedding, the model has {n_vocab} rows"
+        )
     special = {entry["id"]: CONTROL if entry["special"] else USER_DEFINED for entry in added}
     tokens, types = [], []
     for i in range(n_vocab):
@@ -104,11 +112,14 @@ def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 
 
 def _adds_space(tokenizer: dict[str, Any]) -> bool:
-    if any(step["type"] == "Prepend" for step in _steps(tokenizer.get("normalizer"),
-                                                        "normalizers")):
+    if any(
+        step["type"] == "Prepend" for step in _steps(tokenizer.get("normalizer"), "normalizers")
+    ):
         return True
-    return any(step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never"
-               for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers"))
+    return any(
+        step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never"
+        for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers")
+    )
 
 
 def _pre_tokenizer(path: Path, tokenizer: dict[str, Any]) -> str:
@@ -124,15 +135,22 @@ def _pre_tokenizer(path: Path, tokenizer: dict[str, Any]) -> str:
             return "smollm"
         if kinds == ["Split", "ByteLevel"] and not own_regex:
             name = SPLIT_PATTERNS.get(steps[0]["pattern"].get("Regex", ""))
-            if name == "llama-bpe" and not normalizers or name == "qwen2" and normalizers in (
-                    [], ["NFC"]):
+            if (
+                name == "llama-bpe"
+                and not normalizers
+                or name == "qwen2"
+                and normalizers in ([], ["NFC"])
+            ):
                 return name
-    raise CheckpointError(f"{path}: pre-tokenizer {kinds} with normalizers {normalizers} is none "
-                          f"of the known ones (gpt-2, smollm, llama-bpe, qwen2)")
+    raise CheckpointError(
+        f"{path}: pre-tokenizer {kinds} with normalizers {normalizers} is none "
+        f"of the known ones (gpt-2, smollm, llama-bpe, qwen2)"
+    )
 
 
-def _special_id(name: str, settings: dict[str, Any], config: dict[str, Any],
-                ids: dict[str, int]) -> int | None:
+def _special_id(
+    name: str, settings: dict[str, Any], config: dict[str, Any], ids: dict[str, int]
+) -> int | None:
     token = settings.get(f"{name}_token")
     if isinstance(token, dict):
         token = token.get("content")

@@ -24,16 +24,29 @@ from synthetic_shapes import PAPER, tiny_shape
 from synthetic_vocab import make_vocabulary, vocabulary_fields
 
 # What llama.cpp's quantiser takes when a row is not a multiple of 256 values.
-FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
-            "IQ4_XS": "IQ4_NL"}
+FALLBACK = {
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+    "IQ4_XS": "IQ4_NL",
+}
 POOL_BYTES = 24 << 20
 Edit = Callable[[str, np.ndarray], np.ndarray]
 
 
-def make_tiny_model(path: str | Path, arch: str = "llama", dtype: str = "F32", *, seed: int = 0,
-                    types: Mapping[str, str] | None = None,
-                    extra_metadata: Mapping[str, Any] | None = None, edit: Edit | None = None,
-                    **overrides: Any) -> ModelShape:
+def make_tiny_model(
+    path: str | Path,
+    arch: str = "llama",
+    dtype: str = "F32",
+    *,
+    seed: int = 0,
+    types: Mapping[str, str] | None = None,
+    extra_metadata: Mapping[str, Any] | None = None,
+    edit: Edit | None = None,
+    **overrides: Any,
+) -> ModelShape:
     """Write a tiny model and return its shape.
 
     The float weights depend on (arch, shape, seed) only, so the same model in another type is
@@ -57,8 +70,10 @@ def make_tiny_model(path: str | Path, arch: str = "llama", dtype: str = "F32", *
     """
     shape = tiny_shape(arch, **overrides)
     specs = {spec.name: spec for spec in tensor_specs(shape)}
-    tensors = [StoredTensor(spec.name, spec.shape, _type_of(spec, dtype, types or {}))
-               for spec in specs.values()]
+    tensors = [
+        StoredTensor(spec.name, spec.shape, _type_of(spec, dtype, types or {}))
+        for spec in specs.values()
+    ]
 
     def data(tensor: StoredTensor) -> Iterator[np.ndarray]:
         spec = specs[tensor.name]
@@ -77,9 +92,15 @@ def make_tiny_model(path: str | Path, arch: str = "llama", dtype: str = "F32", *
     return shape
 
 
-def make_paper_model(path: str | Path, shape: ModelShape, dtype: str,
-                     output_type: str | None = None, *, seed: int = 0,
-                     name: str = "synthetic") -> ModelShape:
+def make_paper_model(
+    path: str | Path,
+    shape: ModelShape,
+    dtype: str,
+    output_type: str | None = None,
+    *,
+    seed: int = 0,
+    name: str = "synthetic",
+) -> ModelShape:
     """Write a model of real size at disk speed; all matrices are cut from pools of random blocks.
 
     A pool has a prime number of blocks and every tensor starts elsewhere in it, so rows of a
@@ -99,8 +120,11 @@ def make_paper_model(path: str | Path, shape: ModelShape, dtype: str,
             wanted = FALLBACK[wanted]
         tensors.append(StoredTensor(spec.name, spec.shape, wanted))
     if replaced:
-        print(f"note: rows of {len(replaced)} tensors are not whole blocks, they take the fallback "
-              f"type, e.g. {replaced[0]}", file=sys.stderr)
+        print(
+            f"note: rows of {len(replaced)} tensors are not whole blocks, they take the fallback "
+            f"type, e.g. {replaced[0]}",
+            file=sys.stderr,
+        )
     rng = np.random.default_rng(seed)
     pools: dict[tuple[str, float], np.ndarray] = {}
 
@@ -112,7 +136,8 @@ def make_paper_model(path: str | Path, shape: ModelShape, dtype: str,
         per_block, block_bytes = block_size(tensor.dtype)
         if (tensor.dtype, spec.scale) not in pools:
             pools[tensor.dtype, spec.scale] = random_blocks(
-                rng, tensor.dtype, _prime_from(POOL_BYTES // block_bytes), spec.scale)
+                rng, tensor.dtype, _prime_from(POOL_BYTES // block_bytes), spec.scale
+            )
         pool = pools[tensor.dtype, spec.scale]
         left, at = int(np.prod(spec.shape)) // per_block, int(rng.integers(len(pool)))
         while left:
@@ -134,8 +159,10 @@ def _type_of(spec: TensorSpec, dtype: str, types: Mapping[str, str]) -> str:
         raise ValueError(f"tensor type must be one of {', '.join(TENSOR_TYPES)}, got {wanted!r}")
     n_block = block_size(wanted)[0]
     if spec.shape[-1] % n_block:
-        raise ValueError(f"{spec.name}: rows of {spec.shape[-1]} values are not whole {wanted} "
-                         f"blocks of {n_block}")
+        raise ValueError(
+            f"{spec.name}: rows of {spec.shape[-1]} values are not whole {wanted} "
+            f"blocks of {n_block}"
+        )
     return wanted
 
 
@@ -149,7 +176,8 @@ def _float_values(rng: np.random.Generator, spec: TensorSpec, shape: ModelShape)
 def _fields(shape: ModelShape, dtype: str, name: str) -> dict[str, Any]:
     add_bos = shape.arch in ("gemma3", "opt")
     return architecture_fields(shape, dtype, name) | vocabulary_fields(
-        make_vocabulary(shape.n_vocab), add_bos=add_bos)
+        make_vocabulary(shape.n_vocab), add_bos=add_bos
+    )
 
 
 def _prime_from(n: int) -> int:
@@ -163,10 +191,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [name.lower() for name in TENSOR_TYPES]
     parser.add_argument("--shape", required=True, choices=PAPER)
-    parser.add_argument("--type", required=True, type=str.lower, choices=names,
-                        help="tensor type of all matrices")
-    parser.add_argument("--output-type", type=str.lower, choices=names,
-                        help="type of the head (default: as --type)")
+    parser.add_argument(
+        "--type", required=True, type=str.lower, choices=names, help="tensor type of all matrices"
+    )
+    parser.add_argument(
+        "--output-type", type=str.lower, choices=names, help="type of the head (default: as --type)"
+    )
     parser.add_argument("--out", required=True, type=Path, help="file to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, help="number of layers (default: the model's own)")
@@ -177,9 +207,14 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--layers must be at least 1, got {args.layers}")
         shape = replace(shape, n_layer=args.layers)
     try:
-        make_paper_model(args.out, shape, args.type.upper(),
-                         args.output_type and args.output_type.upper(), seed=args.seed,
-                         name=f"synthetic {args.shape} {args.type}")
+        make_paper_model(
+            args.out,
+            shape,
+            args.type.upper(),
+            args.output_type and args.output_type.upper(),
+            seed=args.seed,
+            name=f"synthetic {args.shape} {args.type}",
+        )
     except OSError as error:
         print(f"cannot write {args.out}: {error.strerror}", file=sys.stderr)
         return 1

@@ -14,9 +14,23 @@ from typing import Any
 import numpy as np
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "opt")
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9,
-              "Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_NL": 25,
-              "IQ4_XS": 30, "BF16": 32}  # general.file_type
+FILE_TYPES = {
+    "F32": 0,
+    "F16": 1,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q8_0": 7,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q2_K": 10,
+    "Q3_K": 12,
+    "Q4_K": 15,
+    "Q5_K": 17,
+    "Q6_K": 18,
+    "IQ4_NL": 25,
+    "IQ4_XS": 30,
+    "BF16": 32,
+}  # general.file_type
 QUANTIZATION_VERSION = 2
 
 
@@ -61,8 +75,9 @@ class ModelShape:
         if self.arch not in ARCHITECTURES:
             raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {self.arch!r}")
         if self.n_head % self.n_head_kv:
-            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_head_kv "
-                             f"({self.n_head_kv})")
+            raise ValueError(
+                f"n_head ({self.n_head}) must be a multiple of n_head_kv ({self.n_head_kv})"
+            )
         if self.head_dim % 2 and self.arch != "opt":
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
         if self.arch == "opt" and not self.tied:
@@ -98,8 +113,9 @@ def tensor_specs(shape: ModelShape) -> list[TensorSpec]:
     specs: list[TensorSpec] = []
 
     def matrix(name: str, rows: int, columns: int, gain: float) -> None:
-        specs.append(TensorSpec(f"{name}.weight", (rows, columns), "matrix",
-                                gain / math.sqrt(columns)))
+        specs.append(
+            TensorSpec(f"{name}.weight", (rows, columns), "matrix", gain / math.sqrt(columns))
+        )
 
     def bias(name: str, n: int, scale: float) -> None:
         specs.append(TensorSpec(f"{name}.bias", (n,), "bias", scale))
@@ -157,8 +173,7 @@ def rope_factors(shape: ModelShape) -> np.ndarray:
         raise ValueError("rope_factors needs a shape with rope_scaling of type llama3")
     pair = np.arange(0, shape.head_dim, 2, dtype=np.float64) / shape.head_dim
     turns = scaling["original_context_length"] / (2 * math.pi * shape.rope_freq_base**pair)
-    low, high, factor = (scaling["low_freq_factor"], scaling["high_freq_factor"],
-                         scaling["factor"])
+    low, high, factor = (scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"])
     smooth = (turns - low) / (high - low)  # turns within the original context: 0 slow .. 1 fast
     blend = 1.0 / ((1 - smooth) / factor + smooth)
     return np.where(turns > high, 1.0, np.where(turns < low, factor, blend)).astype(np.float32)

@@ -9,26 +9,59 @@ from model_shape import ModelShape
 
 TINY = {
     "llama": ModelShape("llama", 3, 256, 512, 4, 2, 64, 320, 256),
-    "qwen2": ModelShape("qwen2", 2, 256, 768, 8, 2, 32, 400, 256, tied=True,
-                        rope_freq_base=1e6, norm_eps=1e-6),
-    "qwen3": ModelShape("qwen3", 2, 256, 512, 4, 2, 128, 384, 256, rope_freq_base=1e6,
-                        norm_eps=1e-6),
-    "gemma3": ModelShape("gemma3", 7, 256, 512, 4, 1, 128, 352, 256, tied=True,
-                         rope_freq_base=1e6, norm_eps=1e-6, sliding_window=8),
+    "qwen2": ModelShape(
+        "qwen2", 2, 256, 768, 8, 2, 32, 400, 256, tied=True, rope_freq_base=1e6, norm_eps=1e-6
+    ),
+    "qwen3": ModelShape(
+        "qwen3", 2, 256, 512, 4, 2, 128, 384, 256, rope_freq_base=1e6, norm_eps=1e-6
+    ),
+    "gemma3": ModelShape(
+        "gemma3",
+        7,
+        256,
+        512,
+        4,
+        1,
+        128,
+        352,
+        256,
+        tied=True,
+        rope_freq_base=1e6,
+        norm_eps=1e-6,
+        sliding_window=8,
+    ),
     "opt": ModelShape("opt", 3, 256, 1024, 4, 4, 64, 336, 256, tied=True),
 }
-LLAMA31_SCALING = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-                   "high_freq_factor": 4.0, "original_context_length": 8192}
+LLAMA31_SCALING = {
+    "type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_context_length": 8192,
+}
 PAPER = {
     "llama2-7b": ModelShape("llama", 32, 4096, 11008, 32, 32, 128, 32000, 4096),
-    "llama3.1-8b": ModelShape("llama", 32, 4096, 14336, 32, 8, 128, 128256, 131072,
-                              rope_freq_base=5e5, rope_scaling=LLAMA31_SCALING),
+    "llama3.1-8b": ModelShape(
+        "llama",
+        32,
+        4096,
+        14336,
+        32,
+        8,
+        128,
+        128256,
+        131072,
+        rope_freq_base=5e5,
+        rope_scaling=LLAMA31_SCALING,
+    ),
     "opt-6.7b": ModelShape("opt", 32, 4096, 16384, 32, 32, 128, 50272, 2048, tied=True),
     "opt-13b": ModelShape("opt", 40, 5120, 20480, 40, 40, 128, 50272, 2048, tied=True),
-    "qwen2.5-7b": ModelShape("qwen2", 28, 3584, 18944, 28, 4, 128, 152064, 32768,
-                             rope_freq_base=1e6, norm_eps=1e-6),
-    "smollm2-135m": ModelShape("llama", 30, 576, 1536, 9, 3, 64, 49152, 8192, tied=True,
-                               rope_freq_base=1e5),
+    "qwen2.5-7b": ModelShape(
+        "qwen2", 28, 3584, 18944, 28, 4, 128, 152064, 32768, rope_freq_base=1e6, norm_eps=1e-6
+    ),
+    "smollm2-135m": ModelShape(
+        "llama", 30, 576, 1536, 9, 3, 64, 49152, 8192, tied=True, rope_freq_base=1e5
+    ),
 }
 
 
@@ -38,8 +71,10 @@ def tiny_shape(arch: str, **overrides: Any) -> ModelShape:
         raise ValueError(f"arch must be one of {', '.join(TINY)}, got {arch!r}")
     unknown = sorted(set(overrides) - set(ModelShape.__dataclass_fields__))
     if unknown:
-        raise ValueError(f"unknown shape field {unknown[0]!r}; known: "
-                         f"{', '.join(ModelShape.__dataclass_fields__)}")
+        raise ValueError(
+            f"unknown shape field {unknown[0]!r}; known: "
+            f"{', '.join(ModelShape.__dataclass_fields__)}"
+        )
     if "n_embd" in overrides and "head_dim" not in overrides:
         n_head = overrides.get("n_head", TINY[arch].n_head)
         overrides["head_dim"] = overrides["n_embd"] // n_head

@@ -76,8 +76,9 @@ def learn_merges(text: str = TEXT, limit: int = MAX_MERGES) -> tuple[tuple[str, 
 def make_vocabulary(n_vocab: int) -> Vocabulary:
     """A vocabulary of exactly `n_vocab` tokens (at least 259: the bytes and three controls)."""
     if n_vocab < 256 + N_CONTROL:
-        raise ValueError(f"n_vocab must be at least {256 + N_CONTROL} (bytes and control tokens), "
-                         f"got {n_vocab}")
+        raise ValueError(
+            f"n_vocab must be at least {256 + N_CONTROL} (bytes and control tokens), got {n_vocab}"
+        )
     merges = learn_merges()[: n_vocab - 256 - N_CONTROL]
     tokens = [*byte_symbols(), *("".join(pair) for pair in merges)]
     types = [NORMAL] * len(tokens)
@@ -87,12 +88,14 @@ def make_vocabulary(n_vocab: int) -> Vocabulary:
     n_filler = n_vocab - len(tokens)
     tokens += [f"<|unused_{i}|>" for i in range(n_filler)]
     types += [UNUSED] * n_filler
-    return Vocabulary(tokens, types, [" ".join(pair) for pair in merges],
-                      bos_id, bos_id + 1, bos_id + 2)
+    return Vocabulary(
+        tokens, types, [" ".join(pair) for pair in merges], bos_id, bos_id + 1, bos_id + 2
+    )
 
 
-def vocabulary_fields(vocabulary: Vocabulary, *, add_bos: bool,
-                      pre: str = "gpt-2") -> dict[str, Any]:
+def vocabulary_fields(
+    vocabulary: Vocabulary, *, add_bos: bool, pre: str = "gpt-2"
+) -> dict[str, Any]:
     """The tokenizer's metadata; `pre` names the pre-tokenizer."""
     return {
         "tokenizer.ggml.model": "gpt2",

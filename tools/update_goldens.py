@@ -27,22 +27,61 @@ from model_shape import ModelShape
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 N_TOKENS = 24
 POSITIONS = (0, 10, 23)  # 10 and 23 lie beyond the sliding window of the gemma3 cases
-SMALL = {"n_layer": 2, "n_embd": 64, "n_ff": 96, "n_head": 4, "n_head_kv": 2, "head_dim": 16,
-         "n_vocab": 272, "n_ctx": 64}
-LLAMA3 = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_context_length": 32}
+SMALL = {
+    "n_layer": 2,
+    "n_embd": 64,
+    "n_ff": 96,
+    "n_head": 4,
+    "n_head_kv": 2,
+    "head_dim": 16,
+    "n_vocab": 272,
+    "n_ctx": 64,
+}
+LLAMA3 = {
+    "type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_context_length": 32,
+}
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"arch": "llama", "seed": 1, **SMALL},
-    "llama_linear": {"arch": "llama", "seed": 2, **SMALL, "n_head_kv": 4, "tied": True,
-                     "rope_scaling": {"type": "linear", "factor": 4.0}},
-    "llama3_scaling": {"arch": "llama", "seed": 3, **SMALL, "n_embd": 96, "n_head": 3,
-                       "n_head_kv": 1, "head_dim": 32, "rope_scaling": LLAMA3},
+    "llama_linear": {
+        "arch": "llama",
+        "seed": 2,
+        **SMALL,
+        "n_head_kv": 4,
+        "tied": True,
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    },
+    "llama3_scaling": {
+        "arch": "llama",
+        "seed": 3,
+        **SMALL,
+        "n_embd": 96,
+        "n_head": 3,
+        "n_head_kv": 1,
+        "head_dim": 32,
+        "rope_scaling": LLAMA3,
+    },
     "qwen2": {"arch": "qwen2", "seed": 4, **SMALL},
     "qwen3": {"arch": "qwen3", "seed": 5, **SMALL, "head_dim": 24},
-    "gemma3": {"arch": "gemma3", "seed": 6, **SMALL, "n_layer": 7, "head_dim": 24,
-               "sliding_window": 5},
-    "gemma3_linear": {"arch": "gemma3", "seed": 7, **SMALL, "n_layer": 6, "sliding_window": 8,
-                      "rope_scaling": {"type": "linear", "factor": 8.0}},
+    "gemma3": {
+        "arch": "gemma3",
+        "seed": 6,
+        **SMALL,
+        "n_layer": 7,
+        "head_dim": 24,
+        "sliding_window": 5,
+    },
+    "gemma3_linear": {
+        "arch": "gemma3",
+        "seed": 7,
+        **SMALL,
+        "n_layer": 6,
+        "sliding_window": 8,
+        "rope_scaling": {"type": "linear", "factor": 8.0},
+    },
     "opt": {"arch": "opt", "seed": 8, **SMALL, "n_head_kv": 4},
 }
 
@@ -55,7 +94,8 @@ def build(shape: ModelShape, path: Path) -> torch.nn.Module:
         if tensor.name != "rope_freqs.weight":
             values = np.array(tensor.data, np.float32).reshape(tensor.shape[::-1])
             state[hf_name(shape.arch, tensor.name)] = torch.tensor(
-                from_gguf_values(shape, tensor.name, values))
+                from_gguf_values(shape, tensor.name, values)
+            )
     if shape.tied:
         state["lm_head.weight"] = state[hf_name(shape.arch, "token_embd.weight")]
     model.load_state_dict(state, strict=True)
@@ -64,23 +104,39 @@ def build(shape: ModelShape, path: Path) -> torch.nn.Module:
 
 def config_of(shape: ModelShape) -> transformers.PretrainedConfig:
     """The transformers config of a shape."""
-    common = {"vocab_size": shape.n_vocab, "hidden_size": shape.n_embd,
-              "num_hidden_layers": shape.n_layer, "num_attention_heads": shape.n_head,
-              "max_position_embeddings": shape.n_ctx, "tie_word_embeddings": shape.tied,
-              "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    common = {
+        "vocab_size": shape.n_vocab,
+        "hidden_size": shape.n_embd,
+        "num_hidden_layers": shape.n_layer,
+        "num_attention_heads": shape.n_head,
+        "max_position_embeddings": shape.n_ctx,
+        "tie_word_embeddings": shape.tied,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
     if shape.arch == "opt":
-        return transformers.OPTConfig(**common, ffn_dim=shape.n_ff,
-                                      word_embed_proj_dim=shape.n_embd)
-    common |= {"intermediate_size": shape.n_ff, "num_key_value_heads": shape.n_head_kv,
-               "head_dim": shape.head_dim, "rms_norm_eps": shape.norm_eps,
-               "rope_parameters": rope_of(shape)}
+        return transformers.OPTConfig(
+            **common, ffn_dim=shape.n_ff, word_embed_proj_dim=shape.n_embd
+        )
+    common |= {
+        "intermediate_size": shape.n_ff,
+        "num_key_value_heads": shape.n_head_kv,
+        "head_dim": shape.head_dim,
+        "rms_norm_eps": shape.norm_eps,
+        "rope_parameters": rope_of(shape),
+    }
     if shape.arch == "gemma3":
         local = {"rope_type": "default", "rope_theta": 10000.0}
         common["rope_parameters"] = {"full_attention": rope_of(shape), "sliding_attention": local}
-        return transformers.Gemma3TextConfig(**common, query_pre_attn_scalar=shape.head_dim,
-                                             sliding_window=shape.sliding_window)
-    kinds = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config,
-             "qwen3": transformers.Qwen3Config}
+        return transformers.Gemma3TextConfig(
+            **common, query_pre_attn_scalar=shape.head_dim, sliding_window=shape.sliding_window
+        )
+    kinds = {
+        "llama": transformers.LlamaConfig,
+        "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
+    }
     return kinds[shape.arch](**common)
 
 
@@ -97,9 +153,13 @@ def run(model: torch.nn.Module, arch: str, tokens: np.ndarray) -> tuple[np.ndarr
     """Logits (n_tokens, n_vocab) and FFN activations (n_layer, n_tokens, n_ff)."""
     h: list[np.ndarray] = []
     suffix = ".fc2" if arch == "opt" else ".mlp.down_proj"
-    hooks = [module.register_forward_pre_hook(
-        lambda _, args: h.append(args[0].reshape(len(tokens), -1).numpy().copy()))
-        for name, module in model.named_modules() if name.endswith(suffix)]
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args: h.append(args[0].reshape(len(tokens), -1).numpy().copy())
+        )
+        for name, module in model.named_modules()
+        if name.endswith(suffix)
+    ]
     with torch.no_grad():
         logits = model(torch.tensor(tokens.astype(np.int64))[None]).logits[0].numpy()
     for hook in hooks:
@@ -115,8 +175,10 @@ def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def tiny_goldens() -> dict[str, np.ndarray]:
     """Arrays of all CASES."""
-    arrays: dict[str, np.ndarray] = {"cases": np.array(json.dumps(CASES)),
-                                     "positions": np.array(POSITIONS)}
+    arrays: dict[str, np.ndarray] = {
+        "cases": np.array(json.dumps(CASES)),
+        "positions": np.array(POSITIONS),
+    }
     for name, case in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "tiny.gguf"
@@ -139,9 +201,13 @@ def book_goldens(directory: Path) -> dict[str, np.ndarray]:
     logits, _ = run(model.eval(), "opt", tokens)
     positions = np.array([0, len(tokens) // 2, len(tokens) - 1], np.int32)
     top = np.argsort(-logits[positions], axis=-1, kind="stable")[:, :20]
-    return {"text": np.array(text), "tokens": tokens, "positions": positions,
-            "top_ids": top.astype(np.int32),
-            "top_logits": np.take_along_axis(logits[positions], top, axis=-1).astype(np.float32)}
+    return {
+        "text": np.array(text),
+        "tokens": tokens,
+        "positions": positions,
+        "top_ids": top.astype(np.int32),
+        "top_logits": np.take_along_axis(logits[positions], top, axis=-1).astype(np.float32),
+    }
 
 
 def main() -> None:

@@ -51,19 +51,27 @@ class Config:
         scaling = file.field(f"{arch}.rope.scaling.type", "none")
         if scaling not in ("none", "linear"):
             raise ValueError(f"the oracle does not know rope scaling {scaling!r}")
-        n_layer, n_embd, n_head = (int(get(key)) for key in
-                                   ("block_count", "embedding_length", "attention.head_count"))
+        n_layer, n_embd, n_head = (
+            int(get(key)) for key in ("block_count", "embedding_length", "attention.head_count")
+        )
         head_dim = int(get("attention.key_length", n_embd // n_head))
         narrow = n_embd // n_head if arch == "gemma3" and n_layer == GEMMA3_LAYERS_27B else head_dim
         eps_key = "layer_norm_epsilon" if arch == "opt" else "layer_norm_rms_epsilon"
         window = get("attention.sliding_window", 0) if arch == "gemma3" else 0
         return cls(
-            arch=arch, n_layer=n_layer, n_embd=n_embd, n_ff=int(get("feed_forward_length")),
-            n_head=n_head, n_head_kv=int(get("attention.head_count_kv", n_head)),
-            head_dim=head_dim, norm_eps=float(get(f"attention.{eps_key}")),
+            arch=arch,
+            n_layer=n_layer,
+            n_embd=n_embd,
+            n_ff=int(get("feed_forward_length")),
+            n_head=n_head,
+            n_head_kv=int(get("attention.head_count_kv", n_head)),
+            head_dim=head_dim,
+            norm_eps=float(get(f"attention.{eps_key}")),
             rope_base=float(get("rope.freq_base", 10000.0)),
             rope_scale=1.0 / float(get("rope.scaling.factor", 1.0)) if scaling == "linear" else 1.0,
-            attn_scale=narrow**-0.5, window=int(window) or None)
+            attn_scale=narrow**-0.5,
+            window=int(window) or None,
+        )
 
     def is_local(self, layer: int) -> bool:
         """Whether a layer sees only the last `window` tokens."""
@@ -112,8 +120,12 @@ class ReferenceModel:
             self._loaded[name] = self.file.load(name)
         return self._loaded[name].astype(self.dtype, copy=False)
 
-    def forward(self, tokens: Sequence[int], cache: KvCache | None = None,
-                core_layers: CoreLayers | None = None) -> Forward:
+    def forward(
+        self,
+        tokens: Sequence[int],
+        cache: KvCache | None = None,
+        core_layers: CoreLayers | None = None,
+    ) -> Forward:
         """Run tokens after those in `cache` (which grows), each seeing all before it.
 
         `core_layers[i]` holds the neurons of layer i to compute, ascending; None is all of them.
@@ -140,8 +152,12 @@ class ReferenceModel:
         logits = self._norm(x, "output_norm") @ self.weight(head).T
         return Forward(logits, np.stack(all_h), np.stack(all_act))
 
-    def score(self, prompt: Sequence[int], continuation: Sequence[int],
-              core_layers: CoreLayers | None = None) -> np.ndarray:
+    def score(
+        self,
+        prompt: Sequence[int],
+        continuation: Sequence[int],
+        core_layers: CoreLayers | None = None,
+    ) -> np.ndarray:
         """ln p(. | prompt, continuation[:k]) in row k, float64 (len(continuation), n_vocab).
 
         Row 0 comes from the dense prefill; the later rows run through the core sets.
@@ -152,8 +168,9 @@ class ReferenceModel:
             logits.append(self.forward(continuation[:-1], cache, core_layers).logits)
         return log_softmax(np.concatenate(logits))
 
-    def generate(self, prompt: Sequence[int], n_tokens: int,
-                 core_layers: CoreLayers | None = None) -> list[int]:
+    def generate(
+        self, prompt: Sequence[int], n_tokens: int, core_layers: CoreLayers | None = None
+    ) -> list[int]:
         """Greedy continuation: dense prefill, then decoding through the core sets."""
         cache = KvCache()
         logits = self.forward(prompt, cache).logits[-1]
@@ -183,8 +200,9 @@ class ReferenceModel:
         y = x @ self.weight(f"{name}.weight").T
         return y + self.weight(f"{name}.bias") if f"{name}.bias" in self.file else y
 
-    def _attention(self, layer: int, x: np.ndarray, positions: np.ndarray,
-                   cache: KvCache) -> np.ndarray:
+    def _attention(
+        self, layer: int, x: np.ndarray, positions: np.ndarray, cache: KvCache
+    ) -> np.ndarray:
         config, blk = self.config, f"blk.{layer}"
         n = len(x)
         q = self._linear(x, f"{blk}.attn_q").reshape(n, config.n_head, config.head_dim)
@@ -236,8 +254,9 @@ class ReferenceModel:
         out[odd] = x[even] * sin + x[odd] * cos
         return out
 
-    def _ffn(self, blk: str, x: np.ndarray,
-             core: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _ffn(
+        self, blk: str, x: np.ndarray, core: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The FFN's output, its activations h and act(gate)."""
         up = self._linear(x, f"{blk}.ffn_up")
         if self.config.arch == "opt":

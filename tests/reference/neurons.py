@@ -55,8 +55,9 @@ def flock(h: np.ndarray) -> np.ndarray:
     return scores
 
 
-def statistic_scores(statistic: str, h: np.ndarray, act: np.ndarray, alpha: float,
-                     weight: np.ndarray | None = None) -> np.ndarray:
+def statistic_scores(
+    statistic: str, h: np.ndarray, act: np.ndarray, alpha: float, weight: np.ndarray | None = None
+) -> np.ndarray:
     """Score of every neuron of one layer.
 
     Parameters
@@ -87,15 +88,25 @@ def core_set(scores: np.ndarray, beta: float) -> np.ndarray:
     return chosen[np.asarray(scores)[chosen] > 0]
 
 
-def core_sets(statistic: str, h: np.ndarray, act: np.ndarray, alpha: float, beta: float,
-              layers: tuple[int, int] | None = None) -> list[np.ndarray | None]:
+def core_sets(
+    statistic: str,
+    h: np.ndarray,
+    act: np.ndarray,
+    alpha: float,
+    beta: float,
+    layers: tuple[int, int] | None = None,
+) -> list[np.ndarray | None]:
     """Core set of every layer in [first, last), None (dense) for the others.
 
     h, act : (n_layer, n_tokens, n_ff)
     """
     first, last = layers if layers is not None else (0, len(h))
-    return [core_set(statistic_scores(statistic, h[i], act[i], alpha), beta)
-            if first <= i < last else None for i in range(len(h))]
+    return [
+        core_set(statistic_scores(statistic, h[i], act[i], alpha), beta)
+        if first <= i < last
+        else None
+        for i in range(len(h))
+    ]
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
@@ -112,8 +123,11 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 def core_similarity(a: list[np.ndarray | None], b: list[np.ndarray | None]) -> float:
     """Core-neuron similarity of two texts: overlap averaged over the layers with core sets."""
-    return float(np.mean([overlap(x, y) for x, y in zip(a, b, strict=True)
-                          if x is not None and y is not None]))
+    return float(
+        np.mean(
+            [overlap(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+        )
+    )
 
 
 def stability_prefix(n_tokens: int) -> int:
@@ -121,8 +135,14 @@ def stability_prefix(n_tokens: int) -> int:
     return 1 << ((n_tokens // 2).bit_length() - 1)
 
 
-def stability(statistic: str, h: np.ndarray, act: np.ndarray, alpha: float, beta: float,
-              layers: tuple[int, int] | None = None) -> float | None:
+def stability(
+    statistic: str,
+    h: np.ndarray,
+    act: np.ndarray,
+    alpha: float,
+    beta: float,
+    layers: tuple[int, int] | None = None,
+) -> float | None:
     """Similarity of the prefix's core sets and the prompt's, made free of chance:
     (overlap - beta) / (1 - beta). None for prompts of fewer than two tokens and for beta = 1."""
     n_tokens = h.shape[1]

@@ -50,8 +50,9 @@ def dequantise(tensor: ReaderTensor) -> np.ndarray:
     """Values of a tensor as float32 in NumPy order."""
     shape = tuple(int(n) for n in reversed(tensor.shape))
     plain = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
-    data = tensor.data if tensor.tensor_type in plain else dequantize(tensor.data,
-                                                                      tensor.tensor_type)
+    data = (
+        tensor.data if tensor.tensor_type in plain else dequantize(tensor.data, tensor.tensor_type)
+    )
     return np.ascontiguousarray(data, np.float32).reshape(shape)
 
 
