@@ -8,6 +8,8 @@ const LinearKernels& linear_kernels(Isa isa) {
     case Isa::kAmx:
     case Isa::kAvx512:
       return linear_kernels_avx512();
+    case Isa::kAvx2:
+      return linear_kernels_avx2();
 #endif
     default:
       return linear_kernels_scalar();

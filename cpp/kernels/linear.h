@@ -82,6 +82,7 @@ const LinearKernels& linear_kernels(Isa isa);
 // The tables, one a file: linear_scalar.cpp and so on.
 const LinearKernels& linear_kernels_scalar();
 #if defined(__x86_64__)
+const LinearKernels& linear_kernels_avx2();
 const LinearKernels& linear_kernels_avx512();
 #endif
 

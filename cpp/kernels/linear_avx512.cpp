@@ -2,6 +2,9 @@
 #include "kernels/linear.h"
 
 #if defined(__x86_64__)
+// Before the header: GCC 12 warns that '__Y' is used uninitialised inside its own AVX-512 headers.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
 #include <cstring>
@@ -11,9 +14,6 @@
 #include "kernels/packed_format.h"
 #include "tensor/blocks.h"
 
-// GCC 12 warns that '__Y' is used uninitialised inside its own AVX-512 headers.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 
