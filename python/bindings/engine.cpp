@@ -79,7 +79,7 @@ void bind_engine(nb::module_& m) {
            nb::arg("f32_activations") = false, nb::arg("progress") = nb::none(),
            "Loads a GGUF file. Raises GGUFError for a malformed or unsupported file and "
            "OSError where it cannot be read.")
-      .def_prop_ro("gguf", [](const Engine& e) { return e.shared_file(); })
+      .def_prop_ro("gguf", [](const Engine& e) { return gguf_object(e.shared_file()); })
       .def_prop_ro("config", &config_dict)
       .def_prop_ro("backend", &backend_dict)
       .def_prop_ro("fingerprint", [](const Engine& e) { return e.file().fingerprint(); })

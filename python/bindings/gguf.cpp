@@ -90,6 +90,7 @@ nb::object to_python_path(const std::string& path) {
 }
 
 struct PyGgufFile {
+  explicit PyGgufFile(std::shared_ptr<const GgufFile> opened) : file(std::move(opened)) {}
   explicit PyGgufFile(nb::handle path) {
     const std::string bytes = system_path(path);
     nb::gil_scoped_release release;
@@ -133,6 +134,10 @@ struct PyGgufFile {
 };
 
 }  // namespace
+
+nb::object gguf_object(std::shared_ptr<const GgufFile> file) {
+  return nb::cast(PyGgufFile(std::move(file)));
+}
 
 void bind_gguf(nb::module_& m) {
   nb::class_<TensorInfo>(m, "TensorInfo", "Name, type, shape and place of one tensor of a file.")

@@ -4,14 +4,21 @@
 
 #include <nanobind/nanobind.h>
 
+#include <memory>
+
+namespace coreinfer {
+class GgufFile;
+}
+
 namespace coreinfer::python {
 
 namespace nb = nanobind;
 
-void bind_errors(nb::module_& m);   // C++ Error -> Python exceptions
-void bind_gguf(nb::module_& m);     // GgufFile
-void bind_engine(nb::module_& m);   // Engine, memory()
-void bind_session(nb::module_& m);  // CoreSet, Sampler, Session
+void bind_errors(nb::module_& m);                              // C++ Error -> Python exceptions
+void bind_gguf(nb::module_& m);                                // GgufFile
+nb::object gguf_object(std::shared_ptr<const GgufFile> file);  // as Python's GgufFile
+void bind_engine(nb::module_& m);                              // Engine, memory()
+void bind_session(nb::module_& m);                             // CoreSet, Sampler, Session
 
 // coreinfer._core.testing, an area a file:
 void bind_testing(nb::module_& testing);          // calls the ones below
