@@ -46,7 +46,7 @@ class TokenModel:
         self.model_path = model_path
         self.prefill_progress = prefill_progress
         self._config = config
-        self._engine: _core.Engine | None = _core.Engine.load(
+        self._engine: _core.Engine | None = _core.Engine(
             model_path, n_threads=config.n_threads or 0, f32_activations=config.f32_activations
         )
         self._session: _core.Session | None = _core.Session(
@@ -460,7 +460,7 @@ def _likeliest(row: np.ndarray, n: int) -> TopLogprobs:
 
 
 def _to_core(core_set: CoreSet) -> Any:
-    return _core.CoreSet.make(
+    return _core.CoreSet(
         list(core_set.layers),
         n_ff=core_set.n_ff,
         statistic=core_set.statistic,

@@ -45,7 +45,7 @@ def collect(path: str) -> dict[str, Any]:
     backend: dict[str, Any] | None = None
     weight_bytes: int | None = None
     try:
-        engine = _core.Engine.load(path)
+        engine = _core.Engine(path)
         config, backend = engine.config, engine.backend
         weight_bytes = engine.weight_bytes
     except ValueError as error:

@@ -143,7 +143,7 @@ def _answer(
     line: ProgressLine,
 ) -> Any:
     """Generate, writing the text as it comes unless `--json`; returns the text stream."""
-    chat = llm.has_chat_template and not args.raw
+    chat = not args.raw and llm.has_chat_template
     if chat:
         ids = llm.chat_prompt_ids([{"role": "user", "content": prompt}])
         sampling.setdefault("temperature", CHAT_TEMPERATURE)
