@@ -307,7 +307,7 @@ void check(const AttentionSpec& spec, const KvSpec& kv, Rows q, Rows k, Rows v, 
   if (out.n != q.n) fail("rows of out", out.n, q.n);
   if (spec.rope != RopeKind::kNone) {
     const auto pairs = spec.rope_freq ? static_cast<int64_t>(spec.rope_freq->size()) : 0;
-    if (pairs * 2 != spec.rope_dim) fail("rope frequencies", pairs, spec.rope_dim / 2);
+    if (pairs < 1 || pairs * 2 != spec.rope_dim) fail("rope frequencies", pairs, spec.rope_dim / 2);
     if (spec.rope_dim > spec.head_dim) fail("rope_dim", spec.rope_dim, spec.head_dim);
   }
   for (const Norm* norm : {&spec.q_norm, &spec.k_norm}) {

@@ -204,12 +204,11 @@ class TestVectorBackend {
   TestVectorBackend(const std::string& isa, int n_threads)
       : backend_({n_threads, false}, find_isa(isa)) {}
 
-  std::unique_ptr<TestCache> make_cache(const std::string& type_k, const std::string& type_v,
-                                        int64_t n_layer, int64_t n_ctx, int64_t n_head_kv,
-                                        int64_t head_dim) {
+  TestCache make_cache(const std::string& type_k, const std::string& type_v, int64_t n_layer,
+                       int64_t n_ctx, int64_t n_head_kv, int64_t head_dim) {
     const KvSpec spec{kv_type(type_k), kv_type(type_v),      n_layer,
                       n_ctx,           n_head_kv * head_dim, head_dim};
-    return std::make_unique<TestCache>(TestCache{backend_.make_kv_cache(spec)});
+    return {backend_.make_kv_cache(spec)};
   }
 
   Array<float> norm(FloatMatrix x, std::optional<FloatVector> weight,
@@ -264,7 +263,7 @@ class TestVectorBackend {
   }
 
   // Scores after adding the rows of h, and the first row with NaN or Inf (-1: none).
-  std::pair<Array<float>, int64_t> accumulate(const std::string& name, float alpha, FloatMatrix h,
+  std::pair<Array<float>, int64_t> accumulate(const std::string& name, double alpha, FloatMatrix h,
                                               FloatVector scores) {
     Array<float> sums = copy(scores);
     BufferPtr rows = buffer(h);
@@ -381,7 +380,6 @@ void bind_testing_vector(nb::module_& testing) {
               arg("c").noconvert() = nb::none());
   testing.def("softmax", &softmax, arg("isa"), arg("s").noconvert(), arg("begin"), arg("end"),
               arg("softcap"), arg("max"), arg("sum"));
-  testing.def("decimal_value", &decimal_value, arg("parameter"));
   testing.def("share_of", &share_of, arg("share"), arg("count"));
   testing.def("pool_sums", &pool_sums, arg("n_threads"), arg("n_jobs"), arg("n"), arg("chunk"),
               nb::call_guard<nb::gil_scoped_release>());
