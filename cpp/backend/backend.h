@@ -207,7 +207,7 @@ class Backend {
   // ---- neurons
   // Adds each row's score vector to scores (h.width floats). Rows are added in order, so the sum
   // does not depend on chunking. Returns the first row with a NaN or Inf, or -1.
-  virtual int64_t accumulate(Statistic statistic, float alpha, Rows h, float* scores) = 0;
+  virtual int64_t accumulate(Statistic statistic, double alpha, Rows h, float* scores) = 0;
   // The k entries of highest positive score, ties to the lower index, ascending; fewer when fewer
   // are positive. `scores` is host memory here: (n).
   virtual std::vector<int32_t> select(std::span<const float> scores, int64_t k) = 0;

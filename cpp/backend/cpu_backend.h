@@ -64,7 +64,7 @@ class CpuBackend final : public Backend {
               int64_t first, Rows out) override;
   void add(Rows x, Rows y, const Norm& norm) override;
 
-  int64_t accumulate(Statistic statistic, float alpha, Rows h, float* scores) override;
+  int64_t accumulate(Statistic statistic, double alpha, Rows h, float* scores) override;
   std::vector<int32_t> select(std::span<const float> scores, int64_t k) override;
   CompactWeights compact(std::span<const CompactSource> layers) override;
 

@@ -28,10 +28,9 @@ constexpr int64_t kNeuronChunk = 1024;
 
 }  // namespace
 
-int64_t CpuBackend::accumulate(Statistic statistic, float alpha, Rows h, float* scores) {
-  if (!(alpha > 0.0f && alpha <= 1.0f) && statistic != Statistic::kFlock) {
-    throw_error(ErrorKind::kValue, "alpha is %g, expected a share in (0, 1]",
-                static_cast<double>(alpha));
+int64_t CpuBackend::accumulate(Statistic statistic, double alpha, Rows h, float* scores) {
+  if (!(alpha > 0.0 && alpha <= 1.0) && statistic != Statistic::kFlock) {
+    throw_error(ErrorKind::kValue, "alpha is %g, expected a share in (0, 1]", alpha);
   }
   if (h.n < 1 || h.width < 1) return -1;
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -46,7 +45,6 @@ int64_t CpuBackend::accumulate(Statistic statistic, float alpha, Rows h, float* 
   const CountKernels& kernels = count_kernels(isa_);
   const bool magnitude = statistic == Statistic::kCountAbs;
   const bool flock = statistic == Statistic::kFlock;
-  const double share = decimal_value(alpha);
   const auto look_at_row = [&](size_t r, std::vector<int32_t>& keys) {
     const float* row = h.data + static_cast<int64_t>(r) * h.stride;
     if (flock) {
@@ -60,7 +58,7 @@ int64_t CpuBackend::accumulate(Statistic statistic, float alpha, Rows h, float* 
     s.finite[r] = finite;
     s.chosen[r] = {Threshold::kNone, 0};
     if (finite && n > 0) {
-      s.chosen[r] = kernels.threshold(row, h.width, magnitude, share_of(share, n), keys);
+      s.chosen[r] = kernels.threshold(row, h.width, magnitude, share_of(alpha, n), keys);
     }
   };
   int64_t first_bad = -1;

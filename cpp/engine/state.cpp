@@ -152,7 +152,7 @@ void Session::load_state(std::span<const std::byte> state) {
     StatisticSpec spec;
     spec.statistic = r.value<Statistic>();
     if (statistic_name(spec.statistic) == "unknown") Reader::damaged("an unknown statistic");
-    spec.alpha = r.value<float>();
+    spec.alpha = r.value<double>();
     counts.emplace(engine_->backend(), spec, c.n_layer, c.n_ff);
     const auto n = r.value<uint64_t>();
     if (n > 64) Reader::damaged("too many score snapshots");
@@ -167,8 +167,8 @@ void Session::load_state(std::span<const std::byte> state) {
     set.emplace();
     set->n_ff = c.n_ff;
     set->statistic = string_of(r.array<char>());
-    set->alpha = r.value<float>();
-    set->beta = r.value<float>();
+    set->alpha = r.value<double>();
+    set->beta = r.value<double>();
     set->n_tokens = r.value<int64_t>();
     for (int64_t i = 0; i < c.n_layer; ++i) {
       set->layers.emplace_back();

@@ -37,10 +37,6 @@ struct CountKernels {
 // The table of one of available_isas().
 const CountKernels& count_kernels(Isa isa);
 
-// The number that a float32 parameter was written as: 0.7f is 0.7, not 0.699999988. Shares of a
-// count are computed from it, so that they come out as the same formula does in Python.
-double decimal_value(float parameter);
-
 // max(1, round(share * count)) with round(x) = floor(x + 0.5); 0 when count is 0, never over count.
 int64_t share_of(double share, int64_t count);
 

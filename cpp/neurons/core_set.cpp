@@ -60,7 +60,7 @@ CoreSet select_core(Backend& backend, const NeuronCounts::Snapshot& snapshot,
   set.scores = snapshot.scores;
   set.statistic = statistic_name(spec.statistic);
   set.alpha = spec.alpha;
-  set.beta = static_cast<float>(beta);
+  set.beta = beta;
   set.n_tokens = snapshot.n_tokens;
   set.layers.resize(snapshot.scores.size());
   const int64_t k = core_size(beta, set.n_ff);

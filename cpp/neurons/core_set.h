@@ -26,8 +26,8 @@ struct CoreSet {
   std::vector<std::optional<std::vector<int32_t>>> layers;
   std::vector<std::vector<float>> scores;  // per layer (n_ff), or empty when handed in without
   std::string statistic;                   // "" when handed in
-  float alpha = 0.0f;
-  float beta = 0.0f;
+  double alpha = 0.0;
+  double beta = 0.0;
   int64_t n_tokens = 0;  // that the scores were summed over
 
   bool same_neurons(const CoreSet& other) const {

@@ -39,9 +39,8 @@ Statistic statistic_from_name(std::string_view name) {
 }
 
 void check(const StatisticSpec& spec) {
-  if (!(spec.alpha > 0.0f && spec.alpha <= 1.0f)) {
-    throw_error(ErrorKind::kValue, "alpha is %g, expected above 0 and at most 1",
-                static_cast<double>(spec.alpha));
+  if (!(spec.alpha > 0.0 && spec.alpha <= 1.0)) {
+    throw_error(ErrorKind::kValue, "alpha is %g, expected above 0 and at most 1", spec.alpha);
   }
 }
 

@@ -26,7 +26,7 @@ Statistic statistic_from_name(std::string_view name);
 
 struct StatisticSpec {
   Statistic statistic = Statistic::kFlock;
-  float alpha = 0.4f;  // in (0, 1]; flock does not use it
+  double alpha = 0.4;  // in (0, 1]; flock does not use it
 
   bool operator==(const StatisticSpec&) const = default;
 };

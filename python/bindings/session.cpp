@@ -21,7 +21,7 @@ std::optional<LayerRange> range_of(const Layers& layers) {
   return LayerRange{layers->first, layers->second};
 }
 
-std::optional<StatisticSpec> spec_of(const std::optional<std::string>& statistic, float alpha) {
+std::optional<StatisticSpec> spec_of(const std::optional<std::string>& statistic, double alpha) {
   if (!statistic) return std::nullopt;
   StatisticSpec spec{statistic_from_name(*statistic), alpha};
   check(spec);
@@ -30,7 +30,7 @@ std::optional<StatisticSpec> spec_of(const std::optional<std::string>& statistic
 
 CoreSet make_core_set(const std::vector<std::optional<Neurons>>& layers,
                       const std::optional<std::vector<FloatVector>>& scores, int64_t n_ff,
-                      const std::string& statistic, float alpha, float beta, int64_t n_tokens) {
+                      const std::string& statistic, double alpha, double beta, int64_t n_tokens) {
   CoreSet set;
   set.n_ff = n_ff;
   for (const std::optional<Neurons>& layer : layers) {
@@ -87,7 +87,7 @@ nb::dict timings_dict(const Session& s) {
 }
 
 void prefill(Session& s, const Tokens& tokens, const std::optional<std::string>& statistic,
-             float alpha, const std::function<void(int64_t, int64_t)>& progress) {
+             double alpha, const std::function<void(int64_t, int64_t)>& progress) {
   const auto spec = spec_of(statistic, alpha);
   const auto ids = span_of<int32_t>(tokens);
   // Called between layers: a pending Ctrl-C becomes Python's own exception, and a stop here.
@@ -124,12 +124,12 @@ void bind_session(nb::module_& m) {
           "__init__",
           [](CoreSet* self, const std::vector<std::optional<Neurons>>& layers,
              const std::optional<std::vector<FloatVector>>& scores, int64_t n_ff,
-             const std::string& statistic, float alpha, float beta, int64_t n_tokens) {
+             const std::string& statistic, double alpha, double beta, int64_t n_tokens) {
             new (self)
                 CoreSet(make_core_set(layers, scores, n_ff, statistic, alpha, beta, n_tokens));
           },
           nb::arg("layers"), nb::arg("scores") = nb::none(), nb::kw_only(), nb::arg("n_ff"),
-          nb::arg("statistic") = "", nb::arg("alpha") = 0.0f, nb::arg("beta") = 0.0f,
+          nb::arg("statistic") = "", nb::arg("alpha") = 0.0, nb::arg("beta") = 0.0,
           nb::arg("n_tokens") = 0,
           "layers: per layer ascending int32 indices, or None where it stays dense.")
       .def_prop_ro("layers", &core_layers, "Per layer: int32 (k,), ascending, or None (dense).")
@@ -179,15 +179,15 @@ void bind_session(nb::module_& m) {
       .def(
           "reusable",
           [](const Session& s, const Tokens& tokens, const std::optional<std::string>& statistic,
-             float alpha) {
+             double alpha) {
             return s.reusable(span_of<int32_t>(tokens), spec_of(statistic, alpha));
           },
-          nb::arg("tokens").noconvert(), nb::arg("statistic") = nb::none(), nb::arg("alpha") = 0.4f,
+          nb::arg("tokens").noconvert(), nb::arg("statistic") = nb::none(), nb::arg("alpha") = 0.4,
           "How many leading ids a prefill of tokens may keep; always leaves the last to run.")
       .def("keep", &Session::keep, nb::arg("n"), "Forgets all positions from n on.")
       .def("reset", &Session::reset)
       .def("prefill", &prefill, nb::arg("tokens").noconvert(), nb::kw_only(),
-           nb::arg("statistic") = nb::none(), nb::arg("alpha") = 0.4f,
+           nb::arg("statistic") = nb::none(), nb::arg("alpha") = 0.4,
            nb::arg("progress") = nb::none(),
            "Appends int32 tokens with the dense weights, counting for the statistic if given.")
       .def(
