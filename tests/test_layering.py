@@ -76,7 +76,7 @@ def test_nothing_below_the_command_line_imports_it():
     package = ROOT / "python" / "coreinfer"
     wrong = []
     for path in sorted(package.rglob("*.py")):
-        if "cli" in path.relative_to(package).parts:
+        if "cli" in path.relative_to(package).parts or path.name == "__main__.py":
             continue
         if "cli" in imported_modules(path):
             wrong.append(path.name)
