@@ -12,7 +12,7 @@ import itertools
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Pipeline
 
-from coreinfer._tok_vocab import PREFIX, TokenizerError, Vocabulary, unused_name
+from ._tok_vocab import PREFIX, TokenizerError, Vocabulary, unused_name
 
 _CONTRACTION = "'(?:[sS]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])"
 # Possessive loops where giving back could never help: a megabyte of spaces stays linear.

@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer as Pipeline
 from tokenizers import models
 
-from coreinfer._tok_vocab import TokenizerError, TokenType, Vocabulary, unused_name
+from ._tok_vocab import TokenizerError, TokenType, Vocabulary, unused_name
 
 SPACE = "\u2581"  # how SentencePiece writes a space inside a token
 

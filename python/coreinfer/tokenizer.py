@@ -19,9 +19,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from coreinfer._tok_bpe import WHOLE_WORDS_FIRST, ByteLevel
-from coreinfer._tok_spm import SPACE, SentencePiece
-from coreinfer._tok_vocab import TokenizerError, TokenType, Vocabulary, flag
+from ._tok_bpe import WHOLE_WORDS_FIRST, ByteLevel
+from ._tok_spm import SPACE, SentencePiece
+from ._tok_vocab import TokenizerError, TokenType, Vocabulary, flag
 
 __all__ = ["StreamDecoder", "Tokenizer", "TokenizerError"]
 
