@@ -246,10 +246,10 @@ def test_bytes_without_a_token_are_left_out_and_keep_neighbours_apart():
 
 
 def test_user_defined_text_is_written_as_it_stands_and_byte_tokens_as_bytes():
-    extra = [("éé", USER_DEFINED), ("<0x41>", BYTE), ("naïve text", NORMAL), ("[PAD]", UNUSED)]
+    extra = [("éé", USER_DEFINED), ("<0x41>", BYTE), ("naïve text", NORMAL), ("[more]", UNUSED)]
     tokenizer = Tokenizer.from_metadata(byte_level(extra=extra))
     written = [tokenizer.token_bytes(256 + i) for i in range(4)]
-    assert written == ["éé".encode(), b"A", "naïve text".encode(), b"[PAD]"]
+    assert written == ["éé".encode(), b"A", "naïve text".encode(), b"[more]"]
 
 
 # Special tokens.
