@@ -72,6 +72,7 @@ class Session {
   void set_core(std::optional<CoreSet> set);
   const std::optional<CoreSet>& core_set() const { return core_set_; }
   size_t compact_bytes() const { return compact_.buffer_bytes; }
+  size_t compact_source_bytes() const { return compact_.source_bytes; }  // read to make it
   size_t decode_weight_bytes() const;  // that one decode step reads
 
   // One token with the decode weights.
@@ -90,11 +91,15 @@ class Session {
 
   const Timings& timings() const { return timings_; }
   size_t kv_bytes() const { return cache_->committed_bytes(); }
+  // Memory that the cache takes when it is full, and that every batch works in.
+  size_t kv_capacity_bytes() const;
+  size_t workspace_bytes() const { return transformer_->workspace_bytes(); }
 
  private:
   void check_tokens(std::span<const int32_t> tokens) const;
   void check_room(size_t n) const;
   void run_decode(std::span<const int32_t> tokens, WantLogits want);
+  size_t estimated_bytes(const CoreSet& set) const;
   LayerRange range(std::optional<LayerRange> layers) const;
   const NeuronCounts& counted() const;
 

@@ -1,0 +1,148 @@
+#include "bench/bandwidth.h"
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <fstream>
+#include <limits>
+#include <string>
+
+#include "base/aligned_buffer.h"
+#include "base/clock.h"
+#include "base/error.h"
+#include "base/thread_pool.h"
+
+namespace coreinfer::bench {
+namespace {
+
+constexpr int kPasses = 8;
+constexpr int64_t kChunkWords = int64_t{1} << 19;  // 4 MiB, dealt to whichever thread is free
+
+// Sum of words [begin, end); wide enough in flight that memory, not addition, is the limit.
+uint64_t sum_words(const uint64_t* words, int64_t begin, int64_t end) {
+  constexpr int64_t kLanes = 32;
+  uint64_t lanes[kLanes] = {};
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += words[i + lane];
+  }
+  uint64_t sum = 0;
+  for (; i < end; ++i) sum += words[i];
+  for (const uint64_t lane : lanes) sum += lane;
+  return sum;
+}
+
+double best_of_passes(int n_threads, uint64_t bytes) {
+  const AlignedBuffer buffer(bytes);
+  auto* words = buffer.as<uint64_t>();
+  const auto n_words = static_cast<int64_t>(bytes / sizeof(uint64_t));
+  ThreadPool pool(n_threads);
+  // Written once, so that every page is memory of its own and no shared page of zeros.
+  pool.run([&](ThreadPool::Context& context) {
+    int64_t begin = 0, end = 0;
+    while (context.next(n_words, kChunkWords, &begin, &end)) {
+      for (int64_t i = begin; i < end; ++i) words[i] = static_cast<uint64_t>(i);
+    }
+  });
+  const uint64_t expected =
+      static_cast<uint64_t>(n_words) % 2 == 0
+          ? static_cast<uint64_t>(n_words) / 2 * static_cast<uint64_t>(n_words - 1)
+          : static_cast<uint64_t>(n_words - 1) / 2 * static_cast<uint64_t>(n_words);
+  double best = 0.0;
+  for (int pass = 0; pass < kPasses; ++pass) {
+    std::atomic<uint64_t> total{0};
+    const int64_t start = now_ns();
+    pool.run([&](ThreadPool::Context& context) {
+      uint64_t sum = 0;
+      int64_t begin = 0, end = 0;
+      while (context.next(n_words, kChunkWords, &begin, &end)) sum += sum_words(words, begin, end);
+      total.fetch_add(sum, std::memory_order_relaxed);
+    });
+    const double seconds = seconds_since(start);
+    if (total.load() != expected) return 0.0;  // also what keeps the sums from being left out
+    best = std::max(best, static_cast<double>(bytes) * 1e-9 / seconds);
+  }
+  return best;
+}
+
+// The first number of a one-line file, or of the line that starts with `key`; 0 where absent.
+uint64_t read_number(const char* path, const std::string& key) {
+  std::ifstream file(path);
+  std::string word;
+  while (file >> word) {
+    if (key.empty()) return std::strtoull(word.c_str(), nullptr, 10);  // "max" is 0: no limit
+    uint64_t value = 0;
+    if (word == key && file >> value) return value;
+  }
+  return 0;
+}
+
+// What this process may still allocate; 0 where it cannot be told.
+uint64_t available_bytes() {
+  uint64_t available = read_number("/proc/meminfo", "MemAvailable:") * 1024;
+  const struct {
+    const char* limit;
+    const char* used;
+  } groups[] = {{"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"},
+                {"/sys/fs/cgroup/memory/memory.limit_in_bytes",
+                 "/sys/fs/cgroup/memory/memory.usage_in_bytes"}};
+  for (const auto& group : groups) {
+    const uint64_t limit = read_number(group.limit, "");
+    if (limit == 0) continue;
+    const uint64_t used = read_number(group.used, "");
+    const uint64_t left = limit > used ? limit - used : 1;
+    available = available == 0 ? left : std::min(available, left);
+  }
+  return available;
+}
+
+}  // namespace
+
+uint64_t bandwidth_bytes(uint64_t wanted) {
+  constexpr uint64_t kUnit = uint64_t{1} << 20;
+  const uint64_t available = available_bytes();
+  const uint64_t bytes = available == 0 ? wanted : std::min(wanted, available / 2);
+  return std::max(bytes / kUnit, uint64_t{1}) * kUnit;
+}
+
+ReadBandwidth measure_read_bandwidth(int n_threads, uint64_t bytes) {
+  int ends[2];
+  if (pipe(ends) != 0) {
+    throw_error(ErrorKind::kIo,
+                "cannot measure the read bandwidth: pipe: %s (skip with "
+                "--bandwidth 0)",
+                std::strerror(errno));
+  }
+  const pid_t child = fork();
+  if (child < 0) {
+    throw_error(ErrorKind::kIo,
+                "cannot measure the read bandwidth: fork: %s (skip with "
+                "--bandwidth 0)",
+                std::strerror(errno));
+  }
+  if (child == 0) {
+    close(ends[0]);
+    double result = 0.0;
+    try {
+      result = best_of_passes(n_threads, bytes);
+    } catch (const std::exception&) {
+      _exit(1);
+    }
+    const bool written = write(ends[1], &result, sizeof(result)) == sizeof(result);
+    _exit(written ? 0 : 1);
+  }
+  close(ends[1]);
+  ReadBandwidth bandwidth{0.0, bytes};
+  if (read(ends[0], &bandwidth.gb_per_s, sizeof(double)) != sizeof(double)) {
+    bandwidth.gb_per_s = 0.0;
+  }
+  close(ends[0]);
+  int status = 0;
+  waitpid(child, &status, 0);
+  return bandwidth;
+}
+
+}  // namespace coreinfer::bench

@@ -1,0 +1,115 @@
+// coreinfer-bench: the command line. Results to stdout, everything else to stderr; exit status 1
+// for any failure, with the rows measured so far already written.
+#include <clocale>
+#include <cstdio>
+#include <exception>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "bench/bandwidth.h"
+#include "bench/host.h"
+#include "bench/params.h"
+#include "bench/plan.h"
+#include "bench/printers.h"
+#include "bench/runner.h"
+#include "bench/usage.h"
+
+namespace coreinfer::bench {
+namespace {
+
+// Before any engine: the measurement needs a process without threads.
+std::map<int, ReadBandwidth> measure_bandwidths(const BenchParams& params) {
+  std::map<int, ReadBandwidth> measured;
+  if (params.bandwidth_gib <= 0.0) return measured;
+  const double gib = static_cast<double>(uint64_t{1} << 30);
+  const auto wanted = static_cast<uint64_t>(params.bandwidth_gib * gib);
+  const uint64_t bytes = bandwidth_bytes(wanted);
+  for (const int64_t n_threads : params.n_threads) {
+    const int n = static_cast<int>(n_threads);
+    if (measured.contains(n)) continue;
+    const ReadBandwidth result = measure_read_bandwidth(n, bytes);
+    measured[n] = result;
+    if (result.gb_per_s > 0.0) {
+      std::fprintf(stderr,
+                   "coreinfer-bench: read bandwidth with %d threads: %.2f GB/s over %.2f "
+                   "GiB%s\n",
+                   n, result.gb_per_s, static_cast<double>(bytes) / gib,
+                   bytes < wanted ? " (less than asked for: memory is short)" : "");
+    } else {
+      std::fprintf(stderr,
+                   "coreinfer-bench: warning: the read bandwidth could not be measured over "
+                   "%.2f GiB (--bandwidth sets less)\n",
+                   static_cast<double>(bytes) / gib);
+    }
+  }
+  return measured;
+}
+
+void run(const BenchParams& params) {
+  for (const std::string& warning : build_warnings()) {
+    std::fprintf(stderr, "coreinfer-bench: warning: %s\n", warning.c_str());
+  }
+  const std::vector<Group> plan = make_plan(params);
+  if (plan[0].settings.size() > 1) {
+    std::fprintf(stderr,
+                 "coreinfer-bench: core neurons come from a prefill of all tokens of -d and "
+                 "-p before each tg and verify test, also in its dense row\n");
+  }
+  const TokenSource tokens(params.tokens_file, params.seed);
+  Runner runner(params, tokens, measure_bandwidths(params));
+  std::vector<std::unique_ptr<Printer>> printers;
+  printers.push_back(make_printer(params.output, stdout, plan));
+  if (params.output_err != "none") {
+    printers.push_back(make_printer(params.output_err, stderr, plan));
+  }
+  const auto all = [&](const auto& call) {
+    for (const auto& printer : printers) {
+      call(*printer);
+      printer->flush();
+    }
+  };
+  all([](Printer& p) { p.header(); });
+  try {
+    runner.run(plan, [&](const Row& row) { all([&](Printer& p) { p.row(row); }); });
+  } catch (...) {
+    all([](Printer& p) { p.footer(); });  // so that what was measured can be parsed
+    throw;
+  }
+  all([](Printer& p) { p.footer(); });
+}
+
+int act(const BenchParams& params) {
+  switch (params.action) {
+    case Action::kHelp:
+      std::fputs(usage().c_str(), stdout);
+      return 0;
+    case Action::kVersion: {
+      const BuildInfo build = build_info();
+      std::printf("coreinfer-bench %s (commit %s, build %lld)\n", build.version, build.commit,
+                  static_cast<long long>(build.number));
+      return 0;
+    }
+    case Action::kListDevices:
+      std::puts("Available devices:");
+      for (const std::string& device : devices()) std::printf("  %s\n", device.c_str());
+      return 0;
+    case Action::kRun:
+      run(params);
+      return 0;
+  }
+  return 1;
+}
+
+}  // namespace
+}  // namespace coreinfer::bench
+
+int main(int argc, char** argv) {
+  std::setlocale(LC_NUMERIC, "C");  // a decimal point whatever the user's locale
+  try {
+    return coreinfer::bench::act(coreinfer::bench::parse_params(argc, argv));
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "coreinfer-bench: error: %s\n", error.what());
+    return 1;
+  }
+}

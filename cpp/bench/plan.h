@@ -1,0 +1,49 @@
+// Plan: what is measured, in order. In: BenchParams. Out: groups; the rows of a group differ only
+// in the neurons that decode, dense first, so that the dense row of the same setting stands beside
+// each core row. It throws kValue for combinations that make no sense and measures nothing.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "bench/params.h"
+
+namespace coreinfer::bench {
+
+enum class TestKind { kPrompt, kGenerate, kPromptGenerate, kVerify };
+
+struct Test {
+  TestKind kind = TestKind::kPrompt;
+  int64_t n_prompt = 0;  // timed prefill
+  int64_t n_gen = 0;     // decoded tokens; for kVerify those of one verification
+  int64_t n_depth = 0;   // prefilled before the clock starts
+
+  int64_t n_tokens() const { return n_depth + n_prompt + n_gen; }  // that the context must hold
+  std::string name() const;  // "pp512", "tg128 @ d512", "pp512+tg128", "verify4 @ d512"
+};
+
+// Which FFN weights a row decodes with.
+struct CoreSetting {
+  bool on = false;  // false: dense, and the rest has no meaning
+  StatisticSpec spec;
+  double beta = 0.0;
+  LayerRange layers = kAllLayers;
+
+  std::string name() const;  // "off", "flock 0.4", "count(0.4) 0.2 6:26"
+};
+
+struct Group {
+  std::string model;
+  int n_threads = 0;
+  int64_t n_batch = 0;
+  int64_t n_ubatch = 0;
+  std::string type_k;
+  std::string type_v;
+  Test test;
+  std::vector<CoreSetting> settings;  // [0] is dense
+};
+
+std::vector<Group> make_plan(const BenchParams& params);
+
+}  // namespace coreinfer::bench

@@ -1,0 +1,97 @@
+#include "bench/runner.h"
+
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <thread>
+
+#include "base/error.h"
+#include "bench/host.h"
+#include "bench/test_run.h"
+
+namespace coreinfer::bench {
+
+Runner::Runner(const BenchParams& params, const TokenSource& tokens,
+               std::map<int, ReadBandwidth> bandwidth)
+    : params_(params), tokens_(tokens), bandwidth_(std::move(bandwidth)), cpu_(cpu_name()) {}
+
+const Engine& Runner::engine_for(const Group& group) {
+  if (engine_ && engine_model_ == group.model &&
+      engine_->backend().info().n_threads == group.n_threads) {
+    return *engine_;
+  }
+  engine_.reset();  // before the next one: two at once would double the memory
+  EngineOptions options;
+  options.cpu.n_threads = group.n_threads;
+  engine_ = Engine::load(group.model, options);
+  engine_model_ = group.model;
+  facts_ = model_facts(engine_->file());
+  if (params_.verbose) {
+    std::fprintf(stderr, "coreinfer-bench: %s: %s, %.1f MiB, loaded in %.2f s on %s\n",
+                 group.model.c_str(), facts_.type.c_str(),
+                 static_cast<double>(facts_.bytes) / (1 << 20), engine_->load_seconds(),
+                 engine_->backend().info().description.c_str());
+  }
+  return *engine_;
+}
+
+Row Runner::measure(const Group& group, const CoreSetting& setting, const char* where) {
+  const Engine& engine = engine_for(group);
+  const std::string name =
+      format_string("%s: %s, core %s", where, group.test.name().c_str(), setting.name().c_str());
+  std::this_thread::sleep_for(std::chrono::seconds(params_.delay_seconds));
+  reset_peak_rss();
+
+  Row row;
+  row.group = group;
+  row.setting = setting;
+  row.model = facts_;
+  row.cpu = cpu_;
+  const BackendInfo info = engine.backend().info();
+  row.backend = info.name;
+  row.isa = info.isa;
+  row.load_ns = std::llround(engine.load_seconds() * 1e9);
+  row.test_time = utc_now();
+  if (const auto found = bandwidth_.find(group.n_threads); found != bandwidth_.end()) {
+    row.bandwidth = found->second;
+  }
+  const std::vector<int32_t> ids = tokens_.first(group.test.n_tokens(), engine.config().n_vocab);
+  TestRun test(engine_, group, setting, ids);
+  row.layers = test.layers();
+  if (params_.warmup) {
+    if (params_.progress) std::fprintf(stderr, "coreinfer-bench: %s: warm-up\n", name.c_str());
+    test.warm_up();
+  }
+  for (int64_t i = 1; i <= params_.repetitions; ++i) {
+    if (params_.progress) {
+      std::fprintf(stderr, "coreinfer-bench: %s: repetition %lld/%lld\n", name.c_str(),
+                   static_cast<long long>(i), static_cast<long long>(params_.repetitions));
+    }
+    const int64_t ns = test.repeat();
+    if (params_.verbose) {
+      std::fprintf(stderr, "coreinfer-bench: %s: %.3f ms\n", name.c_str(),
+                   static_cast<double>(ns) * 1e-6);
+    }
+  }
+  test.fill(row);
+  row.peak_rss = peak_rss();
+  return row;
+}
+
+void Runner::run(const std::vector<Group>& plan, const std::function<void(const Row&)>& take) {
+  for (size_t i = 0; i < plan.size(); ++i) {
+    const Group& group = plan[i];
+    const std::string where = format_string("test %zu/%zu", i + 1, plan.size());
+    std::optional<double> dense_step_ns;
+    for (const CoreSetting& setting : group.settings) {
+      Row row = measure(group, setting, where.c_str());
+      if (!setting.on && group.test.kind == TestKind::kGenerate) {
+        dense_step_ns = row.avg_ns() / static_cast<double>(group.test.n_gen);
+      }
+      row.dense_step_ns = dense_step_ns;
+      take(row);
+    }
+  }
+}
+
+}  // namespace coreinfer::bench

@@ -1,0 +1,40 @@
+// Runner: carries a plan out. In: params, plan, read bandwidths. Out: rows, one by one, to whoever
+// takes them. It keeps an engine as long as model and threads stay the same, and says on stderr
+// what it does where the params ask for it.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "bench/params.h"
+#include "bench/plan.h"
+#include "bench/row.h"
+#include "bench/token_source.h"
+#include "engine/engine.h"
+
+namespace coreinfer::bench {
+
+class Runner {
+ public:
+  // bandwidth: by number of threads; absent: not measured. The other two must outlive the runner.
+  Runner(const BenchParams& params, const TokenSource& tokens,
+         std::map<int, ReadBandwidth> bandwidth);
+
+  void run(const std::vector<Group>& plan, const std::function<void(const Row&)>& take);
+
+ private:
+  const Engine& engine_for(const Group& group);
+  Row measure(const Group& group, const CoreSetting& setting, const char* where);
+
+  const BenchParams& params_;
+  const TokenSource& tokens_;
+  std::map<int, ReadBandwidth> bandwidth_;
+  std::string cpu_;
+  std::shared_ptr<const Engine> engine_;
+  std::string engine_model_;
+  ModelFacts facts_;  // of the engine's model
+};
+
+}  // namespace coreinfer::bench

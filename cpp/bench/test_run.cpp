@@ -1,0 +1,201 @@
+#include "bench/test_run.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "base/clock.h"
+#include "base/error.h"
+
+namespace coreinfer::bench {
+namespace {
+
+// Decode steps and verifications measured in turn in one repetition.
+constexpr int kVerifyRounds = 8;
+
+SessionOptions session_options(const Group& group) {
+  SessionOptions options;
+  options.n_ctx = group.test.n_tokens();
+  options.n_batch = std::min(group.n_batch, group.n_ubatch);
+  options.type_k = kv_type_from_name(group.type_k);
+  options.type_v = kv_type_from_name(group.type_v);
+  return options;
+}
+
+int64_t to_ns(double seconds) { return std::llround(seconds * 1e9); }
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  const size_t half = values.size() / 2;
+  return values.size() % 2 == 1 ? values[half] : 0.5 * (values[half - 1] + values[half]);
+}
+
+}  // namespace
+
+TestRun::TestRun(std::shared_ptr<const Engine> engine, const Group& group,
+                 const CoreSetting& setting, std::span<const int32_t> ids)
+    : group_(group),
+      test_(group.test),
+      setting_(setting),
+      ids_(ids),
+      session_(std::move(engine), session_options(group)) {
+  if (setting.on) spec_ = setting.spec;
+}
+
+LayerRange TestRun::layers() const {
+  const int64_t n_layer = session_.engine().config().n_layer;
+  LayerRange range = setting_.layers;
+  if (range.last == kAllLayers.last) range.last = n_layer;
+  return range;
+}
+
+TestRun::Ids TestRun::ids(int64_t begin, int64_t count) const {
+  return ids_.subspan(static_cast<size_t>(begin), static_cast<size_t>(count));
+}
+
+void TestRun::to_depth() {
+  session_.set_core(std::nullopt);
+  if (at_depth_ && depth_state_.empty()) {
+    session_.keep(test_.n_depth);
+    return;
+  }
+  if (at_depth_) {
+    session_.load_state(depth_state_);
+    return;
+  }
+  session_.reset();
+  if (test_.n_depth > 0) {
+    const Timings before = session_.timings();
+    session_.prefill(ids(0, test_.n_depth), spec_);
+    depth_timings_ = session_.timings();
+    depth_timings_.prefill_seconds -= before.prefill_seconds;
+    depth_timings_.count_seconds -= before.count_seconds;
+    // Scores cannot be taken back to any length, as the cache can.
+    if (spec_ && test_.n_prompt > 0) depth_state_ = session_.save_state();
+  }
+  at_depth_ = true;
+}
+
+void TestRun::choose() {
+  if (setting_.on) session_.set_core(session_.select(setting_.beta, layers()));
+}
+
+void TestRun::warm_up() {
+  if (test_.n_prompt > 0) {
+    session_.prefill(ids(0, test_.n_prompt), spec_);
+  } else {
+    to_depth();
+  }
+  choose();
+  if (test_.n_gen > 0) session_.decode(ids_[static_cast<size_t>(session_.n_past())]);
+}
+
+int64_t TestRun::timed_prompt(LogitsHash& hash) {
+  const int64_t start = now_ns();
+  session_.prefill(ids(test_.n_depth, test_.n_prompt), spec_);
+  choose();
+  const int64_t ns = now_ns() - start;
+  prompt_ns_.push_back(ns);
+  hash.add(session_.logits());
+  return ns;
+}
+
+int64_t TestRun::timed_decode(LogitsHash& hash) {
+  int64_t ns = 0;
+  for (const int32_t id : ids(session_.n_past(), test_.n_gen)) {
+    const int64_t start = now_ns();
+    session_.decode(id);
+    ns += now_ns() - start;
+    hash.add(session_.logits());
+  }
+  return ns;
+}
+
+int64_t TestRun::timed_verify(LogitsHash& hash) {
+  const Ids tokens = ids(test_.n_depth, test_.n_gen);
+  const auto n_vocab = static_cast<size_t>(session_.engine().config().n_vocab);
+  std::vector<float> logits(tokens.size() * n_vocab);
+  int64_t total = 0;
+  for (int round = 0; round < kVerifyRounds; ++round) {
+    int64_t start = now_ns();
+    session_.decode(tokens[0]);
+    const int64_t decode_ns = now_ns() - start;
+    hash.add(session_.logits());
+    session_.keep(test_.n_depth);
+    start = now_ns();
+    session_.verify(tokens, logits);
+    const int64_t verify_ns = now_ns() - start;
+    hash.add(logits);
+    session_.keep(test_.n_depth);
+    total += verify_ns;
+    verify_ratios_.push_back(static_cast<double>(verify_ns) / static_cast<double>(decode_ns));
+  }
+  return total / kVerifyRounds;
+}
+
+int64_t TestRun::repeat() {
+  to_depth();
+  const Timings before = session_.timings();
+  LogitsHash hash;
+  int64_t ns = 0;
+  if (test_.n_prompt > 0) {
+    ns += timed_prompt(hash);
+  } else {
+    choose();
+  }
+  if (test_.kind == TestKind::kVerify) {
+    ns += timed_verify(hash);
+  } else if (test_.n_gen > 0) {
+    ns += timed_decode(hash);
+  }
+  const Timings& after = session_.timings();
+  totals_.count_seconds += after.count_seconds - before.count_seconds;
+  totals_.select_seconds += after.select_seconds - before.select_seconds;
+  totals_.compact_seconds += after.compact_seconds - before.compact_seconds;
+  samples_ns_.push_back(ns);
+  if (hash_ && *hash_ != hash.value()) {
+    throw_error(ErrorKind::kState,
+                "%s, core %s: repetition %zu gave other logits (%016llx) than those before "
+                "(%016llx); the same tokens must give the same bits, so this is a race",
+                test_.name().c_str(), setting_.name().c_str(), samples_ns_.size(),
+                static_cast<unsigned long long>(hash.value()),
+                static_cast<unsigned long long>(*hash_));
+  }
+  hash_ = hash.value();
+  return ns;
+}
+
+void TestRun::fill(Row& row) const {
+  const auto n = static_cast<double>(samples_ns_.size());
+  row.samples_ns = samples_ns_;
+  row.logits_hash = *hash_;
+  row.kv_bytes = static_cast<int64_t>(session_.kv_bytes());
+  if (test_.n_gen > 0) row.weight_bytes = static_cast<int64_t>(session_.decode_weight_bytes());
+  if (!verify_ratios_.empty()) row.verify_over_decode = median(verify_ratios_);
+
+  const double choice_seconds = (totals_.select_seconds + totals_.compact_seconds) / n;
+  const bool prompt_timed = !prompt_ns_.empty();
+  if (prompt_timed) {
+    double sum = 0.0;
+    for (const int64_t ns : prompt_ns_) sum += static_cast<double>(ns);
+    row.ttft_ns = std::llround(sum / n);
+  } else if (test_.n_depth > 0) {
+    row.ttft_ns = to_ns(depth_timings_.prefill_seconds + choice_seconds);
+  }
+  if (!setting_.on) return;
+
+  row.n_prompt_select = test_.n_depth + test_.n_prompt;
+  row.count_ns = to_ns(prompt_timed ? totals_.count_seconds / n : depth_timings_.count_seconds);
+  row.select_ns = to_ns(totals_.select_seconds / n);
+  row.compact_ns = to_ns(totals_.compact_seconds / n);
+  row.compact_bytes = static_cast<int64_t>(session_.compact_bytes());
+  row.compact_source_bytes = static_cast<int64_t>(session_.compact_source_bytes());
+  const CoreSet& set = *session_.core_set();
+  double kept = 0.0;
+  for (const auto& layer : set.layers) {
+    kept += layer ? static_cast<double>(layer->size()) : static_cast<double>(set.n_ff);
+  }
+  row.ffn_kept_frac =
+      kept / (static_cast<double>(set.n_ff) * static_cast<double>(set.layers.size()));
+}
+
+}  // namespace coreinfer::bench

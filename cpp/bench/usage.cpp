@@ -1,0 +1,102 @@
+#include "bench/usage.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "base/error.h"
+#include "base/thread_pool.h"
+
+namespace coreinfer::bench {
+namespace {
+
+struct Reason {
+  std::vector<std::string_view> flags;
+  const char* why;
+};
+
+const Reason kMeaningless[] = {
+    {{"-hf", "-hfr", "--hf-repo", "-hff", "--hf-file", "-hft", "--hf-token", "--offline"},
+     "nothing is downloaded; give the path of a GGUF file with -m"},
+    {{"-C", "--cpu-mask", "--cpu-strict", "--numa"}, "start it under taskset or numactl instead"},
+    {{"--prio"}, "start it under nice instead"},
+    {{"--poll"}, "how the threads wait is fixed"},
+    {{"-ncmoe", "--n-cpu-moe"}, "there are no mixture-of-experts models"},
+    {{"-dev", "--device", "-sm", "--split-mode", "-mg", "--main-gpu", "-ts", "--tensor-split",
+      "-ot", "--override-tensor", "-nkvo", "--no-kv-offload", "-nopo", "--no-op-offload",
+      "--no-host", "-fitt", "--fit-target", "-fitc", "--fit-ctx"},
+     "everything is computed by the CPU"},
+    {{"-fa", "--flash-attn"}, "there is one way to compute attention"},
+    {{"-embd", "--embeddings"}, "embeddings are not computed"},
+    {{"-lm", "--load-mode", "-lzm", "--lazy-mode", "-mmp", "--mmap", "-dio", "--direct-io"},
+     "model files are always mapped"},
+    {{"--repack"}, "each type has one layout to compute with"},
+};
+
+constexpr const char* kUsage = R"(usage: coreinfer-bench -m MODEL [options]
+
+Measures prompt processing (pp) and generation (tg) as llama-bench does, with its flags and its
+columns first, dense and with core neurons. Results go to stdout, everything else to stderr.
+
+options:
+  -h, --help
+  --version
+  --list-devices            the devices and instruction sets that can be used
+  -r, --repetitions N       repetitions of each test (default: 5)
+  --delay SECONDS           pause before each test (default: 0)
+  -o, --output FORMAT       md, csv, json, jsonl or sql, to stdout (default: md)
+  -oe, --output-err FORMAT  a second one, to stderr (default: none)
+  --progress                what is being run, on stderr
+  -v, --verbose             models and every repetition, on stderr
+  --no-warmup               skip the run before the repetitions
+  --tokens FILE             token ids to read: a JSON list, or separated by white space. A test takes
+                            depth, prompt and generated tokens from it in this order
+                            (default: ids drawn from the vocabulary)
+  --seed N                  of the drawn ids (default: 0)
+  --bandwidth GIB           memory to read when measuring the read bandwidth, once for each number
+                            of threads; less is used where memory is short; 0 skips (default: 4)
+
+tests, as lists; every combination is run:
+  -m, --model FILE
+  -p, --n-prompt N          prompt tokens to process, 0: none (default: 512)
+  -n, --n-gen N             tokens to generate, 0: none (default: 128)
+  -pg PP,TG                 a prompt and then generation, timed as one
+  --verify N                tokens to verify in one decode step, 1 to 16 (verifyN); its time over
+                            that of a decode step is measured in turn with it
+  -d, --n-depth N           tokens already in the context (default: 0)
+  -b, --batch-size N        (default: 2048)
+  -ub, --ubatch-size N      (default: 512); a prefill step takes the smaller of both
+  -ctk, --cache-type-k T    f16, f32 or q8_0 (default: f16)
+  -ctv, --cache-type-v T    f16, f32 or q8_0 (default: f16)
+  -t, --threads N           (default: %d)
+  -ngl, --n-gpu-layers 0    only 0: everything is computed by the CPU
+  --core MODE               off: dense weights; stable: the core neurons of the prompt
+                            (default: off)
+  --statistic S             count, count_gate, count_abs or flock (default: flock)
+  --alpha A                 share of a token's active neurons that are counted; not for flock
+                            (default: 0.4)
+  --beta B                  share of the neurons to keep (default: 0.4)
+  --layers FIRST:LAST       layers with core neurons, LAST excluded, the others stay dense
+                            (default: all)
+
+Values are separated by commas or given by repeating the flag. Ranges of whole numbers are
+first-last, first-last+step or first-last*factor.
+
+With core neurons, tg and verify tests always follow a prefill of all tokens of -d and -p, from which
+the neurons are chosen: tg128 with -p 512 is "tg128 @ d512". The dense row of the same setting stands
+before the core rows. In pp tests, counting, selecting and compacting are timed with the prompt.
+)";
+
+}  // namespace
+
+std::string usage() { return format_string(kUsage, ThreadPool::default_threads()); }
+
+const char* why_meaningless(std::string_view flag) {
+  for (const Reason& reason : kMeaningless) {
+    if (std::find(reason.flags.begin(), reason.flags.end(), flag) != reason.flags.end()) {
+      return reason.why;
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace coreinfer::bench
