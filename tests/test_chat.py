@@ -157,9 +157,10 @@ LIST = "{% set x = range(99999) | list %}"
 
 BOMBS = {
     "a long range": "{% for i in range(10**9) %}{% endfor %}",
-    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "loops that skip all": "{% for i in range(9999) %}{% for j in range(99999) if false %}{% endfor %}"
+    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
     "{% endfor %}",
+    "loops that skip all": "{% for i in range(9999) %}{% for j in range(99999) if false %}"
+    "{% endfor %}{% endfor %}",
     "text times number": "{{ 'a' * 10**9 }}",
     "number times text": "{{ 10**9 * 'a' }}",
     "list times number": "{{ ([0] * 10**9) | length }}",
@@ -171,7 +172,7 @@ BOMBS = {
     "dicts in dicts": GROWING % ("{}", "{'a': ns.x, 'b': ns.x}") + "{{ ns.x | tojson }}",
     "namespaces in lists": "{% set a = namespace() %}{% set b = [a, a] %}",
     "namespaces in namespaces": "{% set a = namespace() %}{% set a.x = a %}{{ a }}",
-    "arguments in arguments": "{% macro f(n) %}{{ f(n, varargs, varargs) }}{% endmacro %}{{ f(1) }}",
+    "arguments in arguments": "{% macro f(n) %}{{ f(varargs, varargs) }}{% endmacro %}{{ f(1) }}",
     "endless recursion": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
     "branching recursion": "{% macro f(n) %}{% if n < 60 %}{{ f(n + 1) }}{{ f(n + 1) }}{% endif %}"
     "{% endmacro %}{{ f(0) }}",
