@@ -8,6 +8,7 @@
 #include <string>
 
 #include "backend/backend.h"
+#include "engine/memory_plan.h"
 #include "gguf/gguf_file.h"
 #include "model/config.h"
 #include "model/weights.h"
@@ -16,6 +17,7 @@ namespace coreinfer {
 
 struct EngineOptions {
   CpuOptions cpu;
+  uint64_t memory_limit = 0;            // bytes that this process may hold resident; 0: no limit
   std::function<void(float)> progress;  // of loading, in [0, 1]
 };
 
@@ -29,12 +31,14 @@ class Engine {
   const ModelWeights& weights() const { return weights_; }
   // Computing does not change the engine; the backend guards its own working memory.
   Backend& backend() const { return *backend_; }
+  const MemoryPlan& memory() const { return *memory_; }
   double load_seconds() const { return load_seconds_; }
 
  private:
   Engine() = default;
   std::shared_ptr<const GgufFile> file_;
   ModelConfig config_;
+  std::unique_ptr<const MemoryPlan> memory_;
   std::unique_ptr<Backend> backend_;
   ModelWeights weights_;  // after backend_: released first
   double load_seconds_ = 0.0;

@@ -51,6 +51,23 @@ Session::Session(std::shared_ptr<const Engine> engine, const SessionOptions& opt
   cache_ = engine_->backend().make_kv_cache(kv);
   transformer_ = std::make_unique<Transformer>(engine_->backend(), c, engine_->weights(),
                                                std::max(n_batch_, std::min(kExactRows, n_ctx_)));
+  engine_->memory().check_session(kv_capacity_bytes(), workspace_bytes());
+}
+
+size_t Session::kv_capacity_bytes() const {
+  const KvSpec& kv = cache_->spec();
+  const auto row_bytes = [&](KvType type) {
+    switch (type) {
+      case KvType::kF32:
+        return 4 * kv.row_width;
+      case KvType::kF16:
+        return 2 * kv.row_width;
+      case KvType::kQ8_0:
+        break;
+    }
+    return kv.row_width + 2 * ((kv.row_width + 31) / 32);
+  };
+  return static_cast<size_t>(kv.n_layer * kv.n_ctx * (row_bytes(kv.type_k) + row_bytes(kv.type_v)));
 }
 
 void Session::check_tokens(std::span<const int32_t> tokens) const {
@@ -197,6 +214,7 @@ void Session::set_core(std::optional<CoreSet> set) {
     // The old buffer goes first: two at once would double the memory.
     core_set_.reset();
     compact_ = {};
+    engine_->memory().check_core(kv_capacity_bytes(), workspace_bytes(), estimated_bytes(*set));
     engine_->file().check_unchanged();
     CompactWeights compacted = compact(engine_->backend(), engine_->weights(), *set);
     engine_->file().check_unchanged();
@@ -207,12 +225,28 @@ void Session::set_core(std::optional<CoreSet> set) {
 }
 
 size_t Session::decode_weight_bytes() const {
-  size_t bytes = engine_->weights().bytes_per_token();
-  for (size_t i = 0; i < compact_.layers.size(); ++i) {
-    bytes -= engine_->weights().layers[i].ffn.bytes();
-    bytes += compact_.layers[i].bytes();
-  }
+  const ModelWeights& weights = engine_->weights();
+  if (compact_.layers.empty()) return weights.bytes_per_token();
+  size_t bytes = weights.bytes_per_token() - weights.ffn_bytes();
+  for (const FfnWeights& ffn : compact_.layers) bytes += ffn.bytes();
   return bytes;
+}
+
+// Weight bytes of a core set, before it is made: rows of gate and up are exact, columns of a
+// quantised down projection keep their groups' scales, for which a fifth of its dense bytes is
+// allowed.
+size_t Session::estimated_bytes(const CoreSet& set) const {
+  double bytes = 0.0;
+  for (size_t i = 0; i < set.layers.size(); ++i) {
+    const CompactSource& s = engine_->weights().layers[i].source;
+    const auto k =
+        static_cast<double>(set.layers[i] ? set.layers[i]->size() : static_cast<size_t>(set.n_ff));
+    const double share = k / static_cast<double>(set.n_ff);
+    const auto rows = static_cast<double>(s.gate.bytes() + s.up.bytes());
+    const auto down = static_cast<double>(s.down.bytes());
+    bytes += rows * share + down * std::min(1.0, share + 0.2);
+  }
+  return static_cast<size_t>(bytes);
 }
 
 // At most kExactRows tokens, so that each row's bits are those of decoding it alone.

@@ -21,6 +21,15 @@ Transformer::Transformer(Backend& backend, const ModelConfig& config, const Mode
   device_logits_ = backend.allocate(std::min(max_rows, kExactRows) * config.n_vocab);
 }
 
+size_t Transformer::workspace_bytes() const {
+  int64_t floats = static_cast<int64_t>(logits_.capacity());
+  for (const BufferPtr* b :
+       {&x_, &q_, &k_, &v_, &attended_, &block_, &hidden_, &act_gate_, &device_logits_}) {
+    if (*b) floats += (*b)->size();
+  }
+  return 2 * sizeof(float) * static_cast<size_t>(floats);
+}
+
 void Transformer::run(const Batch& batch, KvCache& cache) {
   const auto n = static_cast<int64_t>(batch.tokens.size());
   if (n < 1 || n > max_rows_) {
@@ -37,9 +46,12 @@ void Transformer::run(const Batch& batch, KvCache& cache) {
       throw_error(ErrorKind::kCancelled, "stopped in layer %lld", static_cast<long long>(i));
     }
     const LayerWeights& w = weights_.layers[static_cast<size_t>(i)];
-    const FfnWeights& ffn = batch.ffn.empty() ? w.ffn : batch.ffn[static_cast<size_t>(i)];
     attention(w, i, batch.first, x, cache);
-    feed_forward(w, ffn, i, x, batch.counts);
+    if (batch.ffn.empty()) {
+      feed_forward(w, weights_.stage_ffn(static_cast<size_t>(i)), i, x, batch.counts);
+    } else {
+      feed_forward(w, batch.ffn[static_cast<size_t>(i)], i, x, batch.counts);
+    }
   }
   head(x, batch.logits);
 }

@@ -40,6 +40,9 @@ class Transformer {
   std::span<const float> logits(int64_t row = 0) const;
   int64_t n_logits() const { return n_logits_; }
 
+  // Bytes of working memory, which the backend's own share about doubles.
+  size_t workspace_bytes() const;
+
   // Seconds that run() has spent counting.
   double count_seconds() const { return count_seconds_; }
 

@@ -28,6 +28,7 @@ class Loader {
   WeightPtr matrix(const Mat& mat) {
     const WeightPtr weight = backend_.load(mat);
     file_.check_unchanged();
+    if (traits(mat.type).quantized) file_.advise_dontneed(mat);  // repacked: a copy
     return weight;
   }
 
@@ -67,7 +68,8 @@ class Loader {
   std::set<std::string> asked_;
 };
 
-LayerWeights load_layer(Loader& loader, const ModelConfig& c, const LayerConfig& layer) {
+LayerWeights load_layer(Loader& loader, const ModelConfig& c, const LayerConfig& layer,
+                        bool ffn_resident) {
   LayerWeights w;
   const auto always = Presence::kAlways;
   w.attn_norm = loader.norm("attn_norm", c.n_embd, always, c.norm_bias);
@@ -102,6 +104,7 @@ LayerWeights load_layer(Loader& loader, const ModelConfig& c, const LayerConfig&
   s.down = loader.mat("ffn_down.weight", {c.n_ff, c.n_embd}, always);
   s.up_bias = loader.vector("ffn_up.bias", c.n_ff, c.ffn_bias);
   s.down_bias = loader.vector("ffn_down.bias", c.n_embd, c.ffn_bias);
+  if (!ffn_resident) return w;
   if (c.gated) w.ffn.gate = loader.matrix(s.gate);
   w.ffn.up = loader.matrix(s.up);
   w.ffn.down = loader.matrix(s.down);
@@ -112,19 +115,60 @@ LayerWeights load_layer(Loader& loader, const ModelConfig& c, const LayerConfig&
 
 }  // namespace
 
-size_t ModelWeights::bytes_per_token() const {
-  size_t bytes = output->bytes();
+size_t ModelWeights::ffn_bytes() const {
+  size_t bytes = 0;
   for (const LayerWeights& w : layers) {
-    bytes += w.q->bytes() + w.k->bytes() + w.v->bytes() + w.o->bytes() + w.ffn.bytes();
+    const CompactSource& s = w.source;
+    // Repacking is a permutation, so the file's bytes are those that a resident layer reads.
+    bytes += ffn_resident ? w.ffn.bytes() : s.gate.bytes() + s.up.bytes() + s.down.bytes();
   }
   return bytes;
 }
 
+size_t ModelWeights::bytes_per_token() const {
+  size_t bytes = output->bytes() + ffn_bytes();
+  for (const LayerWeights& w : layers) {
+    bytes += w.q->bytes() + w.k->bytes() + w.v->bytes() + w.o->bytes();
+  }
+  return bytes;
+}
+
+FfnWeights ModelWeights::stage_ffn(size_t layer) const {
+  const LayerWeights& w = layers[layer];
+  if (w.ffn.up) return w.ffn;
+  FfnWeights ffn;
+  const auto load = [&](const Mat& mat) -> WeightPtr {
+    if (mat.empty()) return nullptr;
+    WeightPtr weight = backend->load(mat);
+    if (traits(mat.type).quantized) file->advise_dontneed(mat);
+    return weight;
+  };
+  ffn.gate = load(w.source.gate);
+  ffn.up = load(w.source.up);
+  ffn.down = load(w.source.down);
+  ffn.up_bias = w.source.up_bias;
+  ffn.down_bias = w.source.down_bias;
+  return ffn;
+}
+
+void ModelWeights::drop_ffn_pages() const {
+  for (const LayerWeights& w : layers) {
+    for (const Mat* mat : {&w.source.gate, &w.source.up, &w.source.down}) {
+      // Resident float weights are computed with where they are mapped.
+      const bool in_use = ffn_resident && !traits(mat->type).quantized;
+      if (!mat->empty() && !in_use) file->advise_dontneed(*mat);
+    }
+  }
+}
+
 ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, Backend& backend,
-                          const std::function<void(float)>& progress) {
+                          const WeightOptions& options) {
   file.require_supported_types();
   Loader loader(file, config, backend);
   ModelWeights w;
+  w.ffn_resident = options.ffn_resident;
+  w.file = &file;
+  w.backend = &backend;
   const auto always = Presence::kAlways;
   w.token_embd = loader.mat("token_embd.weight", {config.n_embd, config.n_vocab}, always);
   if (config.position_offset >= 0) {
@@ -136,8 +180,11 @@ ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, Backe
   w.output = loader.matrix(head.empty() ? w.token_embd : head);
   for (int64_t i = 0; i < config.n_layer; ++i) {
     loader.set_layer(i);
-    w.layers.push_back(load_layer(loader, config, config.layers[static_cast<size_t>(i)]));
-    if (progress) progress(static_cast<float>(i + 1) / static_cast<float>(config.n_layer));
+    w.layers.push_back(
+        load_layer(loader, config, config.layers[static_cast<size_t>(i)], options.ffn_resident));
+    if (options.progress) {
+      options.progress(static_cast<float>(i + 1) / static_cast<float>(config.n_layer));
+    }
   }
   loader.leave_layers();
   loader.finish();

@@ -1,6 +1,7 @@
 // ModelWeights: every tensor of a model, asked for by name with the shape that the configuration
 // implies, and brought into the backend's layout. Flows in: GgufFile, ModelConfig, Backend. Flows
-// out: what forward/ computes with, and the file's own matrices for compaction to read.
+// out: what forward/ computes with, and the file's own matrices for compaction to read. Dense FFN
+// weights are resident, or brought in a layer at a time when memory is short (stage_ffn).
 #pragma once
 
 #include <functional>
@@ -22,7 +23,7 @@ struct LayerWeights {
   AttentionSpec attention;                   // with the head norms and rope of this layer
   Norm attn_post_norm;                       // no weight: none
   Norm ffn_norm;
-  FfnWeights ffn;
+  FfnWeights ffn;  // empty where dense FFN weights are not resident
   Norm ffn_post_norm;
   CompactSource source;  // the same FFN in the mapped file; `neurons` empty
 };
@@ -33,13 +34,29 @@ struct ModelWeights {
   Norm output_norm;
   WeightPtr output;  // (n_vocab, n_embd); the embeddings again where the head is tied
   std::vector<LayerWeights> layers;
+  bool ffn_resident = true;
 
-  // Weight bytes that one dense decode step reads.
+  // Weight bytes that one dense decode step reads, and the part that is FFN weights.
   size_t bytes_per_token() const;
+  size_t ffn_bytes() const;
+
+  // The dense FFN of a layer: the resident one, or a copy made from the file now, whose memory goes
+  // when the returned value does.
+  FfnWeights stage_ffn(size_t layer) const;
+  // Mapped FFN pages that staging or compaction has read need not stay resident.
+  void drop_ffn_pages() const;
+
+  const GgufFile* file = nullptr;  // not an owner
+  Backend* backend = nullptr;      // not an owner
 };
 
-// Throws kGguf for a missing, misshapen, unsupported or unexpected tensor. progress gets [0, 1].
+struct WeightOptions {
+  bool ffn_resident = true;
+  std::function<void(float)> progress;  // gets [0, 1]
+};
+
+// Throws kGguf for a missing, misshapen, unsupported or unexpected tensor.
 ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, Backend& backend,
-                          const std::function<void(float)>& progress);
+                          const WeightOptions& options);
 
 }  // namespace coreinfer

@@ -15,9 +15,12 @@ CompactWeights compact(Backend& backend, const ModelWeights& weights, const Core
   CompactWeights result;
   if (!sources.empty()) result = backend.compact(sources);
   std::vector<FfnWeights> layers;
-  for (const LayerWeights& w : weights.layers) layers.push_back(w.ffn);
-  for (size_t j = 0; j < picked.size(); ++j) layers[picked[j]] = std::move(result.layers[j]);
+  for (size_t i = 0, j = 0; i < weights.layers.size(); ++i) {
+    const bool is_picked = j < picked.size() && picked[j] == i;
+    layers.push_back(is_picked ? std::move(result.layers[j++]) : weights.stage_ffn(i));
+  }
   result.layers = std::move(layers);
+  weights.drop_ffn_pages();
   return result;
 }
 

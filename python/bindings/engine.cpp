@@ -51,8 +51,10 @@ nb::dict backend_dict(const Engine& engine) {
 }
 
 std::shared_ptr<const Engine> load(const std::string& path, int n_threads, bool f32_activations,
+                                   uint64_t memory_limit,
                                    const std::function<void(float)>& progress) {
   EngineOptions options;
+  options.memory_limit = memory_limit;
   options.cpu.n_threads = n_threads;
   options.cpu.f32_activations = f32_activations;
   // Loading checks for Ctrl-C with every layer, whether or not progress is wanted.
@@ -65,18 +67,13 @@ std::shared_ptr<const Engine> load(const std::string& path, int n_threads, bool 
   return Engine::load(path, options);
 }
 
-size_t ffn_bytes(const Engine& engine) {
-  size_t bytes = 0;
-  for (const LayerWeights& w : engine.weights().layers) bytes += w.ffn.bytes();
-  return bytes;
-}
-
 }  // namespace
 
 void bind_engine(nb::module_& m) {
   nb::class_<Engine>(m, "Engine", "A loaded model on a backend, constant; shared by sessions.")
       .def(nb::new_(&load), nb::arg("path"), nb::kw_only(), nb::arg("n_threads") = 0,
-           nb::arg("f32_activations") = false, nb::arg("progress") = nb::none(),
+           nb::arg("f32_activations") = false, nb::arg("memory_limit") = 0,
+           nb::arg("progress") = nb::none(),
            "Loads a GGUF file. Raises GGUFError for a malformed or unsupported file and "
            "OSError where it cannot be read.")
       .def_prop_ro("gguf", [](const Engine& e) { return gguf_object(e.shared_file()); })
@@ -86,7 +83,12 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro(
           "weight_bytes", [](const Engine& e) { return e.weights().bytes_per_token(); },
           "Weight bytes that one dense decode step reads.")
-      .def_prop_ro("ffn_bytes", &ffn_bytes, "The part of weight_bytes that is FFN weights.")
+      .def_prop_ro(
+          "ffn_bytes", [](const Engine& e) { return e.weights().ffn_bytes(); },
+          "The part of weight_bytes that is FFN weights.")
+      .def_prop_ro(
+          "ffn_resident", [](const Engine& e) { return e.weights().ffn_resident; },
+          "Whether dense FFN weights stay in memory, or come in a layer at a time.")
       .def_prop_ro("load_seconds", &Engine::load_seconds)
       .def_prop_ro("n_vocab", [](const Engine& e) { return e.config().n_vocab; })
       .def_prop_ro("n_layer", [](const Engine& e) { return e.config().n_layer; })
