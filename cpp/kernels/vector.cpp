@@ -2,6 +2,7 @@
 #include "kernels/vector.h"
 
 #include <array>
+#include <charconv>
 #include <cmath>
 
 #include "kernels/vector_tables.h"
@@ -11,9 +12,15 @@ namespace {
 
 using kernels::VectorTables;
 
-VectorTables make_tables(Isa) {
+VectorTables make_tables(Isa isa) {
   VectorTables t;
   kernels::use_scalar(t);
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx2 || isa == Isa::kAvx512 || isa == Isa::kAmx) kernels::use_avx2(t);
+  if (isa == Isa::kAvx512 || isa == Isa::kAmx) kernels::use_avx512(t);
+#elif defined(__aarch64__)
+  if (isa == Isa::kNeon) kernels::use_neon(t);
+#endif
   return t;
 }
 
@@ -29,6 +36,14 @@ const VectorTables& tables(Isa isa) {
 const VectorKernels& vector_kernels(Isa isa) { return tables(isa).vector; }
 const AttentionKernels& attention_kernels(Isa isa) { return tables(isa).attention; }
 const CountKernels& count_kernels(Isa isa) { return tables(isa).count; }
+
+double decimal_value(float parameter) {
+  char text[32];
+  const char* const end = std::to_chars(text, text + sizeof(text), parameter).ptr;
+  double value = parameter;
+  std::from_chars(text, end, value);
+  return value;
+}
 
 int64_t share_of(double share, int64_t count) {
   const double rounded = std::floor(share * static_cast<double>(count) + 0.5);
