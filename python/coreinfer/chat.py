@@ -13,7 +13,9 @@ from typing import Any
 
 from jinja2.exceptions import SecurityError, TemplateSyntaxError, UndefinedError
 
-from ._tok_sandbox import Sandbox, TemplateLimitError, plain_size
+from ._tok_budget import TemplateLimitError, plain_size
+from ._tok_filters import RefusedError
+from ._tok_sandbox import Sandbox
 from .tokenizer import Tokenizer
 
 __all__ = ["ChatTemplate", "ChatTemplateError"]
@@ -63,7 +65,6 @@ class ChatTemplate:
         self._given = {"bos_token": "", "eos_token": "", **(special_tokens or {})}
         self._time_limit = time_limit
         self._sandbox = Sandbox()
-        self._sandbox.globals["raise_exception"] = _raise_exception
         with self._sandbox.limits(BASE_WORK, time_limit):
             self._template = _explained(self._sandbox.load, source)
 
@@ -124,16 +125,12 @@ class ChatTemplate:
             return _explained(lambda: "".join(self._template.generate(values)))
 
 
-def _raise_exception(message: object = "") -> None:
-    raise ChatTemplateError(f"the chat template refuses the messages: {message}")
-
-
 def _explained(function: Any, *args: Any) -> Any:
     """Call `function`, with every error it may raise turned into `ChatTemplateError`."""
     try:
         return function(*args)
-    except ChatTemplateError:
-        raise
+    except RefusedError as error:
+        raise ChatTemplateError(f"the chat template refuses the messages: {error}") from None
     except TemplateSyntaxError as error:
         raise ChatTemplateError(
             f"the chat template is malformed at line {error.lineno}: {error.message}"
