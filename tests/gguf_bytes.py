@@ -1,13 +1,8 @@
-"""A byte-level GGUF writer that checks nothing, so that tests can build malformed files.
-
-`python tests/gguf_bytes.py FOLDER` writes the small valid files of `valid_files()`, the corpus
-that the fuzz entry point starts from.
-"""
+"""A byte-level GGUF writer that checks nothing, so that tests can build malformed files."""
 
 from __future__ import annotations
 
 import struct
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -177,10 +172,3 @@ def valid_files() -> dict[str, bytes]:
         "one_part": one_part.build(),
         "empty": Gguf().build(),
     }
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    for file_name, content in valid_files().items():
-        (folder / f"{file_name}.gguf").write_bytes(content)

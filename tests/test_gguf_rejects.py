@@ -334,7 +334,7 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.randint(1, 4)):
         if not out:
             break
-        at, kind = rng.randrange(len(out)), rng.randrange(6)
+        at, kind = rng.randrange(len(out)), rng.randrange(9)
         if kind == 0:
             out[at] ^= 1 << rng.randrange(8)
         elif kind == 1:
@@ -346,8 +346,11 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
         elif kind == 4:
             where = rng.randrange(len(out))
             out[where:where] = out[at : at + 16]
-        else:
+        elif kind == 5:
             del out[at:]
+        elif (run := out.find(bytes(5), at)) >= 2:  # zeros tell of a count, a length, an offset
+            start = run + rng.randint(-2, 3)
+            out[start : start + 8] = struct.pack("<Q", rng.choice(TELLING))
     return bytes(out)
 
 

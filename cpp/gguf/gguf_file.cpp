@@ -19,6 +19,10 @@ constexpr const char* kSplitNo = "split.no";
 constexpr const char* kSplitCount = "split.count";
 constexpr const char* kSplitTensors = "split.tensors.count";
 
+// The least that a tensor takes in a header: length and one byte of its name, number of dimensions,
+// one dimension, type, offset.
+constexpr uint64_t kMinInfoBytes = 8 + 1 + 4 + 8 + 4 + 8;
+
 unsigned long long ull(uint64_t n) { return n; }
 
 // What one file holds.
@@ -57,8 +61,7 @@ Header read_header(ByteReader& reader) {
     reader.fail("n_tensors is %llu, at most %llu are allowed", ull(n_tensors),
                 ull(gguf_limits::kTensors));
   }
-  // The least that a tensor takes in the header is 33 bytes (name, shape, type, offset).
-  if (n_tensors > reader.remaining() / 33) {
+  if (n_tensors > reader.remaining() / kMinInfoBytes) {
     reader.fail("n_tensors is %llu, which cannot fit in the %llu bytes left", ull(n_tensors),
                 ull(reader.remaining()));
   }

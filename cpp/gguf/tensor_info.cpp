@@ -14,9 +14,6 @@
 namespace coreinfer {
 namespace {
 
-// The least that an info takes: length and one byte of name, n_dims, one dimension, type, offset.
-constexpr uint64_t kMinInfoBytes = 8 + 1 + 4 + 8 + 4 + 8;
-
 unsigned long long ull(uint64_t n) { return n; }
 
 // Rows times bytes of a row; sizes from a file may not overflow.
@@ -66,8 +63,7 @@ std::string TensorInfo::shape() const {
 }
 
 std::vector<TensorInfo> parse_tensor_infos(ByteReader& reader, uint64_t n_tensors) {
-  std::vector<TensorInfo> tensors;
-  tensors.reserve(n_tensors);  // read_header() has checked the count
+  std::vector<TensorInfo> tensors;  // grows with what is there, not with what is claimed
   for (uint64_t i = 0; i < n_tensors; ++i) {
     reader.set_item("tensor info", i);
     TensorInfo t;

@@ -98,22 +98,23 @@ Bytes mutate(Bytes bytes, std::mt19937_64& random) {
       0,          1,          2,          31,         0x7f,       0xff,       0xffff,
       0x7fffffff, 0x80000000, 0xffffffff, 1ull << 32, 1ull << 40, 1ull << 62, (1ull << 63) - 1,
       1ull << 63, ~0ull,      ~0ull - 7,  ~0ull - 31};
+  const auto overwrite = [&](size_t at, size_t width) {
+    const uint64_t value = kTelling[below(std::size(kTelling))];
+    std::memcpy(bytes.data() + at, &value, std::min(width, bytes.size() - at));
+  };
   for (size_t changes = 1 + below(4); changes > 0 && !bytes.empty(); --changes) {
     const size_t at = below(bytes.size());
     const size_t left = bytes.size() - at;
-    switch (below(6)) {
+    switch (below(9)) {
       case 0:
         bytes[at] ^= static_cast<uint8_t>(1u << below(8));
         break;
       case 1:
         bytes[at] = static_cast<uint8_t>(random());
         break;
-      case 2: {
-        const uint64_t value = kTelling[below(std::size(kTelling))];
-        const size_t width = std::min<size_t>(left, below(2) ? 8 : 4);
-        std::memcpy(bytes.data() + at, &value, width);
+      case 2:
+        overwrite(at, below(2) ? 8 : 4);
         break;
-      }
       case 3: {
         const auto first = bytes.begin() + static_cast<std::ptrdiff_t>(at);
         bytes.erase(first,
@@ -131,12 +132,23 @@ Bytes mutate(Bytes bytes, std::mt19937_64& random) {
       case 5:
         bytes.resize(at);
         break;
+      default: {  // where a run of zeros tells of a small number: a count, a length, an offset
+        const auto run = std::search_n(bytes.begin() + static_cast<std::ptrdiff_t>(at), bytes.end(),
+                                       5, uint8_t{0});
+        const size_t start = static_cast<size_t>(run - bytes.begin()) + below(6);
+        if (start >= 2 && start - 2 < bytes.size()) overwrite(start - 2, 8);
+      }
     }
   }
   return bytes;
 }
 
 }  // namespace
+
+// Under the sanitizers every finding ends the run, an allocation above what the small files of the
+// corpus justify included.
+extern "C" const char* __ubsan_default_options() { return "halt_on_error=1:print_stacktrace=1"; }
+extern "C" const char* __asan_default_options() { return "max_allocation_size_mb=1"; }
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   std::ofstream(scratch_path(), std::ios::binary | std::ios::trunc)
