@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -154,6 +155,7 @@ struct CompactSource {
   BufferPtr up_bias;
   BufferPtr down_bias;
   std::span<const int32_t> neurons;  // ascending, within [0, n_ff)
+  std::function<void()> finished;    // called, if given, once the matrices have been read
 };
 
 // The core-neuron weights of all layers, in one contiguous buffer.

@@ -22,10 +22,10 @@ struct Target {
   PackedView strips{};                 // when packed
   Mat plain{};                         // when not
   size_t offset = 0;                   // in the buffer
-  int64_t first_unit = 0;              // units of work before it: strips of 16 rows
 
   int64_t n_rows() const { return rows.empty() ? from->rows : static_cast<int64_t>(rows.size()); }
   size_t bytes() const { return groups ? strips.bytes() : plain.bytes(); }
+  // Units of work: strips of 16 rows.
   int64_t units() const { return (n_rows() + kStripRows - 1) / kStripRows; }
 };
 
@@ -87,6 +87,22 @@ void check(const CompactSource& source) {
 
 CompactWeights CpuBackend::compact(std::span<const CompactSource> layers) {
   const std::lock_guard lock(mutex_);
+  const auto copy_layer = [&](std::span<const Target> matrices) {
+    int64_t units = 0;
+    for (const Target& t : matrices) units += t.units();
+    pool_.run([&](ThreadPool::Context& context) {
+      int64_t begin, end;
+      while (context.next(units, 8, &begin, &end)) {
+        int64_t before = 0;
+        for (const Target& t : matrices) {
+          const int64_t from = std::max(begin - before, int64_t{0});
+          const int64_t to = std::min(end - before, t.units());
+          if (from < to) copy_units(t, from, to);
+          before += t.units();
+        }
+      }
+    });
+  };
   CompactWeights result;
   std::vector<Target> targets;
   for (const CompactSource& source : layers) {
@@ -95,14 +111,11 @@ CompactWeights CpuBackend::compact(std::span<const CompactSource> layers) {
     targets.push_back(make_target(source.up, source.neurons, {}));
     targets.push_back(make_target(source.down, {}, source.neurons));
   }
-  int64_t units = 0;
   for (Target& t : targets) {
     t.offset = result.buffer_bytes;
-    t.first_unit = units;
     result.buffer_bytes += (t.bytes() + kCacheLine - 1) / kCacheLine * kCacheLine;
     result.source_bytes +=
         t.columns.empty() ? t.from->stride() * static_cast<size_t>(t.n_rows()) : t.from->bytes();
-    units += t.units();
   }
 
   auto memory = std::make_shared<AlignedBuffer>(result.buffer_bytes + kPackedSlack);
@@ -110,18 +123,14 @@ CompactWeights CpuBackend::compact(std::span<const CompactSource> layers) {
     t.strips.data = memory->as<std::byte>() + t.offset;
     t.plain.data = memory->as<std::byte>() + t.offset;
   }
-  pool_.run([&](ThreadPool::Context& context) {
-    int64_t begin, end;
-    while (context.next(units, 8, &begin, &end)) {
-      auto t = std::upper_bound(targets.begin(), targets.end(), begin,
-                                [](int64_t unit, const Target& t) { return unit < t.first_unit; });
-      for (--t; begin < end; ++t) {
-        const int64_t last = std::min(end, t->first_unit + t->units());
-        copy_units(*t, begin - t->first_unit, last - t->first_unit);
-        begin = last;
-      }
-    }
-  });
+  // A layer after the other, so that the file's pages of each can be given back.
+  auto first = targets.begin();
+  for (const CompactSource& source : layers) {
+    const auto last = first + (source.gate.empty() ? 2 : 3);
+    copy_layer({first, last});
+    if (source.finished) source.finished();
+    first = last;
+  }
 
   auto target = targets.begin();
   const auto take = [&]() -> WeightPtr {

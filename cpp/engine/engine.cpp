@@ -12,8 +12,8 @@ std::shared_ptr<const Engine> Engine::load(const std::string& path, const Engine
   engine->file_ = GgufFile::open(path);
   engine->config_ = read_config(*engine->file_);
   engine->backend_ = make_cpu_backend(options.cpu);
-  engine->memory_ = std::make_unique<MemoryPlan>(options.memory_limit, memory_use().rss,
-                                                 *engine->file_, engine->config_);
+  engine->memory_ = std::make_unique<MemoryPlan>(
+      options.memory_limit, memory_use().rss, options.core_share, *engine->file_, engine->config_);
   const WeightOptions weights{engine->memory_->ffn_resident(), options.progress};
   engine->weights_ = load_weights(*engine->file_, engine->config_, *engine->backend_, weights);
   engine->load_seconds_ = seconds_since(start);

@@ -17,7 +17,10 @@ namespace coreinfer {
 
 struct EngineOptions {
   CpuOptions cpu;
-  uint64_t memory_limit = 0;            // bytes that this process may hold resident; 0: no limit
+  uint64_t memory_limit = 0;  // bytes that this process may hold resident; 0: no limit
+  // Share of the FFN weights that decoding will want beside the dense ones, for the limit: beta of
+  // the core sets to come, 0 when decoding stays dense.
+  double core_share = 0.0;
   std::function<void(float)> progress;  // of loading, in [0, 1]
 };
 

@@ -12,8 +12,8 @@ double mib(uint64_t bytes) { return static_cast<double>(bytes) / (1024.0 * 1024.
 
 }  // namespace
 
-MemoryPlan::MemoryPlan(uint64_t limit, uint64_t process_bytes, const GgufFile& file,
-                       const ModelConfig& config)
+MemoryPlan::MemoryPlan(uint64_t limit, uint64_t process_bytes, double core_share,
+                       const GgufFile& file, const ModelConfig& config)
     : limit_(limit), process_bytes_(process_bytes) {
   if (limit == 0) return;
   uint64_t layer_bytes = 0, all_bytes = 0;
@@ -29,7 +29,8 @@ MemoryPlan::MemoryPlan(uint64_t limit, uint64_t process_bytes, const GgufFile& f
   for (const TensorInfo& info : file.tensors()) all_bytes += info.nbytes;
   other_bytes_ = all_bytes - ffn_bytes_;
   staging_bytes_ = 2 * layer_bytes;
-  ffn_resident_ = process_bytes_ + all_bytes <= limit_;
+  const auto core_bytes = static_cast<uint64_t>(core_share * static_cast<double>(ffn_bytes_));
+  ffn_resident_ = process_bytes_ + all_bytes + staging_bytes_ + core_bytes <= limit_;
   if (!ffn_resident_) {
     require(process_bytes_ + other_bytes_ + staging_bytes_,
             "attention and head weights and one layer's FFN at a time");
@@ -53,7 +54,7 @@ void MemoryPlan::check_session(uint64_t cache_bytes, uint64_t workspace_bytes) c
 
 void MemoryPlan::check_core(uint64_t cache_bytes, uint64_t workspace_bytes,
                             uint64_t core_bytes) const {
-  const uint64_t ffn = ffn_resident_ ? ffn_bytes_ : 0;
+  const uint64_t ffn = ffn_resident_ ? ffn_bytes_ : staging_bytes_;
   require(process_bytes_ + other_bytes_ + ffn + cache_bytes + workspace_bytes + core_bytes,
           "this core set: lower beta or n_ctx");
 }

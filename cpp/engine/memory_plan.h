@@ -13,9 +13,10 @@ namespace coreinfer {
 class MemoryPlan {
  public:
   // limit: bytes that this process may hold resident, 0 for none. process_bytes: what it holds
-  // before the model is loaded. Throws kMemory when not even the parts that every way of working
+  // before the model is loaded. core_share: of FFN weights that decoding will want beside the dense
+  // ones. Throws kMemory when not even the parts that every way of working
   // needs would fit.
-  MemoryPlan(uint64_t limit, uint64_t process_bytes, const GgufFile& file,
+  MemoryPlan(uint64_t limit, uint64_t process_bytes, double core_share, const GgufFile& file,
              const ModelConfig& config);
 
   uint64_t limit() const { return limit_; }
@@ -23,7 +24,7 @@ class MemoryPlan {
 
   // Throws kMemory unless a session of this cache and working memory fits beside the weights.
   void check_session(uint64_t cache_bytes, uint64_t workspace_bytes) const;
-  // Throws kMemory unless core weights of these bytes fit, too. Staging is over by then.
+  // Throws kMemory unless core weights of these bytes fit, too, also while the next prompt is read.
   void check_core(uint64_t cache_bytes, uint64_t workspace_bytes, uint64_t core_bytes) const;
 
  private:

@@ -49,6 +49,7 @@ void Transformer::run(const Batch& batch, KvCache& cache) {
     attention(w, i, batch.first, x, cache);
     if (batch.ffn.empty()) {
       feed_forward(w, weights_.stage_ffn(static_cast<size_t>(i)), i, x, batch.counts);
+      if (!weights_.ffn_resident) weights_.drop_ffn_pages(static_cast<size_t>(i));
     } else {
       feed_forward(w, batch.ffn[static_cast<size_t>(i)], i, x, batch.counts);
     }

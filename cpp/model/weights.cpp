@@ -136,13 +136,8 @@ size_t ModelWeights::bytes_per_token() const {
 FfnWeights ModelWeights::stage_ffn(size_t layer) const {
   const LayerWeights& w = layers[layer];
   if (w.ffn.up) return w.ffn;
+  const auto load = [&](const Mat& mat) { return mat.empty() ? nullptr : backend->load(mat); };
   FfnWeights ffn;
-  const auto load = [&](const Mat& mat) -> WeightPtr {
-    if (mat.empty()) return nullptr;
-    WeightPtr weight = backend->load(mat);
-    if (traits(mat.type).quantized) file->advise_dontneed(mat);
-    return weight;
-  };
   ffn.gate = load(w.source.gate);
   ffn.up = load(w.source.up);
   ffn.down = load(w.source.down);
@@ -151,13 +146,12 @@ FfnWeights ModelWeights::stage_ffn(size_t layer) const {
   return ffn;
 }
 
-void ModelWeights::drop_ffn_pages() const {
-  for (const LayerWeights& w : layers) {
-    for (const Mat* mat : {&w.source.gate, &w.source.up, &w.source.down}) {
-      // Resident float weights are computed with where they are mapped.
-      const bool in_use = ffn_resident && !traits(mat->type).quantized;
-      if (!mat->empty() && !in_use) file->advise_dontneed(*mat);
-    }
+void ModelWeights::drop_ffn_pages(size_t layer) const {
+  const CompactSource& source = layers[layer].source;
+  for (const Mat* mat : {&source.gate, &source.up, &source.down}) {
+    // Resident float weights are computed with where they are mapped.
+    const bool in_use = ffn_resident && !traits(mat->type).quantized;
+    if (!mat->empty() && !in_use) file->advise_dontneed(*mat);
   }
 }
 

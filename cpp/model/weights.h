@@ -44,7 +44,7 @@ struct ModelWeights {
   // when the returned value does.
   FfnWeights stage_ffn(size_t layer) const;
   // Mapped FFN pages that staging or compaction has read need not stay resident.
-  void drop_ffn_pages() const;
+  void drop_ffn_pages(size_t layer) const;
 
   const GgufFile* file = nullptr;  // not an owner
   Backend* backend = nullptr;      // not an owner

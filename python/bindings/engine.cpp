@@ -51,10 +51,11 @@ nb::dict backend_dict(const Engine& engine) {
 }
 
 std::shared_ptr<const Engine> load(const std::string& path, int n_threads, bool f32_activations,
-                                   uint64_t memory_limit,
+                                   uint64_t memory_limit, double core_share,
                                    const std::function<void(float)>& progress) {
   EngineOptions options;
   options.memory_limit = memory_limit;
+  options.core_share = core_share;
   options.cpu.n_threads = n_threads;
   options.cpu.f32_activations = f32_activations;
   // Loading checks for Ctrl-C with every layer, whether or not progress is wanted.
@@ -73,7 +74,7 @@ void bind_engine(nb::module_& m) {
   nb::class_<Engine>(m, "Engine", "A loaded model on a backend, constant; shared by sessions.")
       .def(nb::new_(&load), nb::arg("path"), nb::kw_only(), nb::arg("n_threads") = 0,
            nb::arg("f32_activations") = false, nb::arg("memory_limit") = 0,
-           nb::arg("progress") = nb::none(),
+           nb::arg("core_share") = 0.0, nb::arg("progress") = nb::none(),
            "Loads a GGUF file. Raises GGUFError for a malformed or unsupported file and "
            "OSError where it cannot be read.")
       .def_prop_ro("gguf", [](const Engine& e) { return gguf_object(e.shared_file()); })

@@ -1,0 +1,101 @@
+"""A memory limit: residents stay under it, results stay the same, refusals say what is needed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from coreinfer import _core
+from make_synthetic_model import make_paper_model
+from synthetic_shapes import PAPER
+
+MIB = 1 << 20
+# In a process of its own: the peak of this one has been reached by other tests.
+RUN = """
+import json, sys
+import numpy as np
+from coreinfer import _core
+path, limit = sys.argv[1], int(sys.argv[2])
+engine = _core.Engine(path, memory_limit=limit, core_share=0.2)
+session = _core.Session(engine, n_ctx=256, n_batch=64)
+tokens = np.arange(100, 200, dtype=np.int32)
+session.prefill(tokens, statistic="flock")
+session.set_core(session.select(beta=0.2))
+scores = session.score(tokens[:5])
+print(json.dumps({
+    "peak": _core.memory()["peak_rss"], "rss": _core.memory()["rss"],
+    "resident": engine.ffn_resident, "logits": session.logits()[:50].tolist(),
+    "weights": engine.weight_bytes, "ffn": engine.ffn_bytes,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """150 MiB of FFN weights in 6 layers, and little else."""
+    path = tmp_path_factory.mktemp("limit") / "wide.gguf"
+    shape = replace(
+        PAPER["llama2-7b"], n_layer=6, n_embd=1024, n_ff=8192, n_head=8, n_head_kv=2, n_vocab=2048
+    )
+    make_paper_model(path, shape, "Q8_0")
+    return str(path)
+
+
+def run(model: str, limit: int) -> dict:
+    result = subprocess.run(
+        [sys.executable, "-c", RUN, model, str(limit)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_peak_memory_stays_under_the_limit_and_nothing_changes(model):
+    free = run(model, 0)
+    limit = free["peak"] - 60 * MIB
+    limited = run(model, limit)
+    assert free["resident"] and not limited["resident"]
+    assert limited["peak"] <= limit
+    assert limited["rss"] < limited["peak"]
+    assert limited["logits"] == free["logits"]
+
+
+def test_a_limit_that_cannot_be_met_says_what_is_needed(model):
+    with pytest.raises(MemoryError, match=r"memory_limit is 1\.0 MiB, but .* MiB are needed"):
+        _core.Engine(model, memory_limit=MIB)
+
+
+def test_a_context_that_does_not_fit_says_what_to_lower(model):
+    rss = _core.memory()["rss"]
+    engine = _core.Engine(model, memory_limit=rss + 140 * MIB)
+    with pytest.raises(MemoryError, match="lower n_ctx or n_batch"):
+        _core.Session(engine, n_ctx=100000)
+    assert _core.Session(engine, n_ctx=64, n_batch=8).n_ctx == 64
+
+
+def test_a_core_set_that_does_not_fit_leaves_the_session_usable(model):
+    rss = _core.memory()["rss"]
+    engine = _core.Engine(model, memory_limit=rss + 140 * MIB)
+    session = _core.Session(engine, n_ctx=64, n_batch=16)
+    session.prefill(np.arange(16, dtype=np.int32), statistic="flock")
+    with pytest.raises(MemoryError, match="lower beta"):
+        session.set_core(session.select(beta=0.95))
+    session.set_core(session.select(beta=0.1))
+    session.decode(3)
+
+
+def test_dense_decoding_works_a_layer_at_a_time(model):
+    rss = _core.memory()["rss"]
+    engine = _core.Engine(model, memory_limit=rss + 140 * MIB)
+    assert not engine.ffn_resident
+    logits = []
+    for e in (engine, _core.Engine(model)):
+        session = _core.Session(e, n_ctx=64, n_batch=16)
+        session.prefill(np.arange(8, dtype=np.int32))
+        session.decode(5)
+        logits.append(session.logits())
+    np.testing.assert_array_equal(*logits)
