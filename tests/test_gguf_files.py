@@ -36,12 +36,17 @@ def test_empty_file_is_an_os_error(tmp_path):
         _core.GgufFile(path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_no_permission_is_an_os_error(tmp_path):
     path = small_model().write(tmp_path / "model.gguf")
     path.chmod(0)
-    with pytest.raises(OSError, match=f"{path}: cannot open: Permission denied"):
-        _core.GgufFile(path)
+    user = os.geteuid()
+    if user == 0:  # root may read everything
+        os.seteuid(65534)
+    try:
+        with pytest.raises(OSError, match=f"{path}: cannot open: Permission denied"):
+            _core.GgufFile(path)
+    finally:
+        os.seteuid(user)
 
 
 def test_named_pipe_is_refused_without_waiting(tmp_path):
@@ -63,6 +68,11 @@ def test_path_may_be_str_bytes_or_pathlike_and_not_utf8(tmp_path):
     for given in (path, str(path), os.fsencode(path), odd, os.fsdecode(odd)):
         assert _core.GgufFile(given).path == os.fsdecode(given)
         assert _core.GgufFile(given).files == [os.fsdecode(given)]
+
+
+def test_error_about_a_path_that_is_not_utf8_shows_it_escaped(tmp_path):
+    with pytest.raises(OSError, match=r"/\\xff\.gguf: cannot open: No such file"):
+        _core.GgufFile(os.fsencode(tmp_path) + b"/\xff.gguf")
 
 
 # ---- Split sets ----------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
 // C++ Error to Python exceptions, by kind.
+#include <cstring>
+
 #include "base/error.h"
 #include "bindings/module.h"
 
@@ -45,7 +47,10 @@ void bind_errors(nb::module_& m) {
           type = PyExc_KeyboardInterrupt;
           break;
       }
-      PyErr_SetString(type, e.what());
+      // A path in it may hold bytes that are not UTF-8.
+      const nb::object message = nb::steal(PyUnicode_DecodeUTF8(
+          e.what(), static_cast<Py_ssize_t>(std::strlen(e.what())), "backslashreplace"));
+      if (message.is_valid()) PyErr_SetObject(type, message.ptr());
     }
   });
 }
