@@ -104,8 +104,8 @@ uint64_t available_bytes() {
 uint64_t bandwidth_bytes(uint64_t wanted) {
   constexpr uint64_t kUnit = uint64_t{1} << 20;
   const uint64_t available = available_bytes();
-  const uint64_t bytes = available == 0 ? wanted : std::min(wanted, available / 2);
-  return std::max(bytes / kUnit, uint64_t{1}) * kUnit;
+  const bool short_of_memory = available != 0 && available / 2 < wanted;
+  return std::max((short_of_memory ? available / 2 : wanted) / kUnit, uint64_t{1}) * kUnit;
 }
 
 ReadBandwidth measure_read_bandwidth(int n_threads, uint64_t bytes) {

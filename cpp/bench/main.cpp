@@ -31,11 +31,12 @@ std::map<int, ReadBandwidth> measure_bandwidths(const BenchParams& params) {
     const ReadBandwidth result = measure_read_bandwidth(n, bytes);
     measured[n] = result;
     if (result.gb_per_s > 0.0) {
-      std::fprintf(stderr,
-                   "coreinfer-bench: read bandwidth with %d threads: %.2f GB/s over %.2f "
-                   "GiB%s\n",
-                   n, result.gb_per_s, static_cast<double>(bytes) / gib,
-                   bytes < wanted ? " (less than asked for: memory is short)" : "");
+      std::fprintf(
+          stderr,
+          "coreinfer-bench: read bandwidth with %d threads: %.2f GB/s over %.2f "
+          "GiB%s\n",
+          n, result.gb_per_s, static_cast<double>(bytes) / gib,
+          bytes + (uint64_t{1} << 20) <= wanted ? " (less than asked for: memory is short)" : "");
     } else {
       std::fprintf(stderr,
                    "coreinfer-bench: warning: the read bandwidth could not be measured over "
@@ -57,6 +58,7 @@ void run(const BenchParams& params) {
                  "-p before each tg and verify test, also in its dense row\n");
   }
   const TokenSource tokens(params.tokens_file, params.seed);
+  for (const Group& group : plan) tokens.require(group.test.n_tokens());
   Runner runner(params, tokens, measure_bandwidths(params));
   std::vector<std::unique_ptr<Printer>> printers;
   printers.push_back(make_printer(params.output, stdout, plan));

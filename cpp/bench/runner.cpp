@@ -35,6 +35,19 @@ const Engine& Runner::engine_for(const Group& group) {
   return *engine_;
 }
 
+// Before the dense row is measured, not after.
+void Runner::check_layers(const Group& group) {
+  const int64_t n_layer = engine_for(group).config().n_layer;
+  for (const CoreSetting& setting : group.settings) {
+    const LayerRange& layers = setting.layers;
+    if (layers.first < n_layer && (layers.last <= n_layer || layers.last == kAllLayers.last)) {
+      continue;
+    }
+    throw_error(ErrorKind::kValue, "core %s: %s has layers 0:%lld", setting.name().c_str(),
+                group.model.c_str(), static_cast<long long>(n_layer));
+  }
+}
+
 Row Runner::measure(const Group& group, const CoreSetting& setting, const char* where) {
   const Engine& engine = engine_for(group);
   const std::string name =
@@ -83,6 +96,7 @@ void Runner::run(const std::vector<Group>& plan, const std::function<void(const 
     const Group& group = plan[i];
     const std::string where = format_string("test %zu/%zu", i + 1, plan.size());
     std::optional<double> dense_step_ns;
+    check_layers(group);
     for (const CoreSetting& setting : group.settings) {
       Row row = measure(group, setting, where.c_str());
       if (!setting.on && group.test.kind == TestKind::kGenerate) {

@@ -26,6 +26,7 @@ class Runner {
 
  private:
   const Engine& engine_for(const Group& group);
+  void check_layers(const Group& group);
   Row measure(const Group& group, const CoreSetting& setting, const char* where);
 
   const BenchParams& params_;

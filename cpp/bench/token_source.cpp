@@ -56,6 +56,12 @@ TokenSource::TokenSource(const std::string& path, uint64_t seed) : path_(path), 
   if (!path.empty()) ids_ = read_ids(path);
 }
 
+void TokenSource::require(int64_t n) const {
+  if (path_.empty() || n <= static_cast<int64_t>(ids_.size())) return;
+  throw_error(ErrorKind::kValue, "token file %s has %zu ids, but a test needs %lld", path_.c_str(),
+              ids_.size(), static_cast<long long>(n));
+}
+
 std::vector<int32_t> TokenSource::first(int64_t n, int64_t n_vocab) const {
   if (path_.empty()) {
     std::mt19937_64 random(seed_);
@@ -63,10 +69,7 @@ std::vector<int32_t> TokenSource::first(int64_t n, int64_t n_vocab) const {
     for (int32_t& id : ids) id = static_cast<int32_t>(random() % static_cast<uint64_t>(n_vocab));
     return ids;
   }
-  if (n > static_cast<int64_t>(ids_.size())) {
-    throw_error(ErrorKind::kValue, "token file %s has %zu ids, but this test needs %lld",
-                path_.c_str(), ids_.size(), static_cast<long long>(n));
-  }
+  require(n);
   std::vector<int32_t> ids(ids_.begin(), ids_.begin() + n);
   for (size_t i = 0; i < ids.size(); ++i) {
     if (ids[i] < n_vocab) continue;

@@ -14,7 +14,9 @@ class TokenSource {
   // that cannot be read or holds something else than ids.
   TokenSource(const std::string& path, uint64_t seed);
 
-  // Throws kValue when the file has fewer than n ids or one outside [0, n_vocab).
+  // Throws kValue when the file has fewer than n ids.
+  void require(int64_t n) const;
+  // The same, and when one of them is not in [0, n_vocab).
   std::vector<int32_t> first(int64_t n, int64_t n_vocab) const;
 
  private:

@@ -1,4 +1,4 @@
-"""`coreinfer-bench`: finds the compiled benchmark that lies beside the extension, and becomes it."""
+"""`coreinfer-bench`: finds the compiled benchmark beside the extension, and becomes it."""
 
 from __future__ import annotations
 
