@@ -8,6 +8,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 
 #include "base/half.h"
@@ -131,6 +132,7 @@ inline F square_times(F x, double factor) {
 
 inline I all_ints(int32_t x) { return _mm256_set1_epi32(x); }
 inline I load_ints(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store_ints(void* p, I x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
 inline I and_(I a, I b) { return _mm256_and_si256(a, b); }
 inline I max_(I a, I b) { return _mm256_max_epi32(a, b); }
 inline I magnitudes(const float* p) { return and_(load_ints(p), all_ints(0x7fffffff)); }
@@ -162,17 +164,45 @@ inline void store_codes(int8_t* p, F x) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 }
 
-// Copies the keys (x & mask) within [low, high] to out, in order; returns how many. out has room
-// for a vector more and may be `from`.
-inline int64_t keep_between(const int32_t* from, int64_t n, int32_t mask, int32_t low, int32_t high,
-                            int32_t* out) {
+// For each set of lanes, the lanes in it, in order: what AVX-512's compress does by itself.
+struct Compress {
+  alignas(64) uint8_t lanes[256][kLanes] = {};
+  constexpr Compress() {
+    for (int set = 0; set < 256; ++set) {
+      int m = 0;
+      for (uint8_t lane = 0; lane < kLanes; ++lane) {
+        if (set >> lane & 1) lanes[set][m++] = lane;
+      }
+    }
+  }
+};
+constexpr Compress kCompress;
+
+// Copies the keys (x & mask) within [low, high] to out, in order. out has room for a vector more
+// and may be `from`.
+inline void keep_between(const void* from, int64_t n, int32_t mask, int32_t low, int32_t high,
+                         int32_t* out) {
+  const I bits = all_ints(mask), first = all_ints(low), last = all_ints(high);
+  const auto* words = static_cast<const char*>(from);
   int64_t m = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t key = from[i] & mask;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const I keys = and_(load_ints(words + i * 4), bits);
+    const I outside =
+        _mm256_or_si256(_mm256_cmpgt_epi32(first, keys), _mm256_cmpgt_epi32(keys, last));
+    const auto kept = static_cast<uint8_t>(~_mm256_movemask_ps(_mm256_castsi256_ps(outside)));
+    const I order = _mm256_cvtepu8_epi32(
+        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kCompress.lanes[kept])));
+    store_ints(out + m, _mm256_permutevar8x32_epi32(keys, order));
+    m += std::popcount(kept);
+  }
+  for (; i < n; ++i) {
+    int32_t key;
+    std::memcpy(&key, words + i * 4, 4);
+    key &= mask;
     out[m] = key;  // always written, kept only if it counts: no branch to mispredict
     m += (key >= low) & (key <= high);
   }
-  return m;
 }
 
 #include "kernels/vector_simd.inc"

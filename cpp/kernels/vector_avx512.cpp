@@ -11,6 +11,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 
 #include "base/half.h"
@@ -113,6 +114,7 @@ inline F square_times(F x, double factor) {
 
 inline I all_ints(int32_t x) { return _mm512_set1_epi32(x); }
 inline I load_ints(const void* p) { return _mm512_loadu_si512(p); }
+inline void store_ints(void* p, I x) { _mm512_storeu_si512(p, x); }
 inline I and_(I a, I b) { return _mm512_and_si512(a, b); }
 inline I max_(I a, I b) { return _mm512_max_epi32(a, b); }
 inline I magnitudes(const float* p) { return and_(load_ints(p), all_ints(0x7fffffff)); }
@@ -132,10 +134,10 @@ inline void store_codes(int8_t* p, F x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 
-// Copies the keys (x & mask) within [low, high] to out, in order; returns how many. out has room
-// for a vector more and may be `from`.
-inline int64_t keep_between(const int32_t* from, int64_t n, int32_t mask, int32_t low, int32_t high,
-                            int32_t* out) {
+// Copies the keys (x & mask) within [low, high] to out, in order. out has room for a vector more
+// and may be `from`.
+inline void keep_between(const void* from, int64_t n, int32_t mask, int32_t low, int32_t high,
+                         int32_t* out) {
   const I bits = all_ints(mask), first = all_ints(low), last = all_ints(high);
   int64_t m = 0;
   const auto keep = [&](I keys, __mmask16 lanes) {
@@ -144,13 +146,13 @@ inline int64_t keep_between(const int32_t* from, int64_t n, int32_t mask, int32_
     _mm512_storeu_si512(out + m, _mm512_maskz_compress_epi32(kept, keys));
     m += std::popcount(static_cast<uint32_t>(kept));
   };
+  const auto* words = static_cast<const char*>(from);
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) keep(and_(load_ints(from + i), bits), 0xffff);
+  for (; i + kLanes <= n; i += kLanes) keep(and_(load_ints(words + i * 4), bits), 0xffff);
   if (i < n) {
     const __mmask16 lanes = first_lanes(n - i);
-    keep(and_(_mm512_maskz_loadu_epi32(lanes, from + i), bits), lanes);
+    keep(and_(_mm512_maskz_loadu_epi32(lanes, words + i * 4), bits), lanes);
   }
-  return m;
 }
 
 #include "kernels/vector_simd.inc"
