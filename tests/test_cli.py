@@ -14,7 +14,7 @@ import time
 import pytest
 
 from coreinfer import CoreSet, Llama, models
-from coreinfer.cli import main
+from coreinfer.cli import main, progress
 from make_synthetic_model import make_tiny_model
 
 PROMPT = "The river rose in the night, and by the morning the lower field was under water."
@@ -177,6 +177,15 @@ def test_models_that_cannot_be_loaded_exit_with_1(tmp_path, capsys):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
     assert main(["run", str(tmp_path / "bad.gguf"), "-p", "x"]) == 1
     assert "coreinfer: error: " in capsys.readouterr().err
+
+
+def test_no_bar_is_drawn_where_stderr_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_DELAY", -1.0)
+    monkeypatch.setattr(progress, "_INTERVAL", -1.0)
+    line = progress.ProgressLine("reading", "tokens")
+    line.update(1, 2)
+    line.clear()
+    assert capsys.readouterr() == ("", "")
 
 
 # --- info, tokenize, pull ---

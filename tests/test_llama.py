@@ -387,6 +387,10 @@ def test_prompts_longer_than_a_scoring_chunk_are_echoed_whole(llm):
         expected[np.arange(149), ids[1:]].tolist(), abs=1e-4
     )
     assert [top[0][0] for _, top in rows] == expected.argmax(axis=1).tolist()
+    # A prompt is read dense, whatever decoded before and decodes after.
+    llm.core = CoreConfig(beta=0.1)
+    next(llm.generate(PROMPT))
+    assert llm.prompt_logprobs(ids, 2) == rows
 
 
 def test_an_echoed_prompt_of_ids_comes_as_text(llm):
@@ -394,6 +398,16 @@ def test_an_echoed_prompt_of_ids_comes_as_text(llm):
     assert answer["choices"][0]["text"].startswith("The river")
     first = next(iter(llm("The river", max_tokens=1, echo=True, stream=True)))
     assert first["choices"][0]["text"] == "The river"
+
+
+def test_a_template_without_bos_gets_the_one_the_model_asks_for(tmp_path):
+    path = tmp_path / "template.gguf"
+    more = {"tokenizer.chat_template": TEMPLATE[len("{{ bos_token }}") :]}
+    make_tiny_model(path, extra_metadata={**more, "tokenizer.ggml.add_bos_token": True})
+    with load(str(path)) as llm:
+        ids = llm.chat_prompt_ids([{"role": "user", "content": "Where?"}])
+        assert ids.tolist() == llm.tokenize(b"user: Where?\nassistant:")
+        assert ids[0] == llm.token_bos()
 
 
 def test_chat_goes_through_the_template(llm):
@@ -460,6 +474,11 @@ def test_a_saved_state_goes_on_where_it_was(tiny, core):
             got.append(llm.sample(temp=0))
             llm._open_session().decode(got[-1])
         assert got == expected[4:9]
+        llm.load_state(state)
+        drawn = take(20, llm.generate(prompt, temp=2.0))
+        llm.set_seed(1)
+        assert take(20, llm.generate(prompt, temp=2.0)) == drawn
+        llm.load_state(state)
         if core == "stable":
             assert llm.core_set.same_neurons(state.core_set)
     with load(tiny, core=core) as other:  # another object, which has never seen the prompt
@@ -555,6 +574,13 @@ def test_an_empty_text_is_the_bos_or_an_error(tiny, tmp_path):
 def test_sampling_before_reading_is_an_error(llm):
     with pytest.raises(RuntimeError, match="nothing to sample from; call eval first"):
         llm.sample()
+
+
+def test_a_memory_limit_that_cannot_be_met_says_what_is_needed(tiny):
+    with pytest.raises(MemoryError, match="memory_limit is 1.0 MiB, but .* MiB are needed"):
+        load(tiny, memory_limit="1MiB")
+    with load(tiny, memory_limit="64GiB", core="stable") as llm:
+        assert len(take(2, llm.generate(PROMPT))) == 2
 
 
 def test_unknown_arguments_suggest_the_nearest(llm):

@@ -40,6 +40,9 @@ from coreinfer.config import CoreConfig, LoadConfig, SamplingConfig, cache_type,
         (lambda: LoadConfig(n_threads=0), "n_threads is 0"),
         (lambda: LoadConfig(type_k="q4_0"), "type_k is 'q4_0'; expected one of f32, f16, q8_0"),
         (lambda: LoadConfig(f32_activations=1), "f32_activations is 1"),
+        (lambda: LoadConfig(memory_limit="lots"), "memory_limit is 'lots'; expected a number of"),
+        (lambda: LoadConfig(memory_limit=0), "memory_limit is 0"),
+        (lambda: LoadConfig(memory_limit="2 GiBB"), "memory_limit is '2 GiBB'"),
     ],
 )
 def test_values_out_of_range_say_what_was_expected(make, message):
@@ -61,6 +64,12 @@ def test_layer_ranges_are_read_and_checked_against_the_model():
         CoreConfig(layers=(6, 40)).layer_range(30)
     with pytest.raises(ValueError, match="30:30"):
         CoreConfig(layers="30:").layer_range(30)
+
+
+def test_memory_limits_are_bytes_or_text_with_a_unit():
+    sizes = ["2GiB", "1.5 KiB", "500MB", "3kb", "77", 77]
+    expected = [2 << 30, 1536, 500_000_000, 3000, 77, 77]
+    assert [LoadConfig(memory_limit=size).memory_limit for size in sizes] == expected
 
 
 def test_cache_types_may_be_named_as_llama_cpp_python_does():

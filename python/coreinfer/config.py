@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,8 +30,8 @@ LayerRange = tuple[int, int | None]
 class Spec:
     """What is known of one parameter beside its default.
 
-    `kind` is one of int, float, str, bool, layers, bias; `low` and `high` are inclusive bounds
-    unless `low_open`; `flag` is the command-line name where it differs from the field's.
+    `kind` is one of int, float, str, bool, layers, bias, size; `low` and `high` are inclusive
+    bounds unless `low_open`; `flag` is the command-line name where it differs from the field's.
     """
 
     help: str
@@ -85,6 +86,8 @@ def _checked(name: str, value: Any, spec: Spec) -> Any:
         return _checked_layers(name, value)
     if spec.kind == "bias":
         return _checked_bias(name, value)
+    if spec.kind == "size":
+        return parse_size(value, name)
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -134,6 +137,21 @@ def parse_layers(text: str, name: str = "layers") -> LayerRange:
     except ValueError:
         raise _wrong(name, text, "FIRST:LAST, for example 6:26, :20 or 4:") from None
     return _checked_layers(name, pair)
+
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {p + "B": 1000**i for i, p in enumerate(["K", "M", "G", "T"], 1)}
+_UNITS |= {p + "IB": 1024**i for i, p in enumerate(["K", "M", "G", "T"], 1)}
+
+
+def parse_size(value: Any, name: str = "size") -> int:
+    """Bytes from a number or from text as `"2GiB"`, `"500 MB"`."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(value))
+    unit = _UNITS.get(match[2].upper()) if match else None
+    size = round(float(match[1]) * unit) if match and unit else 0
+    if isinstance(value, (bool, float)) or not 0 < size < 2**63:
+        raise _wrong(name, value, "a number of bytes, for example 2GiB or 500MB")
+    return size
 
 
 class Checked:
@@ -290,6 +308,13 @@ class LoadConfig(Checked):
     )
     type_k: str = parameter("f16", "type of the cached keys", "str", choices=CACHE_TYPES)
     type_v: str = parameter("f16", "type of the cached values", "str", choices=CACHE_TYPES)
+    memory_limit: int | None = parameter(
+        None,
+        "memory that the process may hold, for example 2GiB; dense FFN weights then come in a "
+        "layer at a time where they do not fit (default: no limit)",
+        "size",
+        optional=True,
+    )
     f32_activations: bool = parameter(
         False, "keep activations in float32 instead of 8 bits; slower, for comparisons", "bool"
     )

@@ -56,7 +56,7 @@ class Llama(TokenModel):
     ----------
     model_path
         A GGUF file (`coreinfer.resolve_model("smollm2")` gives the path of a known model).
-    n_ctx, n_batch, n_threads, seed, type_k, type_v, f32_activations
+    n_ctx, n_batch, n_threads, seed, type_k, type_v, memory_limit, f32_activations
         See `coreinfer.config.LoadConfig`. `n_ctx=0` is the model's own length.
     core
         "off" (dense), "stable", a `CoreConfig`, or a `CoreSet` to decode with whatever the prompt.
@@ -94,6 +94,7 @@ class Llama(TokenModel):
         seed: int = LoadConfig.seed,
         type_k: str | int | None = None,
         type_v: str | int | None = None,
+        memory_limit: int | str | None = LoadConfig.memory_limit,
         f32_activations: bool = LoadConfig.f32_activations,
         core: str | CoreConfig | CoreSet = DEFAULT_CORE_MODE,
         last_n_tokens_size: int = SamplingConfig.penalty_last_n,
@@ -109,6 +110,7 @@ class Llama(TokenModel):
             seed=seed,
             type_k=cache_type(type_k, LoadConfig.type_k),
             type_v=cache_type(type_v, LoadConfig.type_v),
+            memory_limit=memory_limit,  # type: ignore[arg-type]  # text becomes a number
             f32_activations=f32_activations,
         )
         self._penalty_last_n = SamplingConfig(penalty_last_n=last_n_tokens_size).penalty_last_n

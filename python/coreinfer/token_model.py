@@ -40,14 +40,18 @@ class TokenModel:
         self,
         model_path: str,
         config: LoadConfig,
-        core: str | CoreConfig | CoreSet,
+        core: CoreConfig | CoreSet,
         prefill_progress: Callable[[int, int], None] | None,
     ) -> None:
         self.model_path = model_path
         self.prefill_progress = prefill_progress
         self._config = config
         self._engine: _core.Engine | None = _core.Engine(
-            model_path, n_threads=config.n_threads or 0, f32_activations=config.f32_activations
+            model_path,
+            n_threads=config.n_threads or 0,
+            f32_activations=config.f32_activations,
+            memory_limit=config.memory_limit or 0,
+            core_share=_core_share(core),
         )
         self._session: _core.Session | None = _core.Session(
             self._engine,
@@ -457,6 +461,13 @@ def _likeliest(row: np.ndarray, n: int) -> TopLogprobs:
     candidates = np.flatnonzero(row >= least)
     order = candidates[np.lexsort((candidates, -row[candidates]))][:n]
     return [(int(i), float(row[i])) for i in order]
+
+
+def _core_share(core: CoreConfig | CoreSet) -> float:
+    """Share of the FFN weights that decoding will want beside the dense ones."""
+    if isinstance(core, CoreSet):
+        return core.kept
+    return core.beta if core.mode == "stable" else 0.0
 
 
 def _to_core(core_set: CoreSet) -> Any:

@@ -11,7 +11,7 @@ from ..config import Checked, Spec
 
 Config = TypeVar("Config", bound=Checked)
 
-_TYPES = {"int": int, "float": float, "str": str, "layers": str}
+_TYPES = {"int": int, "float": float, "str": str, "layers": str, "size": str}
 
 
 def flag_of(name: str, spec: Spec) -> str:
