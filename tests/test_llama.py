@@ -609,6 +609,8 @@ def test_files_that_are_no_models(tmp_path):
         Llama(tmp_path / "text.gguf")
     with pytest.raises(OSError):
         Llama(tmp_path)
+    with pytest.raises(ValueError, match=r"not UTF-8: .*\\xff.gguf; give the file or a link"):
+        Llama(os.fsencode(tmp_path) + b"/\xff.gguf")
 
 
 def test_a_closed_object_says_so(tiny):
