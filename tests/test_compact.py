@@ -101,7 +101,7 @@ def test_all_neurons_picked_equals_dense_bit_for_bit(isa, type_name, f32):
     picked = backend.compact([ffn.layer(backend, picks("all"))]).layers[0]
     for name, weight in zip(("gate", "up", "down"), picked, strict=True):
         dense = ffn.load(backend, name)
-        for n in (1, 3, 16, 40):
+        for n in (1, 3, 16):
             x = activations(n, dense.cols)
             np.testing.assert_array_equal(
                 backend.linear(x, [weight])[0], backend.linear(x, [dense])[0]

@@ -6,7 +6,7 @@ The weights come from the `gguf` package's own dequantisation. Tolerances:
   for each addition;
 - 8-bit activations: the same around the product of the weights with the activations as a plain
   model of the quantisation rounds them;
-- bf16 (AMX, more than 16 tokens): activations and weights are rounded by at most 2^-9 each.
+- bf16 (AMX, more than 16 tokens): activations and weights are rounded by at most 2^-8 each.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def check_product(y, x, w, type_name, isa, f32) -> None:
     bf16 = isa == "amx" and len(x) > 16 and not f32
     exact = type_name in PLAIN_TYPES or f32 or bf16
     seen = x.astype(np.float64) if exact else to_8_bits(x, GROUP[type_name])
-    tolerance = 2.0**-8 if bf16 else EPS * (8 + x.shape[1] / 16)
+    tolerance = 2.01 * 2.0**-8 if bf16 else EPS * (8 + x.shape[1] / 16)
     error = np.abs(y - seen @ w.astype(np.float64).T)
     worst = (error / np.maximum(magnitude, 1e-30)).max()
     where = f"{type_name} on {isa}, {len(x)} tokens"

@@ -62,7 +62,9 @@ Features detect() {
   f.avx512 = f.avx2 && (saved & kZmm) == kZmm && bit(b7, 16) && bit(b7, 17) && bit(b7, 30) &&
              bit(b7, 31) && bit(c7, 11);
   f.avx512_vbmi2 = f.avx512 && bit(c7, 1) && bit(c7, 6);
-  f.amx = f.avx512 && (saved & kTiles) == kTiles && bit(d7, 22) && bit(d7, 24) && bit(d7, 25) &&
+  uint32_t a71, b71, c71, d71;
+  const bool bf16 = __get_cpuid_count(7, 1, &a71, &b71, &c71, &d71) && bit(a71, 5);
+  f.amx = f.avx512 && bf16 && (saved & kTiles) == kTiles && bit(d7, 22) && bit(d7, 24) &&
           request_amx_permission();
   return f;
 }

@@ -13,7 +13,7 @@ enum class Isa {
   kScalar,  // plain C++; the reference for all others
   kAvx2,    // AVX2, FMA, F16C
   kAvx512,  // AVX-512 F, BW, VL, DQ, VNNI
-  kAmx,     // kAvx512 and AMX tiles with bf16
+  kAmx,     // kAvx512, its bf16 conversions, and AMX tiles with bf16
   kNeon,    // AArch64 with the dot-product instructions
 };
 

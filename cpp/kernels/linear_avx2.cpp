@@ -17,7 +17,7 @@
 namespace coreinfer {
 namespace {
 
-#include "kernels/linear_avx2_codes.h"
+#include "kernels/linear_avx2_codes.inc"
 
 // ---- Integer family -----------------------------------------------------------------------------
 

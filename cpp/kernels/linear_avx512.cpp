@@ -20,11 +20,7 @@
 namespace coreinfer {
 namespace {
 
-// kIQ4Values as 8-bit codes with offset 128.
-alignas(16) constexpr uint8_t kIQ4Codes[16] = {1,   24,  45,  63,  79,  93,  106, 118,
-                                               129, 141, 153, 166, 181, 197, 217, 241};
-
-#include "kernels/linear_avx512_codes.h"
+#include "kernels/linear_avx512_codes.inc"
 
 // ---- Integer family -----------------------------------------------------------------------------
 
@@ -284,32 +280,7 @@ void dot_row(const std::byte* row, int64_t n, const FloatRows& x, int64_t n_toke
   }
 }
 
-// 16 rows x 16 columns; rows of v are vectors.
-inline void transpose16(__m512 (&v)[16]) {
-  __m512 a[16], b[16];
-  for (int i = 0; i < 8; ++i) {
-    a[2 * i] = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]);
-    a[2 * i + 1] = _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    for (int j = 0; j < 2; ++j) {
-      const __m512d p = _mm512_castps_pd(a[4 * i + j]), q = _mm512_castps_pd(a[4 * i + 2 + j]);
-      b[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(p, q));
-      b[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(p, q));
-    }
-  }
-  // b[4 i + k] holds, in its 128-bit lane l, column 4 l + k of rows 4 i … 4 i + 3.
-  for (int k = 0; k < 4; ++k) {
-    const __m512 p = _mm512_shuffle_f32x4(b[k], b[4 + k], 0x44);
-    const __m512 q = _mm512_shuffle_f32x4(b[8 + k], b[12 + k], 0x44);
-    const __m512 r = _mm512_shuffle_f32x4(b[k], b[4 + k], 0xee);
-    const __m512 s = _mm512_shuffle_f32x4(b[8 + k], b[12 + k], 0xee);
-    v[k] = _mm512_shuffle_f32x4(p, q, 0x88);
-    v[4 + k] = _mm512_shuffle_f32x4(p, q, 0xdd);
-    v[8 + k] = _mm512_shuffle_f32x4(r, s, 0x88);
-    v[12 + k] = _mm512_shuffle_f32x4(r, s, 0xdd);
-  }
-}
+#include "kernels/linear_avx512_transpose.inc"
 
 template <DType kType>
 inline void transpose_rows(const std::byte* rows, size_t row_stride, int64_t n_rows, int64_t begin,
