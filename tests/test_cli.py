@@ -188,6 +188,15 @@ def test_no_bar_is_drawn_where_stderr_is_no_terminal(capsys, monkeypatch):
     assert capsys.readouterr() == ("", "")
 
 
+def test_run_takes_the_likeliest_tokens_unless_told_otherwise(tiny, capsys):
+    def ids(*options: str) -> list[int]:
+        main(["run", tiny, "-p", PROMPT, "--raw", "-n", "20", "--json", *options])
+        return json.loads(capsys.readouterr().out)["ids"]
+
+    assert ids("--seed", "1") == ids("--seed", "2") == ids("--temp", "0")
+    assert ids("--seed", "1", "--temp", "2") != ids("--seed", "2", "--temp", "2")
+
+
 # --- info, tokenize, pull ---
 
 

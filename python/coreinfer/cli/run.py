@@ -8,21 +8,17 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ..config import (
-    CHAT_TEMPERATURE,
-    DEFAULT_CORE_MODE,
-    CoreConfig,
-    LoadConfig,
-    SamplingConfig,
-)
+from ..config import DEFAULT_CORE_MODE, CoreConfig, LoadConfig, SamplingConfig
 from . import options
 from .progress import ProgressLine
 from .pull import resolve
 
 if TYPE_CHECKING:
     from ..llama import Llama
+    from ..text_stream import TextStream
 
 DEFAULT_MAX_TOKENS = 512
+DEFAULT_TEMPERATURE = 0.0  # a command gives the same answer again, dense and core comparable
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -60,9 +56,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     core.add_argument("--core-file", metavar="FILE", help="decode with the core set in this file")
     core.add_argument("--save-core", metavar="FILE", help="save the core set that was used (.npz)")
 
-    temperature = f"{CHAT_TEMPERATURE} for a chat, {SamplingConfig.temperature} with --raw"
     sampling = parser.add_argument_group("sampling")
-    options.add_flags(sampling, SamplingConfig, default_notes={"temperature": temperature})
+    options.add_flags(
+        sampling, SamplingConfig, default_notes={"temperature": f"{DEFAULT_TEMPERATURE:g}"}
+    )
 
     loading = parser.add_argument_group("model")
     options.add_flags(loading, LoadConfig)
@@ -73,8 +70,8 @@ def call(args: argparse.Namespace) -> int:
     parser: argparse.ArgumentParser = args.parser
     core = _core_config(parser, args)
     load = options.make(parser, LoadConfig, options.given(args, LoadConfig))
-    sampling = options.given(args, SamplingConfig)
-    options.make(parser, SamplingConfig, sampling)
+    values = {"temperature": DEFAULT_TEMPERATURE, **options.given(args, SamplingConfig)}
+    sampling = options.make(parser, SamplingConfig, values)
     if any(not stop for stop in args.stop):
         parser.error("--stop is empty; expected some text")
     prompt = _prompt(parser, args)
@@ -139,19 +136,15 @@ def _answer(
     llm: Llama,
     args: argparse.Namespace,
     prompt: str,
-    sampling: dict[str, Any],
+    sampling: SamplingConfig,
     line: ProgressLine,
-) -> Any:
+) -> TextStream:
     """Generate, writing the text as it comes unless `--json`; returns the text stream."""
-    chat = not args.raw and llm.has_chat_template
-    if chat:
+    if not args.raw and llm.has_chat_template:
         ids = llm.chat_prompt_ids([{"role": "user", "content": prompt}])
-        sampling.setdefault("temperature", CHAT_TEMPERATURE)
     else:
         ids = llm.prompt_ids(prompt)
-    stream = llm.text_stream(
-        ids, SamplingConfig(**sampling), max_tokens=args.max_tokens, stop=args.stop
-    )
+    stream = llm.text_stream(ids, sampling, max_tokens=args.max_tokens, stop=args.stop)
     for text, _ in stream:
         line.clear()
         if not args.json:
@@ -166,7 +159,7 @@ def _save_core(llm: Llama, path: str) -> None:
         llm.core_set.save(path)
 
 
-def _facts(llm: Llama, stream: Any) -> dict[str, Any]:
+def _facts(llm: Llama, stream: TextStream) -> dict[str, Any]:
     from .. import _core
 
     timings = llm.timings
