@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import tracemalloc
 
 import pytest
 
@@ -161,6 +162,7 @@ BOMBS = {
     "{% endfor %}",
     "loops that skip all": "{% for i in range(9999) %}{% for j in range(99999) if false %}"
     "{% endfor %}{% endfor %}",
+    "many loops that skip all": LIST + "{% for j in x if false %}{% endfor %}" * 999,
     "text times number": "{{ 'a' * 10**9 }}",
     "number times text": "{{ 10**9 * 'a' }}",
     "list times number": "{{ ([0] * 10**9) | length }}",
@@ -171,8 +173,9 @@ BOMBS = {
     "tuples in tuples": GROWING % ("(1,)", "(ns.x, ns.x)") + "{{ {ns.x: 1} }}",
     "dicts in dicts": GROWING % ("{}", "{'a': ns.x, 'b': ns.x}") + "{{ ns.x | tojson }}",
     "namespaces in lists": "{% set a = namespace() %}{% set b = [a, a] %}",
-    "namespaces in namespaces": "{% set a = namespace() %}{% set a.x = a %}{{ a }}",
-    "arguments in arguments": "{% macro f(n) %}{{ f(varargs, varargs) }}{% endmacro %}{{ f(1) }}",
+    "namespaces in namespaces": "{% set a = namespace() %}{% set a.x = a %}",
+    "arguments in arguments": "{% macro f(n) %}{% if n %}{{ f(n - 1, varargs, varargs) }}"
+    "{% else %}{{ {varargs: 1} }}{% endif %}{% endmacro %}{{ f(60, 1) }}",
     "endless recursion": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
     "branching recursion": "{% macro f(n) %}{% if n < 60 %}{{ f(n + 1) }}{{ f(n + 1) }}{% endif %}"
     "{% endmacro %}{{ f(0) }}",
@@ -189,7 +192,7 @@ BOMBS = {
     "join of one text": LONG + "{{ ([x] * 99999) | join | length }}",
     "text of a list": LONG + "{{ ([x] * 99999) | upper | length }}",
     "keys for sorting": LONG + "{{ ([x] * 99999) | sort | length }}",
-    "keys of a mapped list": LONG + "{{ [{'a': x}] * 99999 | map(attribute='a') | unique }}",
+    "keys of a mapped list": LONG + "{{ ([{'a': x}] * 99999) | map(attribute='a') | sort }}",
     "key in an error": LONG + "{{ {}[(x,) * 99999].a }}",
     "value in an error": LONG + "{{ [1].index([x] * 99999) }}",
     "list in a refusal": LONG + "{{ raise_exception([x] * 99999) }}",
@@ -206,8 +209,8 @@ BOMBS = {
     "json indent": "{{ [1] | tojson(indent=10**9) }}",
     "bytes of a number": "{{ (1).to_bytes(10**9, 'big') }}",
     "number of a long text": "{{ ('9' * 4000000) | int }}",
-    "copies of a list": LIST + "{% for i in range(99999) %}{% set y = x[1:] %}{% endfor %}",
-    "comparisons": LIST + "{% set y = range(99999) | list %}" + "{{ x == y }}" * 2000,
+    "copies of a list": LIST + "{% set y = x[1:] %}" * 100,
+    "comparisons": LIST + "{% set y = range(99999) | list %}" + "{% if x == y %}{% endif %}" * 999,
     "searches": LIST + "{{ 'a' in x }}" * 2000,
     "deep brackets": "{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}",
     "deep loops": "{% for i in [1] %}" * 60 + "{% endfor %}" * 60,
@@ -215,13 +218,42 @@ BOMBS = {
 }  # fmt: skip
 
 
+CAUGHT = "exceeds its limits|not allowed|too deep|too many|Range too big|No test named"
+
+
 @pytest.mark.parametrize("name", BOMBS)
 def test_hostile_templates_are_errors_within_the_time_limit(name):
-    """Half a second is allowed; loading has the same limit, and a busy machine some slack."""
+    """Half a second is allowed; loading has the same limit, and a busy machine some slack.
+
+    The limits must catch it, not the end of memory.
+    """
     start = time.monotonic()
-    with pytest.raises(ChatTemplateError):
+    with pytest.raises(ChatTemplateError, match=CAUGHT):
         ChatTemplate(BOMBS[name], time_limit=0.5).render(HELLO)
     assert time.monotonic() - start < 6
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        LONG + "{{ x.replace('aaaa', x[:999]) | length }}",
+        LONG + "{{ range(500) | join(x) | length }}",
+        LONG + "{{ ([x] * 300) | sort | length }}",
+        "{{ nested | tojson(indent=64) }}",
+    ],
+)
+def test_limits_hold_before_memory_is_taken(source):
+    """Each would make 57 to 500 MB; the budget allows 8 million characters."""
+    nested = list(range(3000))
+    for _ in range(300):
+        nested = [nested]
+    tracemalloc.start()
+    try:
+        with pytest.raises(ChatTemplateError, match="exceeds its limits"):
+            render(source, nested=nested)
+        assert tracemalloc.get_traced_memory()[1] < 40e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_time_is_limited_where_work_is_small():

@@ -93,7 +93,6 @@ class ByteLevel:
                 names,
                 vocabulary.merges,
                 unk_token=unknown,
-                fuse_unk=False,
                 ignore_merges=vocabulary.pre in WHOLE_WORDS_FIRST,
             )
         )
