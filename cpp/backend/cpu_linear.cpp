@@ -2,6 +2,7 @@
 // multiplied how is cpu_product.h's matter.
 #include <algorithm>
 #include <array>
+#include <cstring>
 
 #include "backend/cpu_backend.h"
 #include "backend/cpu_product.h"
@@ -27,6 +28,17 @@ void add_bias(const Buffer* bias, int64_t row, int64_t rows, int64_t n, float* t
   }
 }
 
+// y = sums, or y += sums; the loops over whole strips have a constant length.
+void store_sums(const float* sums, int64_t rows, bool accumulate, float* y) {
+  if (rows == kStripRows && accumulate) {
+    for (int r = 0; r < kStripRows; ++r) y[r] += sums[r];
+  } else if (rows == kStripRows) {
+    std::memcpy(y, sums, kStripRows * sizeof(float));
+  } else {
+    for (int64_t r = 0; r < rows; ++r) y[r] = accumulate ? y[r] + sums[r] : sums[r];
+  }
+}
+
 // A unit is two strips of one weight.
 class LinearTask final : public ProductTask {
  public:
@@ -49,15 +61,20 @@ class LinearTask final : public ProductTask {
 
   void finish(const ProductUnit& unit, int64_t first, int64_t n,
               float* const* tiles) const override {
-    for (int p = 0; p < unit.n_parts; ++p) {
-      const auto [number, strip] = unit.parts[static_cast<size_t>(p)];
-      const Linear& l = linears_[number];
-      const int64_t row = strip * kStripRows, rows = rows_of(*l.weight, strip);
-      add_bias(l.bias, row, rows, n, tiles[p]);
-      for (int64_t t = 0; t < n; ++t) {
-        float* const y = l.out.data + (first + t) * l.out.stride + row;
-        const float* const sums = tiles[p] + t * kStripRows;
-        for (int64_t r = 0; r < rows; ++r) y[r] = l.accumulate ? y[r] + sums[r] : sums[r];
+    const auto [number, strip] = unit.parts[0];
+    const Linear& l = linears_[number];
+    const int64_t row = strip * kStripRows;
+    int64_t rows[2] = {rows_of(*l.weight, strip), 0};
+    add_bias(l.bias, row, rows[0], n, tiles[0]);
+    if (unit.n_parts == 2) {
+      rows[1] = rows_of(*l.weight, strip + 1);
+      add_bias(l.bias, row + kStripRows, rows[1], n, tiles[1]);
+    }
+    // Both parts of a token at once: they are neighbours in memory.
+    for (int64_t t = 0; t < n; ++t) {
+      float* y = l.out.data + (first + t) * l.out.stride + row;
+      for (int p = 0; p < unit.n_parts; ++p, y += kStripRows) {
+        store_sums(tiles[p] + t * kStripRows, rows[p], l.accumulate, y);
       }
     }
   }

@@ -11,12 +11,13 @@ namespace {
 // while the strips of a chunk pass over them.
 constexpr int64_t kTokenBlock = 128;
 constexpr int64_t kBf16TokenBlock = 512;
-// Columns of a float panel: 32 KiB. Tiles of a bf16 panel: 16 KiB, and two lie side by side.
+// Columns of a float panel: 32 KiB. Tiles of columns in a bf16 panel: 8 KiB, so that two panels and
+// as much of two token tiles lie in the first-level cache.
 constexpr int64_t kPanelCols = 512;
-constexpr int64_t kPanelTiles = 16;
+constexpr int64_t kPanelTiles = 8;
 // Units that a thread claims at once; in the bf16 family they also share a pass over the tokens.
 constexpr int64_t kChunkUnits = 4;
-constexpr int64_t kBf16ChunkUnits = 8;
+constexpr int64_t kBf16ChunkUnits = 16;
 
 constexpr size_t kFloat = sizeof(float);
 
@@ -280,10 +281,10 @@ void Product::work_bf16(ThreadPool::Context& context, int64_t n_units,
               thread_bytes() * static_cast<size_t>(context.thread()) + row_bytes());
   uint16_t* const panels[2] = {arena.take<uint16_t>(kPanelTiles * kTileSize),
                                arena.take<uint16_t>(kPanelTiles * kTileSize)};
-  constexpr int64_t kUnitSums = 2 * kBf16TokenBlock * kStripRows;
-  float* const sums = arena.take<float>(kBf16ChunkUnits * kUnitSums);
-  const auto part_sums = [&](int64_t unit, int part) {
-    return sums + unit * kUnitSums + part * kBf16TokenBlock * kStripRows;
+  float* const sums = arena.take<float>(2 * kBf16ChunkUnits * kBf16TokenBlock * kStripRows);
+  const int64_t part_tokens = tiles_of(std::min(kBf16TokenBlock, x_.n), kTileTokens) * kTileTokens;
+  const auto part_sums = [&](int64_t unit, int64_t part) {
+    return sums + (2 * unit + part) * part_tokens * kStripRows;
   };
   const int64_t k_tiles = tiles_of(x_.width, kTileCols);
   const int64_t token_stride = k_tiles * kTileSize;
