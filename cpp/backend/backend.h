@@ -170,6 +170,8 @@ struct BackendInfo {
   std::string isa;   // "avx512", "sm_90"
   int n_threads = 0;
   std::string description;  // one line for people
+  // Bytes of the device's own memory for weights, caches and the work of sessions; 0: host memory.
+  uint64_t device_memory = 0;
 };
 
 class Backend {

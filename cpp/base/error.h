@@ -18,7 +18,8 @@ enum class ErrorKind {
   kCancelled,  // stopped on request                          -> KeyboardInterrupt is re-raised
 };
 
-class Error : public std::runtime_error {
+// Visible everywhere: it is thrown out of the CUDA library and caught here.
+class __attribute__((visibility("default"))) Error : public std::runtime_error {
  public:
   Error(ErrorKind kind, const std::string& message) : std::runtime_error(message), kind_(kind) {}
   ErrorKind kind() const { return kind_; }

@@ -17,6 +17,9 @@ namespace coreinfer {
 
 struct EngineOptions {
   CpuOptions cpu;
+  int64_t n_gpu_layers = 0;   // 0: on the CPU; -1, or all of the model's layers and more: on a GPU
+  int main_gpu = 0;           // which one
+  uint64_t vram_limit = 0;    // bytes of its memory that may be used; 0: what is free
   uint64_t memory_limit = 0;  // bytes that this process may hold resident; 0: no limit
   // Share of the FFN weights that decoding will want beside the dense ones, for the limit: beta of
   // the core sets to come, 0 when decoding stays dense.

@@ -51,9 +51,13 @@ nb::dict backend_dict(const Engine& engine) {
 }
 
 std::shared_ptr<const Engine> load(const std::string& path, int n_threads, bool f32_activations,
-                                   uint64_t memory_limit, double core_share,
+                                   uint64_t memory_limit, double core_share, int64_t n_gpu_layers,
+                                   int main_gpu, uint64_t vram_limit,
                                    const std::function<void(float)>& progress) {
   EngineOptions options;
+  options.n_gpu_layers = n_gpu_layers;
+  options.main_gpu = main_gpu;
+  options.vram_limit = vram_limit;
   options.memory_limit = memory_limit;
   options.core_share = core_share;
   options.cpu.n_threads = n_threads;
@@ -74,7 +78,8 @@ void bind_engine(nb::module_& m) {
   nb::class_<Engine>(m, "Engine", "A loaded model on a backend, constant; shared by sessions.")
       .def(nb::new_(&load), nb::arg("path"), nb::kw_only(), nb::arg("n_threads") = 0,
            nb::arg("f32_activations") = false, nb::arg("memory_limit") = 0,
-           nb::arg("core_share") = 0.0, nb::arg("progress") = nb::none(),
+           nb::arg("core_share") = 0.0, nb::arg("n_gpu_layers") = 0, nb::arg("main_gpu") = 0,
+           nb::arg("vram_limit") = 0, nb::arg("progress") = nb::none(),
            "Loads a GGUF file. Raises GGUFError for a malformed or unsupported file and "
            "OSError where it cannot be read.")
       .def_prop_ro("gguf", [](const Engine& e) { return gguf_object(e.shared_file()); })

@@ -1,0 +1,36 @@
+// Attention: head norms and rope, keys and values into the cache, then for every row a softmax over
+// the positions up to its own. Positions are cut into spans counted from position 0; spans run side
+// by side and are merged in order, so a row's bits follow from its own position alone.
+#pragma once
+
+#include "backend/backend.h"
+#include "context.h"
+#include "kv_cache.h"
+
+namespace coreinfer::cuda {
+
+// Positions of a span.
+inline constexpr int kSpan = 128;
+// Query heads of a key-value head that share a pass over its keys.
+inline constexpr int kMaxGroup = 8;
+
+struct AttentionCall {
+  Rows q, k, v, out;
+  KvPlane keys, values;
+  int64_t n_ctx;
+  int64_t first;             // position of row 0, where position is null
+  const int32_t* position;   // device memory: position of row 0
+  const float* frequencies;  // device memory (rope_dim / 2), null without rope
+  float* partials;           // device memory: partial_floats()
+  int64_t n_spans;           // that the grid covers, at least those up to the last row's position
+};
+
+// Floats that the spans of n rows leave behind.
+int64_t partial_floats(const AttentionSpec& spec, int64_t n_rows, int64_t n_spans);
+
+// Rotates q in place (unscaled), stores k and v at their positions.
+void rope_and_store(Context& context, const AttentionSpec& spec, const AttentionCall& call);
+
+void attend_rows(Context& context, const AttentionSpec& spec, const AttentionCall& call);
+
+}  // namespace coreinfer::cuda

@@ -1,0 +1,211 @@
+// The neuron operations of the CUDA backend: accumulate, select, compact.
+// Written without a device at hand; run through tests/cuda_host.
+#include <algorithm>
+#include <climits>
+#include <cstring>
+
+#include "backend.h"
+#include "gather.h"
+#include "neurons.h"
+
+namespace coreinfer::cuda {
+namespace {
+
+// Floats of a layer's core, in the buffer of all of them.
+class SharedFloats final : public Buffer {
+ public:
+  SharedFloats(std::shared_ptr<const Memory> memory, float* data, int64_t n)
+      : memory_(std::move(memory)) {
+    data_ = data;
+    size_ = n;
+  }
+
+ private:
+  std::shared_ptr<const Memory> memory_;
+};
+
+// A matrix to be made.
+struct Target {
+  WeightView view{};
+  PlaneLayout layout;
+  int64_t cols = 0;
+  bool empty = true;
+};
+
+// Where a layer's parts lie in the buffer. Tables come before the matrices of all layers.
+struct Plan {
+  Target gate, up, down;
+  PickedColumns columns;                                 // of a quantised down projection
+  size_t neurons = 0, steps = 0, source = 0, input = 0;  // offsets of tables
+  size_t up_bias = 0;
+};
+
+size_t align(size_t n) { return (n + 255) / 256 * 256; }
+
+void check(const CompactSource& source) {
+  const auto& neurons = source.neurons;
+  const int64_t n_ff = source.up.rows;
+  if (neurons.empty()) throw_error(ErrorKind::kValue, "a core set without neurons");
+  for (size_t i = 0; i < neurons.size(); ++i) {
+    if (neurons[i] < 0 || neurons[i] >= n_ff || (i > 0 && neurons[i] <= neurons[i - 1])) {
+      throw_error(ErrorKind::kValue, "core neurons must ascend within [0, %lld); entry %zu is %d",
+                  static_cast<long long>(n_ff), i, neurons[i]);
+    }
+  }
+}
+
+template <typename T>
+size_t put_table(std::vector<unsigned char>* tables, std::span<const T> values) {
+  const size_t at = tables->size();
+  tables->resize(align(at + values.size_bytes()));
+  std::memcpy(tables->data() + at, values.data(), values.size_bytes());
+  return at;
+}
+
+Target plan_rows(const Mat& from, int64_t n, size_t* offset) {
+  Target t;
+  if (from.empty()) return t;
+  t.empty = false;
+  t.cols = from.cols;
+  t.layout =
+      layout_planes(from.type, n, from.cols, chunks_of(from.type, from.cols), *offset, &t.view);
+  *offset = t.layout.end;
+  return t;
+}
+
+}  // namespace
+
+int64_t CudaBackend::accumulate(Statistic statistic, double alpha, Rows h, float* scores) {
+  if (!(alpha > 0.0 && alpha <= 1.0) && statistic != Statistic::kFlock) {
+    throw_error(ErrorKind::kValue, "alpha is %g, expected a share in (0, 1]", alpha);
+  }
+  if (h.n < 1 || h.width < 1) return -1;
+  const std::lock_guard lock(mutex_);
+  context_->defer(false);
+  const size_t choices = align(static_cast<size_t>(h.n) * sizeof(RowChoice));
+  choices_.ensure(context_, choices + sizeof(int32_t), "neuron counts");
+  auto* first_bad = reinterpret_cast<int32_t*>(choices_.as<unsigned char>() + choices);
+  accumulate_rows(*context_, statistic, alpha, h, scores, choices_.as<RowChoice>(), first_bad);
+  int32_t bad = 0;
+  context_->copy_out(&bad, first_bad, sizeof(bad));
+  return bad == INT32_MAX ? -1 : bad;
+}
+
+std::vector<int32_t> CudaBackend::select(std::span<const float> scores, int64_t k) {
+  const auto n = static_cast<int64_t>(scores.size());
+  if (n < 1 || k < 1) return {};
+  const std::lock_guard lock(mutex_);
+  context_->defer(false);
+  // In the memory: the scores, the count, the first NaN, the neurons.
+  const size_t at_count = align(scores.size_bytes());
+  selected_.ensure(context_, at_count + static_cast<size_t>(2 + n) * sizeof(int32_t), "selection");
+  auto* device_scores = selected_.as<float>();
+  auto* count = reinterpret_cast<int32_t*>(selected_.as<unsigned char>() + at_count);
+  context_->copy_in(device_scores, scores.data(), scores.size_bytes());
+  select_neurons(*context_, device_scores, n, k, count + 2, count, count + 1);
+  std::vector<int32_t> result(static_cast<size_t>(std::min(k, n)) + 2);
+  context_->copy_out(result.data(), count, result.size() * sizeof(int32_t));
+  if (result[1] != INT32_MAX) {
+    throw_error(ErrorKind::kNumeric, "the score of neuron %d of %lld is NaN", result[1],
+                static_cast<long long>(n));
+  }
+  const int32_t found = result[0];
+  result.erase(result.begin(), result.begin() + 2);
+  result.resize(static_cast<size_t>(found));
+  return result;
+}
+
+// The matrix on the device: where it was loaded to, or a copy for now.
+std::shared_ptr<const CudaWeight> CudaBackend::resident(const Mat& mat) {
+  const auto found = loaded_.find(mat.data);
+  if (found != loaded_.end()) {
+    if (auto weight = found->second.lock()) return weight;
+    loaded_.erase(found);
+  }
+  return load_weight(context_, mat, &raw_);
+}
+
+CompactWeights CudaBackend::compact(std::span<const CompactSource> layers) {
+  const std::lock_guard lock(mutex_);
+  context_->defer(false);
+  CompactWeights result;
+  std::vector<Plan> plans(layers.size());
+  std::vector<unsigned char> tables;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const CompactSource& source = layers[i];
+    Plan& plan = plans[i];
+    check(source);
+    plan.neurons = put_table(&tables, source.neurons);
+    const DTypeTraits& type = traits(source.down.type);
+    if (!type.quantized) continue;
+    plan.columns = pick_columns(type.group_size, source.neurons);
+    plan.steps = put_table(&tables, std::span<const uint16_t>(plan.columns.steps));
+    plan.source = put_table(&tables, std::span<const int32_t>(plan.columns.source));
+    plan.input = put_table(&tables, std::span<const int32_t>(plan.columns.input));
+  }
+  size_t offset = tables.size();
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const CompactSource& source = layers[i];
+    const auto n = static_cast<int64_t>(source.neurons.size());
+    Plan& plan = plans[i];
+    plan.gate = plan_rows(source.gate, n, &offset);
+    plan.up = plan_rows(source.up, n, &offset);
+    const bool picked = traits(source.down.type).quantized;
+    plan.down.empty = false;
+    plan.down.cols = n;
+    plan.down.layout = layout_planes(
+        source.down.type, source.down.rows, source.down.cols,
+        picked ? plan.columns.n_chunks() : chunks_of(source.down.type, n), offset, &plan.down.view);
+    offset = plan.down.layout.end;
+    plan.up_bias = offset;
+    if (source.up_bias) offset = align(offset + static_cast<size_t>(n) * sizeof(float));
+    result.source_bytes += source.down.bytes();
+    for (const Mat* mat : {&source.gate, &source.up}) {
+      if (!mat->empty()) result.source_bytes += mat->stride() * source.neurons.size();
+    }
+  }
+  result.buffer_bytes = offset;
+
+  auto memory = std::make_shared<Memory>(context_, offset, "core-neuron weights");
+  auto* base = memory->as<unsigned char>();
+  context_->copy_in(base, tables.data(), tables.size());
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const CompactSource& source = layers[i];
+    Plan& plan = plans[i];
+    const auto* neurons = reinterpret_cast<const int32_t*>(base + plan.neurons);
+    const auto n = static_cast<int64_t>(source.neurons.size());
+    const auto finish = [&](Target& t, const Mat& mat) {
+      return std::make_shared<CudaWeight>(mat.type, t.view.rows, t.cols, t.layout.bytes, t.view,
+                                          memory);
+    };
+    FfnWeights ffn;
+    const auto take_rows = [&](Target& t, const Mat& mat) -> WeightPtr {
+      place(t.layout, base, &t.view);
+      gather_rows(*context_, resident(mat)->view(), neurons, t.view);
+      return finish(t, mat);
+    };
+    if (!source.gate.empty()) ffn.gate = take_rows(plan.gate, source.gate);
+    ffn.up = take_rows(plan.up, source.up);
+    place(plan.down.layout, base, &plan.down.view);
+    const bool picked = traits(source.down.type).quantized;
+    if (picked) plan.down.view.steps = reinterpret_cast<const uint16_t*>(base + plan.steps);
+    gather_columns(*context_, resident(source.down)->view(),
+                   picked ? reinterpret_cast<const int32_t*>(base + plan.source) : neurons, n,
+                   plan.down.view);
+    const auto down = finish(plan.down, source.down);
+    if (picked) down->set_input_columns(reinterpret_cast<const int32_t*>(base + plan.input));
+    ffn.down = down;
+    if (source.up_bias) {
+      auto* bias = reinterpret_cast<float*>(base + plan.up_bias);
+      gather_floats(*context_, source.up_bias->data(), neurons, n, bias);
+      ffn.up_bias = std::make_shared<SharedFloats>(memory, bias, n);
+    }
+    ffn.down_bias = source.down_bias;
+    result.layers.push_back(std::move(ffn));
+    if (source.finished) source.finished();
+  }
+  context_->synchronize();
+  return result;
+}
+
+}  // namespace coreinfer::cuda

@@ -1,0 +1,331 @@
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <string_view>
+#include <utility>
+
+#include "context.h"
+
+namespace coreinfer::cuda {
+namespace {
+
+constexpr size_t kStaging = size_t{16} << 20;
+constexpr size_t kKeptGraphs = 8;
+
+bool switched_off(const char* variable) {
+  const char* value = std::getenv(variable);
+  return value != nullptr && std::string_view(value) == "0";
+}
+
+}  // namespace
+
+void check(cudaError_t status, const char* call) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // so that the next call does not report this one again
+  const ErrorKind kind =
+      status == cudaErrorMemoryAllocation ? ErrorKind::kMemory : ErrorKind::kState;
+  throw_error(kind, "%.*s failed: %s (%s)", static_cast<int>(std::string_view(call).find('(')),
+              call, cudaGetErrorString(status), cudaGetErrorName(status));
+}
+
+Context::Context(int device, size_t limit) {
+  int n = 0;
+  const cudaError_t status = cudaGetDeviceCount(&n);
+  if (status != cudaSuccess || n == 0) {
+    cudaGetLastError();
+    throw_error(ErrorKind::kState,
+                "no usable NVIDIA GPU (%s): a device and its driver are needed; load with "
+                "n_gpu_layers=0 to compute on the CPU",
+                status == cudaSuccess ? "no device found" : cudaGetErrorString(status));
+  }
+  if (device < 0 || device >= n) {
+    throw_error(ErrorKind::kValue, "main_gpu is %d, expected 0 to %d", device, n - 1);
+  }
+  COREINFER_CUDA_CHECK(cudaSetDevice(device));
+  COREINFER_CUDA_CHECK(cudaGetDeviceProperties(&properties_, device));
+  size_t free = 0, total = 0;
+  COREINFER_CUDA_CHECK(cudaMemGetInfo(&free, &total));
+  limit_ = limit == 0 ? free : limit;
+  if (limit_ > total) {
+    throw_error(ErrorKind::kMemory,
+                "vram_limit is %.1f MiB, but the device (%s) has %.1f MiB of memory",
+                static_cast<double>(limit_) / 0x1p20, properties_.name,
+                static_cast<double>(total) / 0x1p20);
+  }
+  COREINFER_CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  COREINFER_CUDA_CHECK(cudaEventCreateWithFlags(&positions_sent_, cudaEventDisableTiming));
+  COREINFER_CUDA_CHECK(
+      cudaMallocHost(reinterpret_cast<void**>(&host_positions_), kPositions * sizeof(int32_t)));
+  for (int i = 0; i < 2; ++i) {
+    COREINFER_CUDA_CHECK(cudaMallocHost(reinterpret_cast<void**>(&staging_[i]), kStaging));
+    COREINFER_CUDA_CHECK(cudaEventCreateWithFlags(&staged_[i], cudaEventDisableTiming));
+  }
+  device_positions_ = static_cast<int32_t*>(allocate(kPositions * sizeof(int32_t), "positions"));
+  graphs_ = !switched_off("COREINFER_CUDA_GRAPHS");
+  overlap_ = !switched_off("COREINFER_CUDA_OVERLAP") && properties_.major >= 9;
+}
+
+Context::~Context() {
+  cudaStreamSynchronize(stream_);
+  for (Graph& g : kept_) {
+    if (g.exec != nullptr) cudaGraphExecDestroy(g.exec);
+  }
+  for (int i = 0; i < 2; ++i) {
+    if (staging_[i] != nullptr) cudaFreeHost(staging_[i]);
+    if (staged_[i] != nullptr) cudaEventDestroy(staged_[i]);
+  }
+  if (host_positions_ != nullptr) cudaFreeHost(host_positions_);
+  if (device_positions_ != nullptr) cudaFree(device_positions_);
+  for (const Block& b : spare_) cudaFree(b.p);
+  if (positions_sent_ != nullptr) cudaEventDestroy(positions_sent_);
+  cudaStreamDestroy(stream_);
+}
+
+void* Context::allocate(size_t bytes, const char* what) {
+  bytes = std::max<size_t>(bytes, 1);
+  const auto kept = std::find_if(spare_.begin(), spare_.end(),
+                                 [bytes](const Block& b) { return b.bytes == bytes; });
+  void* p = nullptr;
+  if (kept != spare_.end()) {
+    p = kept->p;
+    spare_.erase(kept);
+  } else {
+    if (taken_ + bytes > limit_) free_spare();
+    const bool fits = taken_ + bytes <= limit_;
+    cudaError_t status = fits ? cudaMalloc(&p, bytes) : cudaErrorMemoryAllocation;
+    if (status == cudaErrorMemoryAllocation && !spare_.empty()) {
+      free_spare();
+      status = cudaMalloc(&p, bytes);
+    }
+    if (status == cudaErrorMemoryAllocation) {
+      cudaGetLastError();
+      const auto mib = [](size_t n) { return static_cast<double>(n) / 0x1p20; };
+      throw_error(ErrorKind::kMemory,
+                  "%s: %.1f MiB of GPU memory wanted, %.1f MiB in use, limit %.1f MiB: use a "
+                  "smaller model, n_ctx or n_batch, or a higher limit",
+                  what, mib(bytes), mib(used_), mib(limit_));
+    }
+    check(status, "cudaMalloc(");
+    taken_ += bytes;
+    peak_ = std::max(peak_, taken_);
+  }
+  used_ += bytes;
+  return p;
+}
+
+void Context::release(void* p, size_t bytes) noexcept {
+  bytes = std::max<size_t>(bytes, 1);
+  used_ -= bytes;
+  try {
+    flush();  // launches that wait may use the memory
+    spare_.push_back({p, bytes});
+  } catch (...) {  // what went wrong shows again at the next call
+    cudaStreamSynchronize(stream_);
+    cudaFree(p);
+    taken_ -= bytes;
+  }
+}
+
+void Context::free_spare() {
+  synchronize();
+  for (const Block& b : spare_) {
+    cudaFree(b.p);
+    taken_ -= b.bytes;
+  }
+  spare_.clear();
+}
+
+void Context::defer(bool deferred) {
+  if (!deferred) flush();
+  deferred_ = deferred;
+}
+
+void Context::add(const Launch& launch, const void* args) {
+  if (!deferred_) return issue(launch, args);
+  // Padding inside a Launch is cleared, so that equal lists are equal byte for byte.
+  alignas(Launch) unsigned char head[sizeof(Launch)] = {};
+  auto* copy = reinterpret_cast<Launch*>(head);
+  copy->kernel = launch.kernel;
+  copy->thunk = launch.thunk;
+  copy->grid = launch.grid;
+  copy->block = launch.block;
+  copy->shared = launch.shared;
+  copy->args_size = launch.args_size;
+  list_.insert(list_.end(), head, head + sizeof(head));
+  const auto* bytes = static_cast<const unsigned char*>(args);
+  list_.insert(list_.end(), bytes, bytes + launch.args_size);
+}
+
+void Context::issue(const Launch& launch, const void* args) {
+#ifdef COREINFER_CUDA_HOST
+  check(cuda_host_launch(launch.thunk, launch.kernel, args, launch.args_size, launch.grid,
+                         launch.block, launch.shared, stream_),
+        "cuda_host_launch(");
+#else
+  cudaLaunchConfig_t config{};
+  config.gridDim = launch.grid;
+  config.blockDim = launch.block;
+  config.dynamicSmemBytes = launch.shared;
+  config.stream = stream_;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = overlap_ && after_kernel_ ? 1 : 0;
+  void* pointers[] = {const_cast<void*>(args)};
+  COREINFER_CUDA_CHECK(cudaLaunchKernelExC(&config, launch.kernel, pointers));
+#endif
+  after_kernel_ = true;
+}
+
+void Context::issue_list() {
+  after_kernel_ = false;
+  alignas(16) unsigned char args[4096];
+  for (size_t at = 0; at < list_.size();) {
+    Launch launch;
+    std::memcpy(&launch, list_.data() + at, sizeof(launch));
+    std::memcpy(args, list_.data() + at + sizeof(launch), launch.args_size);
+    issue(launch, args);
+    at += sizeof(launch) + launch.args_size;
+  }
+}
+
+void Context::run_list() {
+  if (!graphs_) return issue_list();
+  ++clock_;
+  auto graph =
+      std::find_if(kept_.begin(), kept_.end(), [this](const Graph& g) { return g.list == list_; });
+  if (graph == kept_.end()) {
+    issue_list();
+    return remember_list();
+  }
+  graph->used = clock_;
+  if (graph->exec == nullptr) graph->exec = capture_list();
+  COREINFER_CUDA_CHECK(cudaGraphLaunch(graph->exec, stream_));
+}
+
+void Context::remember_list() {
+  if (kept_.size() == kKeptGraphs) {
+    auto oldest = std::min_element(kept_.begin(), kept_.end(),
+                                   [](const Graph& a, const Graph& b) { return a.used < b.used; });
+    if (oldest->exec != nullptr) cudaGraphExecDestroy(oldest->exec);
+    kept_.erase(oldest);
+  }
+  kept_.push_back({list_, nullptr, clock_});
+}
+
+cudaGraphExec_t Context::capture_list() {
+  COREINFER_CUDA_CHECK(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
+  cudaGraph_t graph = nullptr;
+  try {
+    issue_list();
+  } catch (const Error&) {
+    if (cudaStreamEndCapture(stream_, &graph) == cudaSuccess) cudaGraphDestroy(graph);
+    throw;
+  }
+  COREINFER_CUDA_CHECK(cudaStreamEndCapture(stream_, &graph));
+  cudaGraphExec_t exec = nullptr;
+  const cudaError_t status = cudaGraphInstantiate(&exec, graph, 0);
+  cudaGraphDestroy(graph);
+  check(status, "cudaGraphInstantiate(");
+  return exec;
+}
+
+void Context::flush() {
+  if (!positions_.empty()) {
+    const size_t n = positions_.size() * sizeof(int32_t);
+    COREINFER_CUDA_CHECK(cudaEventSynchronize(positions_sent_));
+    std::memcpy(host_positions_, positions_.data(), n);
+    positions_.clear();
+    COREINFER_CUDA_CHECK(
+        cudaMemcpyAsync(device_positions_, host_positions_, n, cudaMemcpyHostToDevice, stream_));
+    COREINFER_CUDA_CHECK(cudaEventRecord(positions_sent_, stream_));
+  }
+  if (list_.empty()) return;
+  try {
+    run_list();
+  } catch (...) {
+    list_.clear();
+    throw;
+  }
+  list_.clear();
+  after_kernel_ = false;
+}
+
+void Context::synchronize() {
+  flush();
+  COREINFER_CUDA_CHECK(cudaStreamSynchronize(stream_));
+  after_kernel_ = false;
+}
+
+const int32_t* Context::position(int64_t value) {
+  if (!deferred_) return nullptr;
+  const auto wanted = static_cast<int32_t>(value);
+  auto found = std::find(positions_.begin(), positions_.end(), wanted);
+  if (found == positions_.end()) {
+    if (positions_.size() == kPositions) flush();
+    positions_.push_back(wanted);
+    found = positions_.end() - 1;
+  }
+  return device_positions_ + (found - positions_.begin());
+}
+
+void Context::copy_in(void* device, const void* host, size_t n) {
+  flush();
+  auto* to = static_cast<unsigned char*>(device);
+  const auto* from = static_cast<const unsigned char*>(host);
+  for (size_t done = 0; done < n;) {
+    const int i = next_staging_;
+    next_staging_ = 1 - next_staging_;
+    const size_t count = std::min(n - done, kStaging);
+    COREINFER_CUDA_CHECK(cudaEventSynchronize(staged_[i]));
+    std::memcpy(staging_[i], from + done, count);
+    COREINFER_CUDA_CHECK(
+        cudaMemcpyAsync(to + done, staging_[i], count, cudaMemcpyHostToDevice, stream_));
+    COREINFER_CUDA_CHECK(cudaEventRecord(staged_[i], stream_));
+    done += count;
+  }
+  after_kernel_ = false;
+}
+
+void Context::copy_out(void* host, const void* device, size_t n) {
+  flush();
+  const auto* from = static_cast<const unsigned char*>(device);
+  auto* to = static_cast<unsigned char*>(host);
+  for (size_t done = 0; done < n;) {
+    const size_t count = std::min(n - done, kStaging);
+    COREINFER_CUDA_CHECK(cudaEventSynchronize(staged_[0]));
+    COREINFER_CUDA_CHECK(
+        cudaMemcpyAsync(staging_[0], from + done, count, cudaMemcpyDeviceToHost, stream_));
+    synchronize();
+    std::memcpy(to + done, staging_[0], count);
+    done += count;
+  }
+}
+
+Memory::Memory(ContextPtr context, size_t bytes, const char* what)
+    : context_(std::move(context)), data_(context_->allocate(bytes, what)), bytes_(bytes) {}
+
+Memory& Memory::operator=(Memory&& other) noexcept {
+  if (this != &other) {
+    reset();
+    context_ = std::move(other.context_);
+    data_ = std::exchange(other.data_, nullptr);
+    bytes_ = std::exchange(other.bytes_, 0);
+  }
+  return *this;
+}
+
+void Memory::reset() {
+  if (data_ != nullptr) context_->release(data_, bytes_);
+  data_ = nullptr;
+  bytes_ = 0;
+}
+
+void Memory::ensure(const ContextPtr& context, size_t bytes, const char* what) {
+  if (bytes <= bytes_) return;
+  reset();
+  *this = Memory(context, bytes, what);
+}
+
+}  // namespace coreinfer::cuda

@@ -1,0 +1,139 @@
+// Context: one device as the backend uses it: its stream, its memory against a limit, and a queue
+// of kernel launches. Flows in: launches with plain arguments. Flows out: work on the stream.
+//
+// Deferred launches wait in a list until flush(). A list that comes a second time, byte for byte,
+// is captured as a CUDA graph and from then on costs one launch; a decode step is such a list. What
+// differs from step to step (positions) is read by kernels from device memory, see position().
+// Callers hold the backend's mutex. Written without a device at hand; run through tests/cuda_host.
+#pragma once
+
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "device_api.h"
+
+namespace coreinfer::cuda {
+
+class Context {
+ public:
+  // limit: bytes that may be allocated at one time; 0: what is free on the device.
+  Context(int device, size_t limit);
+  ~Context();
+  Context(const Context&) = delete;
+  Context& operator=(const Context&) = delete;
+
+  const cudaDeviceProp& properties() const { return properties_; }
+
+  // Throws kMemory saying what was wanted for `what`, what is in use and what the limit is. What
+  // is released is kept for the next allocation of its size: there is one stream, so that work
+  // which still uses it comes before any that will.
+  void* allocate(size_t bytes, const char* what);
+  void release(void* p, size_t bytes) noexcept;
+  size_t peak() const { return peak_; }  // of all that was taken from the device at one time
+  size_t limit() const { return limit_; }
+
+  // Whether the launches that follow wait in the list; changing to false flushes.
+  void defer(bool deferred);
+  template <typename Args>
+  void launch(void (*kernel)(Args), dim3 grid, dim3 block, size_t shared,
+              const std::type_identity_t<Args>& args) {
+    static_assert(std::is_trivially_copyable_v<Args> && sizeof(Args) <= 4000);
+    add({reinterpret_cast<const void*>(kernel),
+         [](const void* k, const void* a) {
+           reinterpret_cast<void (*)(Args)>(const_cast<void*>(k))(*static_cast<const Args*>(a));
+         },
+         grid, block, static_cast<uint32_t>(shared), static_cast<uint32_t>(sizeof(Args))},
+        &args);
+  }
+  // Issues what waits.
+  void flush();
+  // flush, then waits; an error of any earlier launch is thrown here.
+  void synchronize();
+
+  // Where kernels of the list find this number. It may differ between otherwise equal lists.
+  const int32_t* position(int64_t value);
+
+  // Flushes, then copies on the stream. Host memory that is not ours is read or written before the
+  // call returns.
+  void copy_in(void* device, const void* host, size_t n);
+  void copy_out(void* host, const void* device, size_t n);  // synchronizes
+  // For work put on the stream by others: flush first, and tell that the last work is no kernel.
+  cudaStream_t stream_for_copy() {
+    flush();
+    after_kernel_ = false;
+    return stream_;
+  }
+
+ private:
+  struct Launch {
+    const void* kernel;
+    void (*thunk)(const void*, const void*);
+    dim3 grid, block;
+    uint32_t shared, args_size;
+  };
+  struct Graph {
+    std::vector<unsigned char> list;
+    cudaGraphExec_t exec = nullptr;  // null: seen once
+    uint64_t used = 0;
+  };
+  static constexpr int kPositions = 64;
+
+  void add(const Launch& launch, const void* args);
+  void issue(const Launch& launch, const void* args);
+  void issue_list();
+  void run_list();
+  void remember_list();
+  cudaGraphExec_t capture_list();
+
+  cudaDeviceProp properties_{};
+  cudaStream_t stream_ = nullptr;
+  cudaEvent_t positions_sent_ = nullptr;
+  struct Block {
+    void* p;
+    size_t bytes;
+  };
+  void free_spare();
+  size_t limit_ = 0, used_ = 0, taken_ = 0, peak_ = 0;
+  std::vector<Block> spare_;
+  bool deferred_ = false;
+  bool graphs_ = true;         // COREINFER_CUDA_GRAPHS=0 turns them off
+  bool overlap_ = true;        // COREINFER_CUDA_OVERLAP=0: each kernel starts after the one before
+  bool after_kernel_ = false;  // the stream's last work is a kernel
+  std::vector<unsigned char> list_;
+  std::vector<Graph> kept_;  // a few, the least recently used makes room
+  uint64_t clock_ = 0;
+  std::vector<int32_t> positions_;
+  int32_t* host_positions_ = nullptr;    // pinned
+  int32_t* device_positions_ = nullptr;  // (kPositions)
+  unsigned char* staging_[2] = {};       // pinned
+  cudaEvent_t staged_[2] = {};
+  int next_staging_ = 0;
+};
+using ContextPtr = std::shared_ptr<Context>;
+
+// Device memory with an owner.
+class Memory {
+ public:
+  Memory() = default;
+  Memory(ContextPtr context, size_t bytes, const char* what);
+  ~Memory() { reset(); }
+  Memory(Memory&& other) noexcept { *this = std::move(other); }
+  Memory& operator=(Memory&& other) noexcept;
+
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+  size_t size() const { return bytes_; }
+  void reset();
+  // At least `bytes`; contents are lost when it grows.
+  void ensure(const ContextPtr& context, size_t bytes, const char* what);
+
+ private:
+  ContextPtr context_;
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+}  // namespace coreinfer::cuda

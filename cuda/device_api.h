@@ -1,0 +1,114 @@
+// What every file of cuda/ needs of the CUDA runtime: checked calls, the first statement of a
+// kernel, number conversions, warp sums. The same sources are compiled for the host by the tests,
+// with COREINFER_CUDA_HOST and a cuda_runtime.h that carries out grids and barriers in plain C++;
+// so kernels use no more of the language than that header knows.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#ifndef COREINFER_CUDA_HOST
+#include <cuda_fp16.h>
+#endif
+
+#include "base/error.h"
+#include "base/half.h"
+
+// A kernel takes one parameter, a plain struct; it stays in the parameter memory of the grid.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
+#define COREINFER_PARAMETER __grid_constant__ const
+#else
+#define COREINFER_PARAMETER const
+#endif
+
+#ifdef COREINFER_CUDA_HOST
+#define COREINFER_DYNAMIC_SHARED(name) unsigned char* const name = cuda_host::dynamic_shared()
+#else
+#define COREINFER_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
+namespace coreinfer::cuda {
+
+inline constexpr int kWarp = 32;
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Throws kState naming the call and the runtime's reason; kMemory where memory ran out.
+void check(cudaError_t status, const char* call);
+#define COREINFER_CUDA_CHECK(call) ::coreinfer::cuda::check((call), #call)
+
+// The first statement of every kernel. From sm_90 on a kernel may be started while the one before
+// it still runs; here it waits for that one's results. Blocks that have nothing to do wait too:
+// otherwise the grid would count as finished before its predecessor.
+__device__ inline void begin_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize();
+#endif
+}
+
+__device__ inline float half_to_float(uint16_t bits) {
+#ifdef COREINFER_CUDA_HOST
+  return f16_to_f32(bits);
+#else
+  return __half2float(__ushort_as_half(bits));
+#endif
+}
+
+// To nearest, ties to even.
+__device__ inline uint16_t float_to_half(float value) {
+#ifdef COREINFER_CUDA_HOST
+  return f32_to_f16(value);
+#else
+  return __half_as_ushort(__float2half_rn(value));
+#endif
+}
+
+__device__ inline float brain_to_float(uint32_t bits) { return __uint_as_float(bits << 16); }
+
+// To nearest, ties to even; NaN stays NaN.
+__device__ inline uint16_t float_to_brain(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// Sum over the lanes of a warp, the same bits in every lane.
+template <typename T>
+__device__ inline T warp_sum(T value) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, offset);
+  }
+  return value;
+}
+
+template <typename T>
+__device__ inline T warp_max(T value) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const T other = __shfl_xor_sync(kAllLanes, value, offset);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// Sum over the threads of a block of at most 1024, in a fixed order; every thread gets it.
+template <typename T>
+__device__ inline T block_sum(T value) {
+  __shared__ T parts[kWarp];
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int n_warps = (static_cast<int>(blockDim.x) + kWarp - 1) / kWarp;
+  value = warp_sum(value);
+  __syncthreads();  // parts may still be read from an earlier call
+  if (lane == 0) parts[warp] = value;
+  __syncthreads();
+  return warp_sum(lane < n_warps ? parts[lane] : T{});
+}
+
+template <typename T>
+__host__ __device__ constexpr T divide_up(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+}  // namespace coreinfer::cuda

@@ -1,0 +1,286 @@
+// Written without a device at hand; run through tests/cuda_host.
+#include <climits>
+
+#include "neurons.h"
+
+namespace coreinfer::cuda {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kBins = 2048;
+constexpr int32_t kNoneChosen = INT32_MAX;
+constexpr int32_t kInfinity = 0x7f800000;
+
+// Floats above zero are ordered as their bits are; others give 0 or less.
+__device__ __forceinline__ int32_t key_of(float value, bool magnitude) {
+  const int32_t bits = __float_as_int(value);
+  return magnitude ? bits & 0x7fffffff : bits;
+}
+
+// Working memory of a block's select.
+struct SelectMemory {
+  int bins[kBins];
+  int parts[kThreads / kWarp];
+  int bin, above, total;
+};
+
+// The sum of `value` over the threads before this one, and over all of them.
+__device__ int block_prefix(SelectMemory& memory, int value, int* total) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  int sum = value;
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, sum, static_cast<unsigned>(offset));
+    if (lane >= offset) sum += other;
+  }
+  __syncthreads();  // parts may still be read from an earlier call
+  if (lane == kWarp - 1) memory.parts[warp] = sum;
+  __syncthreads();
+  int before = 0;
+  *total = 0;
+  for (int w = 0; w < kThreads / kWarp; ++w) {
+    if (w == warp) before = *total;
+    *total += memory.parts[w];
+  }
+  return before + sum - value;
+}
+
+// Counts the positive keys that agree with `prefix` above bit `low + n_bits`, by the n_bits bits
+// from `low` on.
+__device__ void count_bins(SelectMemory& memory, const float* x, int64_t n, bool magnitude,
+                           int32_t prefix, int low, int n_bits) {
+  for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kThreads) memory.bins[i] = 0;
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < n; i += kThreads) {
+    const int32_t key = key_of(x[i], magnitude);
+    if (key > 0 && (key >> (low + n_bits)) == (prefix >> (low + n_bits))) {
+      atomicAdd(&memory.bins[(key >> low) & ((1 << n_bits) - 1)], 1);
+    }
+  }
+  __syncthreads();
+}
+
+// The bin in which the k-th largest lies: memory.bin, and how many are in higher ones:
+// memory.above.
+__device__ void find_bin(SelectMemory& memory, int k) {
+  constexpr int kEach = kBins / kThreads;
+  // Thread t has bins [kBins - kEach (t + 1), kBins - kEach t), so that prefixes run downwards.
+  const int last = kBins - 1 - kEach * static_cast<int>(threadIdx.x);
+  int mine = 0;
+  for (int i = 0; i < kEach; ++i) mine += memory.bins[last - i];
+  int total;
+  int above = block_prefix(memory, mine, &total);
+  if (above < k && above + mine >= k) {
+    int bin = last;
+    while (above + memory.bins[bin] < k) above += memory.bins[bin--];
+    memory.bin = bin;
+    memory.above = above;
+  }
+  __syncthreads();
+}
+
+// The key of the k-th largest of the positive entries, and how many ties with it are wanted.
+// `first_bins`: count_bins of the top 11 bits has been done.
+__device__ void find_threshold(SelectMemory& memory, const float* x, int64_t n, bool magnitude,
+                               int k, int32_t* key, int* ties) {
+  int32_t prefix = 0;
+  int low = 20, n_bits = 11;
+  for (;;) {
+    find_bin(memory, k);
+    prefix |= memory.bin << low;
+    k -= memory.above;
+    __syncthreads();
+    if (low == 0) break;
+    n_bits = low == 20 ? 11 : 9;
+    low -= n_bits;
+    count_bins(memory, x, n, magnitude, prefix, low, n_bits);
+  }
+  *key = prefix;
+  *ties = k;
+}
+
+// The index behind the last of the first `ties` entries with this key.
+__device__ int find_end(SelectMemory& memory, const float* x, int64_t n, bool magnitude,
+                        int32_t key, int ties) {
+  int seen = 0;
+  for (int64_t first = 0; first < n; first += kThreads) {
+    const int64_t i = first + threadIdx.x;
+    const int equal = i < n && key_of(x[i], magnitude) == key ? 1 : 0;
+    int total;
+    const int before = block_prefix(memory, equal, &total);
+    if (equal != 0 && seen + before == ties - 1) memory.bin = static_cast<int>(i) + 1;
+    seen += total;
+    if (seen >= ties) break;
+  }
+  __syncthreads();
+  return memory.bin;
+}
+
+__device__ int all_bins(SelectMemory& memory) {
+  int mine = 0;
+  for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kThreads) mine += memory.bins[i];
+  int total;
+  block_prefix(memory, mine, &total);
+  return total;
+}
+
+struct ChooseArgs {
+  const float* h;
+  int64_t stride;
+  int64_t width;
+  double share;
+  RowChoice* choices;
+  int32_t* first_bad;
+  int64_t magnitude;
+};
+
+// A block a row: its threshold.
+__global__ void __launch_bounds__(kThreads) choose_kernel(COREINFER_PARAMETER ChooseArgs a) {
+  begin_kernel();
+  __shared__ SelectMemory memory;
+  const bool magnitude = a.magnitude != 0;
+  const int64_t row = blockIdx.x;
+  const float* h = a.h + row * a.stride;
+  int bad = 0;
+  for (int64_t i = threadIdx.x; i < a.width; i += kThreads) {
+    bad |= key_of(h[i], true) >= kInfinity ? 1 : 0;
+  }
+  bad = block_sum(bad);
+  count_bins(memory, h, a.width, magnitude, 0, 20, 11);
+  const int positive = all_bins(memory);
+  RowChoice choice{0.0, kNoneChosen, 0};
+  if (bad != 0) {
+    if (threadIdx.x == 0) atomicMin(a.first_bad, static_cast<int32_t>(row));
+  } else if (positive > 0) {
+    // max(1, round(share * positive)), never over it; round(x) = floor(x + 0.5)
+    int k = static_cast<int>(floor(a.share * static_cast<double>(positive) + 0.5));
+    k = k < 1 ? 1 : k > positive ? positive : k;
+    int ties;
+    __syncthreads();
+    find_threshold(memory, h, a.width, magnitude, k, &choice.key, &ties);
+    choice.end = find_end(memory, h, a.width, magnitude, choice.key, ties);
+  }
+  if (threadIdx.x == 0) a.choices[row] = choice;
+}
+
+// A block a row: 1 / ||h||^2.
+__global__ void __launch_bounds__(kThreads) squares_kernel(COREINFER_PARAMETER ChooseArgs a) {
+  begin_kernel();
+  const int64_t row = blockIdx.x;
+  const float* h = a.h + row * a.stride;
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < a.width; i += kThreads) {
+    sum += static_cast<double>(h[i]) * h[i];
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x != 0) return;
+  if (!(sum < 1.7976931348623157e308)) atomicMin(a.first_bad, static_cast<int32_t>(row));
+  a.choices[row] = {sum > 0 ? 1.0 / sum : 0.0, kNoneChosen, 0};
+}
+
+struct ScoreArgs {
+  const float* h;
+  int64_t stride;
+  int64_t width;
+  int64_t n_rows;
+  const RowChoice* choices;
+  const int32_t* first_bad;
+  float* scores;
+  int32_t magnitude;
+  int32_t flock;
+};
+
+// A thread a neuron: the rows in order.
+__global__ void score_kernel(COREINFER_PARAMETER ScoreArgs a) {
+  begin_kernel();
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= a.width || *a.first_bad != INT32_MAX) return;
+  float score = a.scores[i];
+#pragma unroll 8
+  for (int64_t row = 0; row < a.n_rows; ++row) {
+    const float value = a.h[row * a.stride + i];
+    const RowChoice choice = a.choices[row];
+    if (a.flock != 0) {
+      if (choice.factor > 0) {
+        score += static_cast<float>(static_cast<double>(value) * value * choice.factor);
+      }
+    } else {
+      const int32_t key = key_of(value, a.magnitude != 0);
+      if (key > choice.key || (key == choice.key && i < choice.end)) score += 1.0f;
+    }
+  }
+  a.scores[i] = score;
+}
+
+struct SelectArgs {
+  const float* scores;
+  int64_t n;
+  int64_t k;
+  int32_t* neurons;
+  int32_t* count;
+  int32_t* nan;
+};
+
+// One block: threshold, then the chosen in order.
+__global__ void __launch_bounds__(kThreads) select_kernel(COREINFER_PARAMETER SelectArgs a) {
+  begin_kernel();
+  __shared__ SelectMemory memory;
+  for (int64_t i = threadIdx.x; i < a.n; i += kThreads) {
+    if (a.scores[i] != a.scores[i]) atomicMin(a.nan, static_cast<int32_t>(i));
+  }
+  count_bins(memory, a.scores, a.n, false, 0, 20, 11);
+  const int positive = all_bins(memory);
+  const int k = a.k < positive ? static_cast<int>(a.k) : positive;
+  if (threadIdx.x == 0) *a.count = k;
+  if (k < 1) return;
+  int32_t key;
+  int ties;
+  __syncthreads();
+  find_threshold(memory, a.scores, a.n, false, k, &key, &ties);
+  const int end = find_end(memory, a.scores, a.n, false, key, ties);
+  int written = 0;
+  for (int64_t first = 0; first < a.n; first += kThreads) {
+    const int64_t i = first + threadIdx.x;
+    const int32_t mine = i < a.n ? key_of(a.scores[i], false) : 0;
+    const int chosen = mine > key || (mine == key && i < end) ? 1 : 0;
+    int total;
+    const int before = block_prefix(memory, chosen, &total);
+    if (chosen != 0) a.neurons[written + before] = static_cast<int32_t>(i);
+    written += total;
+  }
+}
+
+struct FillArgs {
+  int32_t* to;
+  int64_t value;
+};
+
+__global__ void fill_kernel(COREINFER_PARAMETER FillArgs a) {
+  begin_kernel();
+  *a.to = static_cast<int32_t>(a.value);
+}
+
+}  // namespace
+
+void accumulate_rows(Context& context, Statistic statistic, double share, Rows h, float* scores,
+                     RowChoice* choices, int32_t* first_bad) {
+  const int64_t magnitude = statistic == Statistic::kCountAbs ? 1 : 0;
+  const bool flock = statistic == Statistic::kFlock;
+  context.launch(fill_kernel, dim3(1), dim3(1), 0, {first_bad, INT32_MAX});
+  context.launch(flock ? squares_kernel : choose_kernel, dim3(static_cast<unsigned>(h.n)),
+                 dim3(kThreads), 0,
+                 {h.data, h.stride, h.width, share, choices, first_bad, magnitude});
+  constexpr unsigned kBlock = 64;  // small blocks: all multiprocessors take part
+  context.launch(score_kernel, dim3(static_cast<unsigned>(divide_up<int64_t>(h.width, kBlock))),
+                 dim3(kBlock), 0,
+                 {h.data, h.stride, h.width, h.n, choices, first_bad, scores,
+                  static_cast<int32_t>(magnitude), flock ? 1 : 0});
+}
+
+void select_neurons(Context& context, const float* scores, int64_t n, int64_t k, int32_t* neurons,
+                    int32_t* count, int32_t* nan) {
+  context.launch(fill_kernel, dim3(1), dim3(1), 0, {nan, INT32_MAX});
+  context.launch(select_kernel, dim3(1), dim3(kThreads), 0, {scores, n, k, neurons, count, nan});
+}
+
+}  // namespace coreinfer::cuda

@@ -1,0 +1,169 @@
+// Written without a device at hand; run through tests/cuda_host.
+#include "prepare.h"
+
+namespace coreinfer::cuda {
+namespace {
+
+constexpr int kLanesPerChunk = 8;  // four elements each
+
+struct NormArgs {
+  const float* weight;  // null: no normalisation
+  const float* bias;
+  int64_t layer;  // 1: LayerNorm, 0: RMS
+  double eps;
+};
+
+NormArgs norm_args(const Norm& norm) {
+  return {norm.weight ? norm.weight->data() : nullptr, norm.bias ? norm.bias->data() : nullptr,
+          norm.kind == NormKind::kLayer ? 1 : 0, static_cast<double>(norm.eps)};
+}
+
+// Normalised element i is (x[i] - mean) * inverse * weight[i] (+ bias[i]).
+struct Moments {
+  float mean;
+  float inverse;
+};
+
+__device__ Moments moments_of(const NormArgs& norm, const float* x, int64_t width) {
+  Moments m{0.0f, 1.0f};
+  if (norm.weight == nullptr) return m;
+  const auto n = static_cast<double>(width);
+  if (norm.layer != 0) {
+    double sum = 0;
+    for (int64_t i = threadIdx.x; i < width; i += blockDim.x) sum += x[i];
+    m.mean = static_cast<float>(block_sum(sum) / n);
+  }
+  double squares = 0;
+  for (int64_t i = threadIdx.x; i < width; i += blockDim.x) {
+    const float centred = x[i] - m.mean;
+    squares += static_cast<double>(centred) * centred;
+  }
+  m.inverse = static_cast<float>(1.0 / sqrt(block_sum(squares) / n + norm.eps));
+  return m;
+}
+
+__device__ float normalised(const NormArgs& norm, Moments m, const float* x, int64_t i) {
+  if (norm.weight == nullptr) return x[i];
+  const float v = (norm.layer != 0 ? x[i] - m.mean : x[i]) * m.inverse * norm.weight[i];
+  return norm.bias != nullptr ? v + norm.bias[i] : v;
+}
+
+struct PrepareArgs {
+  const float* x;
+  int64_t stride;
+  int64_t width;
+  NormArgs norm;
+  const int32_t* columns;
+  int64_t n_columns;
+  PreparedRows out;
+};
+
+// Larger of two, NaN if one is: it must show in the result and not vanish in the codes.
+__device__ float larger(float a, float b) { return !(a <= b) ? a : b != b ? b : (a > b ? a : b); }
+
+// grid: (parts of a row, rows)
+__global__ void prepare(COREINFER_PARAMETER PrepareArgs a) {
+  begin_kernel();
+  const int64_t row = blockIdx.y;
+  const float* x = a.x + row * a.stride;
+  const Moments m = moments_of(a.norm, x, a.width);
+  const int64_t n_chunks = divide_up<int64_t>(a.n_columns, kChunk);
+  const int64_t n_groups = static_cast<int64_t>(gridDim.x) * blockDim.x / kLanesPerChunk;
+  const int64_t group =
+      (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kLanesPerChunk;
+  const int lane = static_cast<int>(threadIdx.x) % kLanesPerChunk;
+  // All lanes of a warp make the same number of turns.
+  for (int64_t first = 0; first < n_chunks; first += n_groups) {
+    const int64_t chunk = first + group;
+    const int64_t column = chunk * kChunk + lane * 4;
+    float v[4];
+    float largest = 0.0f;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      v[j] = 0.0f;
+      if (column + j < a.n_columns) {
+        const int64_t from = a.columns != nullptr ? a.columns[column + j] : column + j;
+        if (from >= 0 && from < a.width) v[j] = normalised(a.norm, m, x, from);
+        if (a.out.values != nullptr) {
+          const_cast<float*>(a.out.values)[row * a.out.values_stride + column + j] = v[j];
+        }
+      }
+      largest = larger(fabsf(v[j]), largest);
+    }
+    if (a.out.codes == nullptr) continue;
+    for (int offset = kLanesPerChunk / 2; offset > 0; offset /= 2) {
+      largest = larger(__shfl_xor_sync(kAllLanes, largest, offset), largest);
+    }
+    const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+    unsigned word = 0;
+    int sum = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float scaled = v[j] * inverse;
+      const int code = scaled == scaled ? __float2int_rn(scaled) : 0;
+      word |= (static_cast<unsigned>(code) & 0xffu) << (8 * j);
+      sum += code;
+    }
+    sum += __shfl_xor_sync(kAllLanes, sum, 1);
+    sum += __shfl_xor_sync(kAllLanes, sum, 2);
+    const int other = __shfl_xor_sync(kAllLanes, sum, 4);
+    if (chunk >= n_chunks) continue;
+    const_cast<unsigned*>(reinterpret_cast<const unsigned*>(
+        a.out.codes + row * a.out.codes_stride))[chunk * kLanesPerChunk + lane] = word;
+    if (lane == 0) {
+      const_cast<ChunkInput*>(a.out.chunks)[row * a.out.chunks_stride + chunk] = {
+          largest / 127.0f, static_cast<int32_t>((static_cast<unsigned>(sum) & 0xffffu) |
+                                                 static_cast<unsigned>(other) << 16)};
+    }
+  }
+}
+
+struct AddArgs {
+  float* x;
+  int64_t x_stride;
+  const float* y;
+  int64_t y_stride;
+  int64_t width;
+  NormArgs norm;
+};
+
+__global__ void add_normalised(COREINFER_PARAMETER AddArgs a) {
+  begin_kernel();
+  float* x = a.x + static_cast<int64_t>(blockIdx.x) * a.x_stride;
+  const float* y = a.y + static_cast<int64_t>(blockIdx.x) * a.y_stride;
+  const Moments m = moments_of(a.norm, y, a.width);
+  for (int64_t i = threadIdx.x; i < a.width; i += blockDim.x) x[i] += normalised(a.norm, m, y, i);
+}
+
+// Threads for a row: whole warps, four elements a thread.
+unsigned threads_for(int64_t width) {
+  const int64_t threads = divide_up<int64_t>(divide_up<int64_t>(width, 4), kWarp) * kWarp;
+  return static_cast<unsigned>(threads > 1024 ? 1024 : threads);
+}
+
+}  // namespace
+
+void prepare_rows(Context& context, Rows x, const Norm& norm, const int32_t* columns,
+                  int64_t n_columns, const PreparedRows& out) {
+  // Without a norm a row may be cut; with one, the block needs all of it.
+  const bool whole = norm.weight != nullptr;
+  const unsigned threads = whole ? threads_for(x.width) : 128;
+  const int64_t parts = whole ? 1 : divide_up<int64_t>(n_columns, 4 * 128);
+  for (int64_t first = 0; first < x.n; first += 65535) {
+    const int64_t n = x.n - first < 65535 ? x.n - first : 65535;
+    PreparedRows to = out;
+    if (to.values != nullptr) to.values += first * to.values_stride;
+    if (to.codes != nullptr) to.codes += first * to.codes_stride;
+    if (to.chunks != nullptr) to.chunks += first * to.chunks_stride;
+    context.launch(
+        prepare, dim3(static_cast<unsigned>(parts), static_cast<unsigned>(n)), dim3(threads), 0,
+        {x.data + first * x.stride, x.stride, x.width, norm_args(norm), columns, n_columns, to});
+  }
+}
+
+void add_rows(Context& context, Rows x, Rows y, const Norm& norm) {
+  context.launch(add_normalised, dim3(static_cast<unsigned>(x.n)), dim3(threads_for(x.width)), 0,
+                 {x.data, x.stride, y.data, y.stride, x.width, norm_args(norm)});
+}
+
+}  // namespace coreinfer::cuda

@@ -1,0 +1,71 @@
+"""Builds cuda/ with the C++ compiler against the runtime beside this file, once a source state."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+SOURCES = [
+    *sorted((ROOT / "cuda").glob("*.cu")),
+    *sorted(HERE.glob("*.cpp")),
+    ROOT / "cpp" / "base" / "error.cpp",
+]
+FLAGS = (
+    "-x c++ -std=c++20 -O1 -ffp-contract=off -fPIC -fvisibility=hidden "
+    "-Wno-unknown-pragmas -DCOREINFER_CUDA_HOST"
+).split()
+
+
+class NoCompiler(RuntimeError):
+    """No C++ compiler on this machine."""
+
+
+def host_library() -> Path:
+    """Path of the CUDA backend compiled for the host.
+
+    Raises
+    ------
+    NoCompiler
+        Where neither $CXX nor c++ nor g++ can be run.
+    subprocess.CalledProcessError
+        Where a source does not compile; the compiler's words are in ``stderr``.
+    """
+    compiler = next(
+        (c for c in (os.environ.get("CXX", ""), "c++", "g++") if c and shutil.which(c)), None
+    )
+    if compiler is None:
+        raise NoCompiler("no C++ compiler found (CXX, c++, g++)")
+    headers = [*(ROOT / "cuda").glob("*.h"), *(HERE / "include").glob("*.h")]
+    headers += [ROOT / "cpp" / "backend" / n for n in ("backend.h", "cuda_loader.h")]
+    digest = hashlib.sha256(" ".join([compiler, *FLAGS]).encode())
+    for path in [*SOURCES, *sorted(headers)]:
+        digest.update(path.read_bytes())
+    folder = Path(tempfile.gettempdir()) / f"coreinfer-cuda-host-{os.getuid()}"
+    library = folder / f"libcoreinfer_cuda_host-{digest.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    folder.mkdir(mode=0o700, exist_ok=True)
+    includes = [f"-I{HERE / 'include'}", f"-I{ROOT / 'cuda'}", f"-I{ROOT / 'cpp'}"]
+
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+
+        def compile_one(source: Path) -> str:
+            out = str(Path(work) / (source.name + ".o"))
+            command = [compiler, *FLAGS, *includes, "-c", str(source), "-o", out]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            return out
+
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            objects = list(pool.map(compile_one, SOURCES))
+        linked = str(Path(work) / "linked.so")
+        link = [compiler, "-shared", "-o", linked, *objects, "-ldl"]
+        subprocess.run(link, check=True, capture_output=True, text=True)
+        os.replace(linked, library)
+    return library

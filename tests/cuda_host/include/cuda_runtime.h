@@ -1,0 +1,210 @@
+// The CUDA runtime as far as cuda/ uses it, carried out on the host: a grid's blocks one after the
+// other, the threads of a block as fibers that take turns at barriers and warp operations. It
+// stands in for <cuda_runtime.h> when the tests compile cuda/ with the C++ compiler. One thread at
+// a time may launch. It says nothing about speed and finds no data races; it stops at divergent
+// barriers.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __restrict__
+#define __launch_bounds__(...)
+#define __shared__ static  // blocks run one after the other
+#define __align__(n) alignas(n)
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+
+namespace cuda_host {
+
+struct Position {
+  dim3 thread, block, block_dim, grid_dim;
+};
+extern Position* const here;  // of the running fiber
+
+unsigned char* dynamic_shared();
+// Returns when every thread of the block is there.
+void block_barrier();
+// Every lane of the warp hands in 8 bytes and gets all 32 of them; valid until the lane's next
+// warp operation but one. Lanes that have left the kernel hand in zeros.
+const uint64_t* exchange(uint64_t value);
+// Carries out one kernel: thunk(kernel, args) in every thread.
+void run(void (*thunk)(const void*, const void*), const void* kernel, const void* args, dim3 grid,
+         dim3 block, size_t shared);
+
+template <typename T>
+uint64_t to_bits(T value) {
+  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  return bits;
+}
+template <typename T>
+T from_bits(uint64_t bits) {
+  T value;
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+}  // namespace cuda_host
+
+#define threadIdx (cuda_host::here->thread)
+#define blockIdx (cuda_host::here->block)
+#define blockDim (cuda_host::here->block_dim)
+#define gridDim (cuda_host::here->grid_dim)
+
+inline void __syncthreads() { cuda_host::block_barrier(); }
+inline void __syncwarp(unsigned = 0xffffffffu) { cuda_host::exchange(0); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  const unsigned lane = threadIdx.x % 32;
+  return cuda_host::from_bits<T>(
+      cuda_host::exchange(cuda_host::to_bits(value))[(lane ^ static_cast<unsigned>(mask)) % 32]);
+}
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return cuda_host::from_bits<T>(cuda_host::exchange(cuda_host::to_bits(value))[lane % 32]);
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, unsigned delta) {
+  const unsigned lane = threadIdx.x % 32;
+  const uint64_t* all = cuda_host::exchange(cuda_host::to_bits(value));
+  return cuda_host::from_bits<T>(all[lane < delta ? lane : lane - delta]);
+}
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  const uint64_t* all = cuda_host::exchange(predicate ? 1 : 0);
+  unsigned mask = 0;
+  for (unsigned i = 0; i < 32; ++i) mask |= static_cast<unsigned>(all[i] != 0) << i;
+  return mask;
+}
+
+inline int __popc(unsigned x) { return std::popcount(x); }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
+inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
+inline int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 4; ++i) {
+    c += static_cast<int8_t>(static_cast<unsigned>(a) >> (8 * i)) *
+         static_cast<int8_t>(static_cast<unsigned>(b) >> (8 * i));
+  }
+  return c;
+}
+// Byte i of the result is byte (s >> 4 i) & 7 of the eight bytes of y:x.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned s) {
+  const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+  unsigned r = 0;
+  for (int i = 0; i < 4; ++i) {
+    r |= static_cast<unsigned>((bytes >> (8 * ((s >> (4 * i)) & 7))) & 0xff) << (8 * i);
+  }
+  return r;
+}
+template <typename T>
+T atomicAdd(T* to, T value) {
+  const T old = *to;
+  *to += value;
+  return old;
+}
+template <typename T>
+T atomicMax(T* to, T value) {
+  const T old = *to;
+  if (value > old) *to = value;
+  return old;
+}
+template <typename T>
+T atomicMin(T* to, T value) {
+  const T old = *to;
+  if (value < old) *to = value;
+  return old;
+}
+template <typename T>
+T __ldg(const T* p) {
+  return *p;
+}
+
+// ---- The runtime: one device, host memory, everything done at once.
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2 };
+enum cudaMemcpyKind {
+  cudaMemcpyHostToDevice,
+  cudaMemcpyDeviceToHost,
+  cudaMemcpyDeviceToDevice,
+  cudaMemcpyDefault
+};
+enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocDefault = 0 };
+enum { cudaHostRegisterDefault = 0, cudaHostRegisterMapped = 2, cudaHostRegisterReadOnly = 8 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
+struct CudaHostStream;
+struct CudaHostEvent;
+struct CudaHostGraph;
+using cudaStream_t = CudaHostStream*;
+using cudaEvent_t = CudaHostEvent*;
+using cudaGraph_t = CudaHostGraph*;
+using cudaGraphExec_t = CudaHostGraph*;
+
+struct cudaDeviceProp {
+  char name[256];
+  int major, minor, multiProcessorCount;
+  size_t totalGlobalMem;
+};
+
+const char* cudaGetErrorString(cudaError_t status);
+const char* cudaGetErrorName(cudaError_t status);
+cudaError_t cudaGetLastError();
+cudaError_t cudaGetDeviceCount(int* n);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total);
+cudaError_t cudaDriverGetVersion(int* version);
+cudaError_t cudaRuntimeGetVersion(int* version);
+cudaError_t cudaMalloc(void** p, size_t bytes);
+cudaError_t cudaFree(void* p);
+cudaError_t cudaMallocHost(void** p, size_t bytes);
+cudaError_t cudaFreeHost(void* p);
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind, cudaStream_t);
+cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch,
+                              size_t width, size_t height, cudaMemcpyKind, cudaStream_t);
+cudaError_t cudaMemsetAsync(void* to, int value, size_t n, cudaStream_t);
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
+cudaError_t cudaStreamDestroy(cudaStream_t stream);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
+cudaError_t cudaEventDestroy(cudaEvent_t event);
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
+cudaError_t cudaEventSynchronize(cudaEvent_t event);
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
+// In place of cudaLaunchKernelExC, whose kernels carry no type: the thunk knows it.
+cudaError_t cuda_host_launch(void (*thunk)(const void*, const void*), const void* kernel,
+                             const void* args, size_t args_size, dim3 grid, dim3 block,
+                             size_t shared, cudaStream_t stream);

@@ -1,0 +1,152 @@
+// The runtime calls of cuda_runtime.h on the host: memory is malloc's, poisoned; everything is done
+// at once; a captured graph keeps what was called and does it again when launched.
+#include <cuda_runtime.h>
+#include <sys/mman.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <vector>
+
+struct CudaHostGraph {
+  std::vector<std::function<void()>> steps;
+};
+struct CudaHostStream {
+  CudaHostGraph* capturing = nullptr;
+};
+struct CudaHostEvent {};
+
+namespace {
+
+constexpr size_t kPage = 4096;
+std::mutex sizes_mutex;
+std::map<void*, size_t> sizes;
+std::atomic<long> graph_launches{0};
+
+cudaError_t issue(cudaStream_t stream, std::function<void()> step) {
+  if (stream != nullptr && stream->capturing != nullptr) {
+    stream->capturing->steps.push_back(std::move(step));
+  } else {
+    step();
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+const char* cudaGetErrorString(cudaError_t status) {
+  return status == cudaErrorMemoryAllocation ? "out of memory" : "invalid argument";
+}
+const char* cudaGetErrorName(cudaError_t status) {
+  return status == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation"
+                                             : "cudaErrorInvalidValue";
+}
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int* n) {
+  const char* given = std::getenv("CUDA_HOST_DEVICES");
+  *n = given != nullptr ? std::atoi(given) : 1;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
+  *p = {"host threads in turn", 9, 0, 2, size_t{8} << 30};
+  return cudaSuccess;
+}
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  *free = *total = size_t{8} << 30;
+  return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+
+// Ends where a page that nobody may touch begins, so that a kernel that runs over is caught.
+cudaError_t cudaMalloc(void** p, size_t bytes) {
+  const size_t size = (bytes + 15) / 16 * 16;
+  const size_t pages = (size + kPage - 1) / kPage * kPage;
+  void* const memory =
+      mmap(nullptr, pages + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return cudaErrorMemoryAllocation;
+  mprotect(static_cast<char*>(memory) + pages, kPage, PROT_NONE);
+  *p = static_cast<char*>(memory) + (pages - size);
+  std::memset(*p, 0xff, bytes);
+  const std::lock_guard lock(sizes_mutex);
+  sizes[*p] = pages + kPage;
+  return cudaSuccess;
+}
+cudaError_t cudaFree(void* p) {
+  if (p == nullptr) return cudaSuccess;
+  const std::lock_guard lock(sizes_mutex);
+  const auto found = sizes.find(p);
+  if (found == sizes.end()) return cudaErrorInvalidValue;
+  const auto start = reinterpret_cast<uintptr_t>(p) / kPage * kPage;
+  munmap(reinterpret_cast<void*>(start), found->second);
+  sizes.erase(found);
+  return cudaSuccess;
+}
+cudaError_t cudaMallocHost(void** p, size_t bytes) { return cudaMalloc(p, bytes); }
+cudaError_t cudaFreeHost(void* p) { return cudaFree(p); }
+
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind, cudaStream_t s) {
+  return issue(s, [=] { std::memmove(to, from, n); });
+}
+cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch,
+                              size_t width, size_t height, cudaMemcpyKind, cudaStream_t s) {
+  return issue(s, [=] {
+    for (size_t i = 0; i < height; ++i) {
+      std::memcpy(static_cast<char*>(to) + i * to_pitch,
+                  static_cast<const char*>(from) + i * from_pitch, width);
+    }
+  });
+}
+cudaError_t cudaMemsetAsync(void* to, int value, size_t n, cudaStream_t s) {
+  return issue(s, [=] { std::memset(to, value, n); });
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  return *stream = new CudaHostStream, cudaSuccess;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete stream, cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  return *event = new CudaHostEvent, cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  return stream->capturing = new CudaHostGraph, cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  *graph = stream->capturing;
+  return stream->capturing = nullptr, cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
+  return *exec = new CudaHostGraph(*graph), cudaSuccess;
+}
+// For tests: how many graphs were launched.
+extern "C" __attribute__((visibility("default"))) long cuda_host_graph_launches() {
+  return graph_launches;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
+  ++graph_launches;
+  for (const auto& step : exec->steps) step();
+  return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return delete exec, cudaSuccess; }
+
+cudaError_t cuda_host_launch(void (*thunk)(const void*, const void*), const void* kernel,
+                             const void* args, size_t args_size, dim3 grid, dim3 block,
+                             size_t shared, cudaStream_t stream) {
+  const auto* bytes = static_cast<const char*>(args);
+  std::vector<char> copy(bytes, bytes + args_size);
+  return issue(stream, [thunk, kernel, copy = std::move(copy), grid, block, shared] {
+    // Arguments are copied to aligned memory of their own, as a device would.
+    alignas(16) char args[4096];
+    std::memcpy(args, copy.data(), copy.size());
+    cuda_host::run(thunk, kernel, args, grid, block, shared);
+  });
+}
