@@ -216,14 +216,17 @@ def test_programs_run_in_turn_and_each_starts_a_round(fake, model, tmp_path, cap
 def test_a_comparison_with_core_neurons_is_written_and_drawn(fake, model, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     peer = f"--peer=llama={fake('llama', 123.0)}"
-    assert run_tool(model, tmp_path, peer, "--rounds", "2", "--beta", "0.25,0.5") == 0
+    assert (
+        run_tool(model, tmp_path, peer, "--rounds", "2", "--beta", "0.25,0.5", "--layers", "1:")
+        == 0
+    )
     table = (tmp_path / "out" / "comparison.md").read_text()
     assert capsys.readouterr().out == table
-    for text in ("| llama | 123.00 (123.00–123.00)", "coreinfer core flock 0.25", "÷ llama"):
+    for text in ("| llama | 123.00 (123.00–123.00)", "coreinfer core flock 0.25 1:", "÷ llama"):
         assert text in table
     raw = json.loads((tmp_path / "out" / "comparison.json").read_text())
     tests = {(m["program"], m["test"], m["core"]) for m in raw["rounds"][0]}
-    cores = ("", "flock 0.25", "flock 0.5")
+    cores = ("", "flock 0.25 1:", "flock 0.5 1:")
     assert tests == {("llama", t, "") for t in ("pp8", "tg4 @ d8")} | {
         (OURS, t, c) for t in ("pp8", "tg4 @ d8") for c in cores
     }

@@ -212,6 +212,5 @@ def _measurement(program: Program, model: str, row: dict[str, Any]) -> Measureme
         return None
     core = ""
     if row.get("core", "off") != "off":
-        alpha = "" if row.get("alpha") is None else f"({row['alpha']:g})"
-        core = f"{row['statistic']}{alpha} {row['beta']:g}"
+        core = str(row.get("model_type")).rpartition(" core ")[2]  # "flock 0.4", "count(0.4) 0.2"
     return Measurement(program.name, model, name, core, tok_s, row)

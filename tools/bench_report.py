@@ -50,7 +50,7 @@ class Line:
     over_best: Spread | None  # over the fastest peer of the round
     over_dense: Spread | None  # core rows: over our own dense
     of_byte_ratio: Spread | None  # that, over what the bytes saved allow
-    row: dict[str, Any]  # of the last round
+    row: dict[str, Any]  # of the round with the median speed (of two, the slower)
 
     @property
     def label(self) -> str:
@@ -85,6 +85,8 @@ def _line(
     present = [table for table in tables if key in table]
     tok_s = Spread.of(table[key].tok_s for table in present)
     assert tok_s is not None
+    by_speed = sorted((table[key] for table in present), key=lambda m: m.tok_s)
+    middle = by_speed[(len(by_speed) - 1) // 2]
 
     def over(name: str) -> Spread | None:
         other = (model, test, name, "")
@@ -112,7 +114,7 @@ def _line(
         best,
         over_dense,
         of_bytes,
-        present[-1][key].row,
+        middle.row,
     )
 
 

@@ -6,7 +6,6 @@ where decoding is limited by memory, up along the line.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ from bench_report import BYTES, Line
 
 
 def bandwidth_of(lines: Sequence[Line]) -> float | None:
-    """Measured read bandwidth in GB/s (median over rows), or None where it was not measured."""
+    """Measured read bandwidth in GB/s, the best of all runs; None where it was not measured."""
     found = [float(line.row["read_bw_gbs"]) for line in lines if line.row.get("read_bw_gbs")]
-    return statistics.median(found) if found else None
+    return max(found, default=None)
 
 
 def points(lines: Sequence[Line], ours: str) -> list[tuple[str, float, Line]]:
@@ -44,6 +43,7 @@ def plot(lines: Sequence[Line], ours: str, path: Path) -> bool:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     shown = points(lines, ours)
     if not shown:
@@ -65,6 +65,10 @@ def plot(lines: Sequence[Line], ours: str, path: Path) -> bool:
             label=f"{label}, {line.test}",
             **kind,
         )
+        name = line.label.removeprefix(f"{ours} ") if line.core else line.label
+        axes.annotate(
+            name, (mib, line.tok_s.median), (6, 4), textcoords="offset points", fontsize=7
+        )
     bandwidth = bandwidth_of(lines)
     if bandwidth:
         mibs = [mib for _, mib, _ in shown]
@@ -78,6 +82,10 @@ def plot(lines: Sequence[Line], ours: str, path: Path) -> bool:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(ScalarFormatter())
+        axis.set_tick_params(which="both", labelsize=7)
     axes.set_xlabel("weights read for a token (MiB)")
     axes.set_ylabel("tokens per second")
     axes.grid(True, which="both", linewidth=0.3)
