@@ -52,7 +52,11 @@ struct Panel {
   AlignedBuffer keys;    // (head_dim, kKvBlock)
   AlignedBuffer values;  // (kKvBlock, head_dim)
   AlignedBuffer scores;  // (queries, kKvBlock)
-  AlignedBuffer sums;    // of large batches: queries * (head_dim + 2)
+  AlignedBuffer sums;    // of large batches: Sums of a piece of work
+  // With matrix tiles, in bf16: keys high and low, values, weights.
+  AlignedBuffer key_pairs;    // (2, head_dim / 2, kKvBlock, 2)
+  AlignedBuffer value_pairs;  // (kKvBlock / 2, head_dim, 2)
+  AlignedBuffer weights;      // (queries, kKvBlock)
 };
 
 // The running softmax of some queries: sum of weighted values, maximum, sum of weights.
@@ -77,10 +81,11 @@ struct Sums {
 struct AttendScratch {
   std::array<RopeTable, 4> rope;  // layers differ in a few tables at most
   size_t oldest_rope = 0;
-  AlignedBuffer queries;      // (n_head_kv, rows, group, head_dim): rotated and scaled
-  AlignedBuffer partials;     // Sums of (span, kv head)
-  AlignedBuffer totals;       // Sums of kv heads
-  std::vector<Panel> panels;  // per thread
+  AlignedBuffer queries;       // (n_head_kv, rows, group, head_dim): rotated and scaled
+  AlignedBuffer bf16_queries;  // (2, …) the same as high and low, where there are tiles
+  AlignedBuffer partials;      // Sums of (span, kv head)
+  AlignedBuffer totals;        // Sums of kv heads
+  std::vector<Panel> panels;   // per thread
 
   const RopeTable& rope_table(const AttentionSpec& spec, int64_t first, int64_t n);
 };
@@ -124,11 +129,16 @@ struct Attention {
   int64_t layer;
   int64_t first;
   float* queries;
+  const TileKernels* tiles;  // null: products in float32
+  uint16_t* high_queries;
+  uint16_t* low_queries;
 
   int64_t n() const { return q.n; }
   int64_t group() const { return spec.n_head / spec.n_head_kv; }
   int64_t head_dim() const { return spec.head_dim; }
-  float* queries_of(int64_t head) const { return queries + head * n() * group() * head_dim(); }
+  int64_t query_offset(int64_t head, int64_t row) const {
+    return (head * n() + row) * group() * head_dim();
+  }
 
   void prepare(int64_t head, int64_t row_begin, int64_t row_end) const;
   void pass(int64_t head, int64_t row_begin, int64_t n_rows, int64_t block_begin, int64_t block_end,
@@ -137,10 +147,16 @@ struct Attention {
 
  private:
   void prepare_head(float* x, const Norm& norm, int64_t row) const;
-  void score(int64_t head, int64_t block, const float* q, int64_t queries, int64_t cols,
+  void score(int64_t head, int64_t block, int64_t query, int64_t count, int64_t cols,
              const Panel& panel) const;
-  void add_values(int64_t head, int64_t block, int64_t queries, int64_t depth, const Panel& panel,
+  void score_tiles(int64_t head, int64_t block, int64_t query, int64_t count,
+                   const Panel& panel) const;
+  void add_values(int64_t head, int64_t block, int64_t count, int64_t depth, const Panel& panel,
                   float* out) const;
+  void add_values_tiles(int64_t head, int64_t block, int64_t count, int64_t depth,
+                        const Panel& panel, float* out) const;
+  void unpack_keys(const std::byte* keys, const Panel& panel) const;
+  void unpack_values(const std::byte* values, int64_t depth, const Panel& panel) const;
 };
 
 void Attention::prepare_head(float* x, const Norm& norm, int64_t row) const {
@@ -158,19 +174,23 @@ void Attention::prepare(int64_t head, int64_t row_begin, int64_t row_end) const 
     prepare_head(key, spec.k_norm, row);
     cache.store_key(layer, head, first + row, key);
     cache.store_value(layer, head, first + row, v.data + row * v.stride + head * d);
-    float* query = queries_of(head) + row * group() * d;
+    const int64_t offset = query_offset(head, row);
+    float* query = queries + offset;
     std::memcpy(query, q.data + row * q.stride + head * group() * d,
                 static_cast<size_t>(group() * d) * sizeof(float));
     for (int64_t g = 0; g < group(); ++g) prepare_head(query + g * d, spec.q_norm, row);
     vector.scale(query, spec.scale, group() * d);
+    if (tiles) tiles->split(query, group() * d, high_queries + offset, low_queries + offset);
   }
 }
 
-// panel.scores = q . keys for the block's first `cols` positions.
-void Attention::score(int64_t head, int64_t block, const float* q, int64_t queries, int64_t cols,
+// panel.scores = q . keys for `count` queries, which begin at offset `query`, and the block's first
+// `cols` positions.
+void Attention::score(int64_t head, int64_t block, int64_t query, int64_t count, int64_t cols,
                       const Panel& panel) const {
   const int64_t d = head_dim();
   const std::byte* keys = cache.key_block(layer, head, block);
+  const float* q = queries + query;
   float* scores = panel.scores.as<float>();
   const float* wide = panel.keys.as<float>();
   switch (cache.spec().type_k) {
@@ -179,51 +199,106 @@ void Attention::score(int64_t head, int64_t block, const float* q, int64_t queri
       break;
     case KvType::kF16: {
       const auto* halves = reinterpret_cast<const uint16_t*>(keys);
-      if (queries < kWidenFrom) {
-        return kernels.multiply_f16(q, d, halves, kKvBlock, scores, kKvBlock, queries, d, cols,
+      if (count < kWidenFrom) {
+        return kernels.multiply_f16(q, d, halves, kKvBlock, scores, kKvBlock, count, d, cols,
                                     false);
       }
       kernels.f16_to_f32(halves, d * kKvBlock, panel.keys.as<float>());
       break;
     }
     case KvType::kQ8_0:
-      kernels.unpack_block(reinterpret_cast<const int8_t*>(keys),
-                           reinterpret_cast<const uint16_t*>(keys + d * kKvBlock), d,
-                           panel.keys.as<float>());
+      unpack_keys(keys, panel);
       break;
   }
-  kernels.multiply_f32(q, d, wide, kKvBlock, scores, kKvBlock, queries, d, cols, false);
+  kernels.multiply_f32(q, d, wide, kKvBlock, scores, kKvBlock, count, d, cols, false);
+}
+
+void Attention::unpack_keys(const std::byte* keys, const Panel& panel) const {
+  const int64_t d = head_dim();
+  kernels.unpack_block(reinterpret_cast<const int8_t*>(keys),
+                       reinterpret_cast<const uint16_t*>(keys + d * kKvBlock), d,
+                       panel.keys.as<float>());
+}
+
+// The same on tiles, for all positions of the block. Keys and queries are bf16 with a second bf16
+// for the rest: some models have keys in the hundreds, whose rounding would show in every score.
+void Attention::score_tiles(int64_t head, int64_t block, int64_t query, int64_t count,
+                            const Panel& panel) const {
+  const int64_t d = head_dim();
+  const std::byte* keys = cache.key_block(layer, head, block);
+  auto* high = panel.key_pairs.as<uint16_t>();
+  uint16_t* low = high + d * kKvBlock;
+  if (cache.spec().type_k == KvType::kF16) {
+    tiles->pair_f16(reinterpret_cast<const uint16_t*>(keys), kKvBlock, d, kKvBlock, high, low);
+  } else {
+    const bool packed = cache.spec().type_k == KvType::kQ8_0;
+    if (packed) unpack_keys(keys, panel);
+    tiles->pair_f32(packed ? panel.keys.as<float>() : reinterpret_cast<const float*>(keys),
+                    kKvBlock, d, kKvBlock, high, low);
+  }
+  tiles->multiply({high_queries + query, low_queries + query, d}, {high, low, kKvBlock},
+                  panel.scores.as<float>(), kKvBlock, count, d, kKvBlock, false);
 }
 
 // out += panel.scores . values over the block's first `depth` positions.
-void Attention::add_values(int64_t head, int64_t block, int64_t queries, int64_t depth,
+void Attention::add_values(int64_t head, int64_t block, int64_t count, int64_t depth,
                            const Panel& panel, float* out) const {
   const int64_t d = head_dim();
   const std::byte* values = cache.value_row(layer, head, block * kKvBlock);
   const float* weights = panel.scores.as<float>();
-  float* wide = panel.values.as<float>();
-  const float* from = wide;
+  const float* wide = panel.values.as<float>();
   switch (cache.spec().type_v) {
     case KvType::kF32:
-      from = reinterpret_cast<const float*>(values);
+      wide = reinterpret_cast<const float*>(values);
       break;
     case KvType::kF16: {
       const auto* halves = reinterpret_cast<const uint16_t*>(values);
-      if (queries < kWidenFrom) {
-        return kernels.multiply_f16(weights, kKvBlock, halves, d, out, d, queries, depth, d, true);
+      if (count < kWidenFrom) {
+        return kernels.multiply_f16(weights, kKvBlock, halves, d, out, d, count, depth, d, true);
       }
-      kernels.f16_to_f32(halves, depth * d, wide);
+      kernels.f16_to_f32(halves, depth * d, panel.values.as<float>());
       break;
     }
     case KvType::kQ8_0:
-      for (int64_t j = 0; j < depth; ++j) {
-        const std::byte* row = values + static_cast<size_t>(j) * cache.value_row_bytes();
-        kernels.unpack_row(reinterpret_cast<const int8_t*>(row),
-                           reinterpret_cast<const uint16_t*>(row + d), d, wide + j * d);
-      }
+      unpack_values(values, depth, panel);
       break;
   }
-  kernels.multiply_f32(weights, kKvBlock, from, d, out, d, queries, depth, d, true);
+  kernels.multiply_f32(weights, kKvBlock, wide, d, out, d, count, depth, d, true);
+}
+
+void Attention::unpack_values(const std::byte* values, int64_t depth, const Panel& panel) const {
+  const int64_t d = head_dim();
+  for (int64_t j = 0; j < depth; ++j) {
+    const std::byte* row = values + static_cast<size_t>(j) * cache.value_row_bytes();
+    kernels.unpack_row(reinterpret_cast<const int8_t*>(row),
+                       reinterpret_cast<const uint16_t*>(row + d), d,
+                       panel.values.as<float>() + j * d);
+  }
+}
+
+// The same on tiles: weights and values rounded to bf16, as the products around attention round
+// their inputs in a large batch.
+void Attention::add_values_tiles(int64_t head, int64_t block, int64_t count, int64_t depth,
+                                 const Panel& panel, float* out) const {
+  constexpr int64_t kRows = TileKernels::kRows, kMultiple = TileKernels::kMultiple;
+  const int64_t d = head_dim();
+  const std::byte* values = cache.value_row(layer, head, block * kKvBlock);
+  auto* pairs = panel.value_pairs.as<uint16_t>();
+  auto* weights = panel.weights.as<uint16_t>();
+  if (cache.spec().type_v == KvType::kF16) {
+    tiles->pair_f16(reinterpret_cast<const uint16_t*>(values), d, depth, d, pairs, nullptr);
+  } else {
+    const bool packed = cache.spec().type_v == KvType::kQ8_0;
+    if (packed) unpack_values(values, depth, panel);
+    tiles->pair_f32(packed ? panel.values.as<float>() : reinterpret_cast<const float*>(values), d,
+                    depth, d, pairs, nullptr);
+  }
+  tiles->split(panel.scores.as<float>(), count * kKvBlock, weights, nullptr);
+  // Rows that fill the last tile add nothing to what lies behind.
+  const int64_t past = (count + kRows - 1) / kRows * kRows - count;
+  std::memset(weights + count * kKvBlock, 0, static_cast<size_t>(past * kKvBlock) * 2);
+  tiles->multiply({weights, nullptr, kKvBlock}, {pairs, nullptr, d}, out, d, count,
+                  (depth + kMultiple - 1) / kMultiple * kMultiple, d, true);
 }
 
 // Adds what the given rows see in blocks [block_begin, block_end) to sums, which begin at
@@ -232,7 +307,6 @@ void Attention::pass(int64_t head, int64_t row_begin, int64_t n_rows, int64_t bl
                      int64_t block_end, const Panel& panel, Sums sums) const {
   const int64_t d = head_dim();
   const int64_t base = first + row_begin;  // position of the first row
-  const float* q = queries_of(head) + row_begin * group() * d;
   float* scores = panel.scores.as<float>();
   for (int64_t block = block_begin; block < block_end; ++block) {
     const int64_t start = block * kKvBlock;
@@ -246,17 +320,27 @@ void Attention::pass(int64_t head, int64_t row_begin, int64_t n_rows, int64_t bl
     const int64_t cols = std::min(kKvBlock, base + r1 - start);
     const int64_t q0 = r0 * group();
     const int64_t queries = (r1 - r0) * group();
-    score(head, block, q + q0 * d, queries, std::min(kKvBlock, (cols + 15) / 16 * 16), panel);
+    const int64_t query = query_offset(head, row_begin + r0);
+    if (tiles) {
+      score_tiles(head, block, query, queries, panel);
+    } else {
+      score(head, block, query, queries, std::min(kKvBlock, (cols + 15) / 16 * 16), panel);
+    }
     for (int64_t i = 0; i < queries; ++i) {
       const int64_t position = base + r0 + i / group();
       const int64_t end = std::min(kKvBlock, position + 1 - start);
       const int64_t begin =
           spec.window == 0 ? 0 : std::max<int64_t>(0, position + 1 - spec.window - start);
-      const float correction = kernels.softmax(scores + i * kKvBlock, cols, begin, end,
-                                               spec.softcap, sums.max + q0 + i, sums.sum + q0 + i);
+      const float correction =
+          kernels.softmax(scores + i * kKvBlock, tiles ? kKvBlock : cols, begin, end, spec.softcap,
+                          sums.max + q0 + i, sums.sum + q0 + i);
       if (correction != 1.0f) vector.scale(sums.out + (q0 + i) * d, correction, d);
     }
-    add_values(head, block, queries, cols, panel, sums.out + q0 * d);
+    if (tiles) {
+      add_values_tiles(head, block, queries, cols, panel, sums.out + q0 * d);
+    } else {
+      add_values(head, block, queries, cols, panel, sums.out + q0 * d);
+    }
   }
 }
 
@@ -345,18 +429,43 @@ void CpuBackend::attend(const AttentionSpec& spec, Rows q, Rows k, Rows v, KvCac
   const int64_t queries = rows_together * group;  // of a piece of work
   const auto bytes = [](int64_t floats) { return static_cast<size_t>(floats) * sizeof(float); };
 
-  s.queries.ensure(bytes(n * spec.n_head * d));
+  // Matrix tiles for large batches, unless every activation is to stay float32.
+  const AttentionKernels& kernels = attention_kernels(isa_);
+  const TileKernels* tiles = exact || options_.f32_activations || d % TileKernels::kMultiple != 0
+                                 ? nullptr
+                                 : kernels.tiles;
+  const int64_t past = tiles ? TileKernels::kRows : 0;  // room to read and write whole tiles
+  const int64_t all_queries = n * spec.n_head * d;
+  s.queries.ensure(bytes(all_queries));
+  if (tiles) s.bf16_queries.ensure(bytes(all_queries + past * d));
   s.panels.resize(static_cast<size_t>(pool_.n_threads()));
   for (Panel& panel : s.panels) {
     panel.keys.ensure(bytes(d * kKvBlock));
     panel.values.ensure(bytes(d * kKvBlock));
-    panel.scores.ensure(bytes(queries * kKvBlock));
-    if (!exact) panel.sums.ensure(bytes(Sums::floats(queries, d)));
+    panel.scores.ensure(bytes((queries + past) * kKvBlock));
+    if (!exact) panel.sums.ensure(bytes(Sums::floats(queries + past, d)));
+    if (!tiles) continue;
+    panel.key_pairs.ensure(bytes(d * kKvBlock));
+    panel.value_pairs.ensure(bytes(d * kKvBlock));
+    panel.weights.ensure(bytes((queries + past) * kKvBlock));
   }
   const RopeTable* rope = spec.rope == RopeKind::kNone ? nullptr : &s.rope_table(spec, first, n);
-  const Attention attention{
-      spec,  kv,    vector_kernels(isa_), attention_kernels(isa_), rope, q, k, v, out,
-      layer, first, s.queries.as<float>()};
+  auto* bf16 = s.bf16_queries.as<uint16_t>();
+  const Attention attention{.spec = spec,
+                            .cache = kv,
+                            .vector = vector_kernels(isa_),
+                            .kernels = kernels,
+                            .rope = rope,
+                            .q = q,
+                            .k = k,
+                            .v = v,
+                            .out = out,
+                            .layer = layer,
+                            .first = first,
+                            .queries = s.queries.as<float>(),
+                            .tiles = tiles,
+                            .high_queries = bf16,
+                            .low_queries = bf16 + all_queries + past * d};
 
   // Spans of an exact call, taken in waves whose results fit the partial sums.
   const int64_t lowest = spec.window == 0 ? 0 : std::max<int64_t>(0, first + 1 - spec.window);
@@ -384,7 +493,7 @@ void CpuBackend::attend(const AttentionSpec& spec, Rows q, Rows k, Rows v, KvCac
     context.barrier();
     if (!exact) {
       const int64_t groups = (n + rows_together - 1) / rows_together;
-      const Sums sums = Sums::at(panel.sums.as<float>(), queries, d);
+      const Sums sums = Sums::at(panel.sums.as<float>(), queries + past, d);
       while (context.next(heads * groups, 1, &begin, &end)) {
         // The last rows see most: they go first.
         const int64_t row = (groups - 1 - begin / heads) * rows_together;

@@ -15,6 +15,32 @@ inline constexpr int64_t kKvBlock = 64;
 // Elements that share a scale in 8-bit keys and values.
 inline constexpr int64_t kKvGroup = 32;
 
+// Rows of bf16; not an owner. With `low`, a value is high + low: 16 bits of mantissa.
+struct Bf16Rows {
+  const uint16_t* high = nullptr;
+  const uint16_t* low = nullptr;  // may be null
+  int64_t stride = 0;             // elements from row to row
+};
+
+// Products of large batches on matrix tiles. Depths and widths are multiples of kMultiple; rows are
+// read and written in whole tiles of kRows, so what lies past the last one must be memory of ours.
+struct TileKernels {
+  static constexpr int64_t kMultiple = 32;
+  static constexpr int64_t kRows = 16;
+  // x (n) as bf16 high and low; low may be null.
+  void (*split)(const float* x, int64_t n, uint16_t* high, uint16_t* low);
+  // b (depth, cols) with its rows in pairs: (depth / 2, cols, 2), zeros from `depth` to the next
+  // multiple of kMultiple. low may be null.
+  void (*pair_f32)(const float* b, int64_t ldb, int64_t depth, int64_t cols, uint16_t* high,
+                   uint16_t* low);
+  void (*pair_f16)(const uint16_t* b, int64_t ldb, int64_t depth, int64_t cols, uint16_t* high,
+                   uint16_t* low);
+  // c = a b, or c += a b: a (rows, depth), b in pairs; both have low parts, or neither. The product
+  // of the two low parts is left out.
+  void (*multiply)(Bf16Rows a, Bf16Rows b, float* c, int64_t ldc, int64_t rows, int64_t depth,
+                   int64_t cols, bool accumulate);
+};
+
 struct AttentionKernels {
   // c[i][j] = (accumulate ? c[i][j] : 0) + sum over k of a[i][k] * b[k][j], fused, k ascending.
   // a: (rows, depth), b: (depth, cols), c: (rows, cols); ld*: elements from row to row.
@@ -37,6 +63,7 @@ struct AttentionKernels {
   // A block of keys lies element by element: codes (n, kKvBlock), scales (n / kKvGroup, kKvBlock);
   // out (n, kKvBlock).
   void (*unpack_block)(const int8_t* codes, const uint16_t* scales, int64_t n, float* out);
+  const TileKernels* tiles;  // null where there are none
 };
 
 // The table of one of available_isas().

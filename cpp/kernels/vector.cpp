@@ -18,6 +18,7 @@ VectorTables make_tables(Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::kAvx2 || isa == Isa::kAvx512 || isa == Isa::kAmx) kernels::use_avx2(t);
   if (isa == Isa::kAvx512 || isa == Isa::kAmx) kernels::use_avx512(t);
+  if (isa == Isa::kAmx) kernels::use_amx(t);
 #elif defined(__aarch64__)
   if (isa == Isa::kNeon) kernels::use_neon(t);
 #endif

@@ -248,7 +248,8 @@ void use_scalar(VectorTables& tables) {
                       .f32_to_f16 = narrow,
                       .quantize = quantize,
                       .unpack_row = unpack_row,
-                      .unpack_block = unpack_block};
+                      .unpack_block = unpack_block,
+                      .tiles = nullptr};
   tables.count = {.positives = positives,
                   .threshold = threshold,
                   .add_chosen = add_chosen,

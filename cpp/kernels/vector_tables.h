@@ -18,6 +18,7 @@ void use_scalar(VectorTables& tables);
 #if defined(__x86_64__)
 void use_avx2(VectorTables& tables);
 void use_avx512(VectorTables& tables);
+void use_amx(VectorTables& tables);
 #elif defined(__aarch64__)
 void use_neon(VectorTables& tables);
 #endif

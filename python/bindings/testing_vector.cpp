@@ -201,8 +201,8 @@ struct TestCache {
 
 class TestVectorBackend {
  public:
-  TestVectorBackend(const std::string& isa, int n_threads)
-      : backend_({n_threads, false}, find_isa(isa)) {}
+  TestVectorBackend(const std::string& isa, int n_threads, bool f32_activations)
+      : backend_({n_threads, f32_activations}, find_isa(isa)) {}
 
   TestCache make_cache(const std::string& type_k, const std::string& type_v, int64_t n_layer,
                        int64_t n_ctx, int64_t n_head_kv, int64_t head_dim) {
@@ -392,7 +392,8 @@ void bind_testing_vector(nb::module_& testing) {
       .def("save", &TestCache::save, arg("n"))
       .def("restore", &TestCache::restore, arg("data"), arg("n"));
   nb::class_<TestVectorBackend>(testing, "TestVectorBackend")
-      .def(nb::init<const std::string&, int>(), arg("isa"), arg("n_threads") = 1)
+      .def(nb::init<const std::string&, int, bool>(), arg("isa"), arg("n_threads") = 1,
+           arg("f32_activations") = false)
       .def("make_cache", &TestVectorBackend::make_cache, arg("type_k"), arg("type_v"),
            arg("n_layer"), arg("n_ctx"), arg("n_head_kv"), arg("head_dim"))
       .def("norm", &TestVectorBackend::norm, arg("x").noconvert(), arg("weight").noconvert().none(),
