@@ -16,12 +16,13 @@ namespace {
 // One matrix to be made: rows or columns of `from`.
 struct Target {
   const Mat* from = nullptr;
-  std::span<const int32_t> rows{};     // picked rows; empty: all
-  std::span<const int32_t> columns{};  // picked columns; empty: all
-  ColumnGroupsPtr groups{};            // when packed
-  PackedView strips{};                 // when packed
-  Mat plain{};                         // when not
-  size_t offset = 0;                   // in the buffer
+  std::span<const int32_t> rows{};        // picked rows; empty: all
+  std::span<const int32_t> columns{};     // picked columns; empty: all
+  ColumnGroupsPtr groups{};               // when packed
+  PackedView strips{};                    // when packed
+  std::shared_ptr<StripPacker> packer{};  // when packed, once the buffer is there
+  Mat plain{};                            // when not
+  size_t offset = 0;                      // in the buffer
 
   int64_t n_rows() const { return rows.empty() ? from->rows : static_cast<int64_t>(rows.size()); }
   size_t bytes() const { return groups ? strips.bytes() : plain.bytes(); }
@@ -65,7 +66,7 @@ void copy_plain(const Target& t, int64_t begin, int64_t end) {
 
 void copy_units(const Target& t, int64_t begin, int64_t end) {
   if (t.groups) {
-    pack_strips(*t.from, t.rows, t.strips, begin, end);
+    t.packer->pack(begin, end);
   } else {
     copy_plain(t, begin * kStripRows, std::min(end * kStripRows, t.n_rows()));
   }
@@ -122,6 +123,7 @@ CompactWeights CpuBackend::compact(std::span<const CompactSource> layers) {
   for (Target& t : targets) {
     t.strips.data = memory->as<std::byte>() + t.offset;
     t.plain.data = memory->as<std::byte>() + t.offset;
+    if (t.groups) t.packer = std::make_shared<StripPacker>(isa_, *t.from, t.rows, t.strips);
   }
   // A layer after the other, so that the file's pages of each can be given back.
   auto first = targets.begin();

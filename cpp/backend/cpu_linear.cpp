@@ -132,11 +132,10 @@ WeightPtr CpuBackend::load(const Mat& mat) {
   PackedView strips = packed_layout(mat.type, mat.rows, *columns);
   auto memory = std::make_shared<AlignedBuffer>(strips.bytes() + kPackedSlack);
   strips.data = memory->as<std::byte>();
+  const StripPacker packer(isa_, mat, {}, strips);
   pool_.run([&](ThreadPool::Context& context) {
     int64_t begin, end;
-    while (context.next(strips.n_strips(), 4, &begin, &end)) {
-      pack_strips(mat, {}, strips, begin, end);
-    }
+    while (context.next(strips.n_strips(), 4, &begin, &end)) packer.pack(begin, end);
   });
   return std::make_shared<CpuWeight>(strips, std::move(columns), std::move(memory));
 }

@@ -1,20 +1,37 @@
 // Brings rows of a GGUF matrix into packed strips: a pure permutation of codes, scales kept bit for
-// bit. In: rows in the file (any rows, any picked columns). Out: strips of packed_format.h. It runs
-// single-threaded over a range of strips; who deals the ranges to threads is the caller's matter.
+// bit. In: rows in the file (any rows, any picked columns). Out: strips of packed_format.h. Packing
+// is single-threaded over a range of strips; several threads may share a packer and pack different
+// ranges.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <vector>
 
-#include "kernels/packed_format.h"
+#include "kernels/isa.h"
+#include "kernels/packed_strip.h"
 #include "tensor/mat.h"
 
 namespace coreinfer {
 
-// Packs strips [begin, end) of `to`. Row r of the packed matrix is row r of `from`, or row
-// row_picks[r] where those are given. Whatever lies in the strips before is overwritten.
-void pack_strips(const Mat& from, std::span<const int32_t> row_picks, const PackedView& to,
-                 int64_t begin, int64_t end);
+class StripPacker {
+ public:
+  // Row r of the packed matrix `to` is row r of `from`, or row row_picks[r] where those are given;
+  // its columns are to.columns. All of them must outlive the packer.
+  StripPacker(Isa isa, const Mat& from, std::span<const int32_t> row_picks, const PackedView& to);
+
+  // Overwrites strips [begin, end) of `to`.
+  void pack(int64_t begin, int64_t end) const;
+
+ private:
+  Mat from_;
+  std::span<const int32_t> row_picks_;
+  PackedView to_;
+  PackStripFn pack_;
+  std::vector<int32_t> packed_groups_, first_pick_;
+  std::vector<uint64_t> masks_;
+  ColumnMap map_;
+};
 
 }  // namespace coreinfer

@@ -1,0 +1,40 @@
+// Inside packing only: one strip's worth of work, and the table of functions that do it, compiled
+// once plainly and once per instruction set from the same text (packed_source.inc,
+// packed_strip.inc).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/isa.h"
+#include "kernels/packed_format.h"
+#include "tensor/dtype.h"
+
+namespace coreinfer {
+
+// How the groups and columns of a file's row map to those of the packed matrix.
+struct ColumnMap {
+  const ColumnGroup* groups = nullptr;     // packed order
+  const int32_t* packed_groups = nullptr;  // per group of the file: its packed position, or -1
+  // Of picked columns only (all null where every column is kept):
+  const int32_t* picks = nullptr;       // ascending columns of the file
+  const int32_t* first_pick = nullptr;  // per 256 columns of the file, and one more at the end
+  const uint64_t* masks = nullptr;      // per 64 columns of the file: bit i is column i
+};
+
+struct StripJob {
+  ColumnMap map;
+  int64_t cols = 0;                        // of a row in the file
+  const std::byte* rows[kStripRows] = {};  // null: a row of zeros
+  const PackedView* to = nullptr;
+  std::byte* strip = nullptr;
+};
+
+using PackStripFn = void (*)(const StripJob& job);
+
+// The functions for a quantised type; the second and third fall back to null without x86-64.
+PackStripFn pack_strip_plain(DType type);
+PackStripFn pack_strip_avx2(DType type);
+PackStripFn pack_strip_avx512(DType type);  // needs VBMI2, too
+
+}  // namespace coreinfer
