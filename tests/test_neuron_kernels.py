@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from coreinfer._core import testing
 
+from coreinfer._core import testing
 from reference.neurons import core_set, statistic_scores
 
 ISAS = testing.available_isas()

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from coreinfer._core import testing
 
 ISAS = testing.available_isas()
