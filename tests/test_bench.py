@@ -269,8 +269,8 @@ def cells(line: str) -> list[str]:
 
 
 def test_markdown_is_an_aligned_table_with_llama_bench_columns_first(model):
-    done = bench("-m", model, "-p", 4, "-n", 2, "-r", 2, "-t", 2, "--bandwidth", 0)
-    head, rule, *rows, blank, build = done.stdout.splitlines()
+    args = ["-m", model, "-p", 4, "-n", 2, "-r", 2, "-t", 2, "--bandwidth", 0]
+    head, rule, *rows, blank, build = bench(*args).stdout.splitlines()
     assert cells(head)[:7] == ["model", "size", "params", "backend", "threads", "test", "t/s"]
     assert [cells(row)[5] for row in rows] == ["pp4", "tg2"]
     assert cells(rows[0])[:5] == ["llama 2M Q4_0", "1.04 MiB", "1.94 M", "CPU", "2"]
@@ -280,6 +280,15 @@ def test_markdown_is_an_aligned_table_with_llama_bench_columns_first(model):
     aligned = [cell.endswith(":") for cell in cells(rule)]
     assert aligned[:7] == [False, True, True, False, True, True, True]
     assert not blank and build.startswith("build: ")
+
+
+def test_markdown_stays_aligned_with_long_names_of_core_settings(model):
+    args = ["-m", model, "-p", 4, "-n", 0, "-r", 1, "--bandwidth", 0, "--core", "stable"]
+    done = bench(*args, "--statistic", "count_gate", "--alpha", 0.25, "--layers", "1:2")
+    head, rule, dense, core, _, _ = done.stdout.splitlines()
+    at = cells(head).index("core")
+    assert [cells(dense)[at], cells(core)[at]] == ["off", "count_gate(0.25) 0.4 1:2"]
+    assert len({len(line) for line in (head, rule, dense, core)}) == 1
 
 
 def test_markdown_shows_a_setting_that_is_not_the_default(model):
@@ -409,14 +418,17 @@ def test_a_core_row_hashes_the_logits_of_the_core_weights(model, token_file):
     assert core["logits_hash"] == hash_of(logits) != rows[2]["logits_hash"]
 
 
-def test_a_token_file_may_be_a_json_list(model, token_file, tmp_path):
-    listed = tmp_path / "ids.json"
+def test_a_token_file_may_be_a_json_list_or_what_coreinfer_tokenize_prints(
+    model, token_file, tmp_path
+):
+    listed, printed = tmp_path / "ids.json", tmp_path / "ids.tsv"
     listed.write_text(json.dumps(TOKENS, indent=2))
+    printed.write_text("".join(f'{t}\t" 7 t{i}"\n' for i, t in enumerate(TOKENS)))
     hashes = [
-        rows_of(model, "-p", 8, "-n", 0, "--tokens", f)[0]["logits_hash"]
-        for f in (token_file, listed)
+        rows_of(model, "-p", len(TOKENS), "-n", 0, "--tokens", f)[0]["logits_hash"]
+        for f in (token_file, listed, printed)
     ]
-    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 1
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,9 @@ class MarkdownPrinter final : public Printer {
         [](const Row& r) { return format_string("%.2f ± %.2f", r.avg_ts(), r.stddev_ts()); });
     const bool core = plan[0].settings.size() > 1;
     if (core) {
-      add("core", -10, [](const Row& r) { return r.setting.name(); });
+      size_t width = 10;
+      for (const CoreSetting& c : plan[0].settings) width = std::max(width, c.name().size());
+      add("core", -static_cast<int>(width), [](const Row& r) { return r.setting.name(); });
       add("kept", 5, [](const Row& r) { return scaled(r.ffn_kept_frac, 3, 1.0); });
     }
     add("MiB/step", 8, [](const Row& r) { return scaled(r.weight_bytes, 1, 1.0 / (1 << 20)); });

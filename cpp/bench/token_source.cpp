@@ -13,7 +13,8 @@
 namespace coreinfer::bench {
 namespace {
 
-// Ids between white space, or a JSON list of them: brackets around all, commas between.
+// Ids between white space, or a JSON list of them: brackets around all, commas between. In the
+// first form a tab ends what is read of a line, so that `coreinfer tokenize` can write the file.
 std::vector<int32_t> read_ids(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   if (!file) throw_error(ErrorKind::kIo, "cannot read the token file %s", path.c_str());
@@ -43,7 +44,8 @@ std::vector<int32_t> read_ids(const std::string& path) {
     trim(word);
     ids.push_back(
         static_cast<int32_t>(parse_integer(where, word, 0, std::numeric_limits<int32_t>::max())));
-    rest.remove_prefix(std::min(rest.size(), end + (json ? 1 : 0)));
+    if (!json && end < rest.size() && rest[end] == '\t') end = rest.find('\n', end);
+    rest.remove_prefix(std::min(rest.size(), json ? end + 1 : end));
     trim(rest);
   }
   if (ids.empty()) throw_error(ErrorKind::kValue, "token file %s has no ids", path.c_str());

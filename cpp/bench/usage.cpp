@@ -48,8 +48,9 @@ options:
   --progress                what is being run, on stderr
   -v, --verbose             models and every repetition, on stderr
   --no-warmup               skip the run before the repetitions
-  --tokens FILE             token ids to read: a JSON list, or separated by white space. A test takes
-                            depth, prompt and generated tokens from it in this order
+  --tokens FILE             token ids to read: what `coreinfer tokenize` prints, ids separated by
+                            white space, or a JSON list of them. A test takes depth, prompt and
+                            generated tokens from it in this order
                             (default: ids drawn from the vocabulary)
   --seed N                  of the drawn ids (default: 0)
   --bandwidth GIB           memory to read when measuring the read bandwidth, once for each number
