@@ -241,6 +241,7 @@ def test_saved_positions_continue_elsewhere(isa, kv, n):
     saved = case.cache.save(n)
     cache = testing.TestVectorBackend(isa).make_cache(kv, kv, 2, 4000, 2, 32)
     cache.restore(saved, n)
+    assert cache.committed_bytes > 0
     rest = case.run(isa, [1] * (120 - n), cache=cache, first=n)
     np.testing.assert_array_equal(rest, whole[n:])
     assert cache.save(n) == saved
