@@ -2,7 +2,6 @@
 #include "kernels/vector.h"
 
 #include <array>
-#include <charconv>
 #include <cmath>
 
 #include "kernels/vector_tables.h"
@@ -37,14 +36,6 @@ const VectorTables& tables(Isa isa) {
 const VectorKernels& vector_kernels(Isa isa) { return tables(isa).vector; }
 const AttentionKernels& attention_kernels(Isa isa) { return tables(isa).attention; }
 const CountKernels& count_kernels(Isa isa) { return tables(isa).count; }
-
-double decimal_value(float parameter) {
-  char text[32];
-  const char* const end = std::to_chars(text, text + sizeof(text), parameter).ptr;
-  double value = parameter;
-  std::from_chars(text, end, value);
-  return value;
-}
 
 int64_t share_of(double share, int64_t count) {
   const double rounded = std::floor(share * static_cast<double>(count) + 0.5);
