@@ -133,29 +133,29 @@ __device__ __forceinline__ void dot_codes(const WeightView& w, int64_t row, cons
         const uint4 a = codes[0], b = codes[1];
         const unsigned in[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
         const ChunkInput input = x.chunks[(first + r) * x.chunks_stride + chunk];
-        float total = 0.0f;
-        if (kPicked) {
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const int codes_sum = __dp4a(0x01010101, static_cast<int>(in[i]), 0);
-            const int dot = __dp4a(static_cast<int>(q[i]), static_cast<int>(in[i]), 0);
-            total = fmaf(step_s[i], static_cast<float>(dot - w.offset * codes_sum), total);
-            total = fmaf(step_m[i], static_cast<float>(codes_sum), total);
-          }
-        } else {
+        for (int half = 0; half < 2; ++half) {
+          float total = 0.0f;
+          if (kPicked) {
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
+            for (int i = 4 * half; i < 4 * half + 4; ++i) {
+              const int codes_sum = __dp4a(0x01010101, static_cast<int>(in[i]), 0);
+              const int dot = __dp4a(static_cast<int>(q[i]), static_cast<int>(in[i]), 0);
+              total = fmaf(step_s[i], static_cast<float>(dot - w.offset * codes_sum), total);
+              total = fmaf(step_m[i], static_cast<float>(codes_sum), total);
+            }
+          } else {
             int dot = 0;
 #pragma unroll
             for (int i = 4 * half; i < 4 * half + 4; ++i) {
               dot = __dp4a(static_cast<int>(q[i]), static_cast<int>(in[i]), dot);
             }
             const int codes_sum = static_cast<int16_t>(input.sums >> (16 * half));
-            total = fmaf(scales.s[half], static_cast<float>(dot - w.offset * codes_sum), total);
+            total = scales.s[half] * static_cast<float>(dot - w.offset * codes_sum);
             total = fmaf(scales.m[half], static_cast<float>(codes_sum), total);
           }
+          sum[r] = fmaf(input.scale[half], total, sum[r]);
         }
-        sum[r] = fmaf(input.scale, total, sum[r]);
       }
     }
   }

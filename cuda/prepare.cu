@@ -91,9 +91,9 @@ __global__ void prepare(COREINFER_PARAMETER PrepareArgs a) {
       largest = larger(fabsf(v[j]), largest);
     }
     if (a.out.codes == nullptr) continue;
-    for (int offset = kLanesPerChunk / 2; offset > 0; offset /= 2) {
-      largest = larger(__shfl_xor_sync(kAllLanes, largest, offset), largest);
-    }
+    // Four lanes are a half chunk.
+    largest = larger(__shfl_xor_sync(kAllLanes, largest, 1), largest);
+    largest = larger(__shfl_xor_sync(kAllLanes, largest, 2), largest);
     const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
     unsigned word = 0;
     int sum = 0;
@@ -107,13 +107,16 @@ __global__ void prepare(COREINFER_PARAMETER PrepareArgs a) {
     sum += __shfl_xor_sync(kAllLanes, sum, 1);
     sum += __shfl_xor_sync(kAllLanes, sum, 2);
     const int other = __shfl_xor_sync(kAllLanes, sum, 4);
+    const float other_largest = __shfl_xor_sync(kAllLanes, largest, 4);
     if (chunk >= n_chunks) continue;
     const_cast<unsigned*>(reinterpret_cast<const unsigned*>(
         a.out.codes + row * a.out.codes_stride))[chunk * kLanesPerChunk + lane] = word;
     if (lane == 0) {
       const_cast<ChunkInput*>(a.out.chunks)[row * a.out.chunks_stride + chunk] = {
-          largest / 127.0f, static_cast<int32_t>((static_cast<unsigned>(sum) & 0xffffu) |
-                                                 static_cast<unsigned>(other) << 16)};
+          {largest / 127.0f, other_largest / 127.0f},
+          static_cast<int32_t>((static_cast<unsigned>(sum) & 0xffffu) | static_cast<unsigned>(other)
+                                                                            << 16),
+          0};
     }
   }
 }

@@ -1,5 +1,5 @@
 // Rows on their way into a matrix: normalised, picked, padded with zeros, as float32 and as 8-bit
-// codes with a scale for every 32. Flows in: rows of float32. Flows out: the forms that the matrix
+// codes with a scale for every 16. Flows in: rows of float32. Flows out: the forms that the matrix
 // kernels read. Every row by itself: its bits do not depend on the others.
 #pragma once
 
@@ -10,9 +10,10 @@
 namespace coreinfer::cuda {
 
 // Of a chunk of codes.
-struct alignas(8) ChunkInput {
-  float scale;   // x = scale * code
-  int32_t sums;  // of the codes of each half chunk, 16 bits each
+struct alignas(16) ChunkInput {
+  float scale[2];  // of each half chunk: x = scale * code
+  int32_t sums;    // of the codes of each half chunk, 16 bits each
+  int32_t unused;
 };
 
 // Rows as the kernels take them; padded columns are zero.

@@ -47,6 +47,7 @@ nb::dict backend_dict(const Engine& engine) {
   d["isa"] = info.isa;
   d["n_threads"] = info.n_threads;
   d["description"] = info.description;
+  d["device_memory"] = info.device_memory;
   return d;
 }
 

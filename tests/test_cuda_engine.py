@@ -1,0 +1,171 @@
+"""Whole models on the CUDA backend: the oracle's logits and core sets, graphs, limits, refusals."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import numpy as np
+import pytest
+
+from coreinfer import _core
+from cuda_host.target import HAS_DEVICE, target  # noqa: F401  (a fixture)
+from make_synthetic_model import make_tiny_model
+from reference import neurons as oracle
+from reference.model import ReferenceModel
+from reference.quant import kl_divergence, log_softmax
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3", "opt"]
+
+
+def tokens_of(n: int, n_vocab: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, n_vocab, n, dtype=np.int32)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """(arch, dtype) -> path; made once."""
+    folder = tmp_path_factory.mktemp("cuda")
+
+    def get(arch: str, dtype: str = "F32", **overrides) -> str:
+        path = folder / f"{arch}_{dtype}_{len(overrides)}.gguf"
+        if not path.exists():
+            make_tiny_model(path, arch, dtype, **overrides)
+        return str(path)
+
+    return get
+
+
+def on_gpu(path: str, **options) -> _core.Engine:
+    return _core.Engine(path, n_gpu_layers=-1, **options)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_logits_equal_the_float64_oracle(target, models, arch):  # noqa: F811
+    path = models(arch)
+    engine = on_gpu(path, f32_activations=True)
+    tokens = tokens_of(25, engine.n_vocab)
+    expected = ReferenceModel(path).forward(tokens).logits
+    session = _core.Session(engine, type_k="f32", type_v="f32")
+    session.prefill(tokens[:21])  # above the 16 rows of the exact path
+    # Float32 sums over a few hundred terms and a handful of layers: 1e-5 relative, with room.
+    tolerance = 3e-4 * expected.std()
+    np.testing.assert_allclose(session.logits(), expected[20], atol=tolerance)
+    for i in range(21, 25):
+        session.decode(int(tokens[i]))
+        np.testing.assert_allclose(session.logits(), expected[i], atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "Q4_0", "Q4_K", "Q6_K"])
+def test_fast_activations_stay_close_to_the_oracle(target, models, dtype):  # noqa: F811
+    path = models("llama", dtype)
+    tokens = tokens_of(40, 320)
+    expected = log_softmax(ReferenceModel(path).forward(tokens).logits)
+    session = _core.Session(on_gpu(path))
+    session.prefill(tokens[:30])
+    got = session.score(np.concatenate([tokens[30:], [0]]).astype(np.int32))
+    # The CPU's integer path, which this is, too, gives 0.0007 to 0.0035 here (n_batch=16).
+    assert kl_divergence(expected[29:], got).mean() < 0.004
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt"])
+def test_core_sets_and_scores_through_them_equal_the_oracle(target, models, arch):  # noqa: F811
+    path = models(arch)
+    engine = on_gpu(path, f32_activations=True)
+    reference = ReferenceModel(path)
+    tokens = tokens_of(24, engine.n_vocab, seed=2)
+    forward = reference.forward(tokens[:20])
+    session = _core.Session(engine, type_k="f32", type_v="f32")
+    for statistic in ("count", "count_gate", "count_abs", "flock"):
+        session.reset()
+        session.prefill(tokens[:20], statistic=statistic, alpha=0.4)
+        core = session.select(beta=0.3)
+        expected = oracle.core_sets(statistic, forward.h, forward.act, 0.4, 0.3)
+        # Float32 against float64 activations: only near-ties at the border may differ.
+        for got, wanted in zip(core.layers, expected, strict=True):
+            assert oracle.jaccard(got, wanted) >= 0.99, statistic
+    session.set_core(core)
+    got = session.score(tokens[20:])
+    expected = reference.score(tokens[:20], tokens[20:], core.layers)
+    np.testing.assert_allclose(got, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "Q4_0"])
+def test_verified_rows_have_the_bits_of_decoded_ones(target, models, dtype):  # noqa: F811
+    engine = on_gpu(models("qwen2", dtype))
+    tokens = tokens_of(20, engine.n_vocab, seed=5)
+    session = _core.Session(engine)
+    session.prefill(tokens[:10], statistic="flock")
+    session.set_core(session.select(beta=0.5))
+    one_by_one = []
+    for t in tokens[10:]:
+        session.decode(int(t))
+        one_by_one.append(session.logits())
+    for n in (3, 10):
+        session.keep(10)
+        together = [session.verify(tokens[i : min(i + n, 20)]) for i in range(10, 20, n)]
+        np.testing.assert_array_equal(np.concatenate(together), np.stack(one_by_one))
+
+
+def test_repeated_steps_become_one_graph_launch(target, models):  # noqa: F811
+    if target != "host":
+        pytest.skip("the host runtime counts graph launches")
+    engine = on_gpu(models("llama", "Q4_0"))
+    session = _core.Session(engine)
+    session.prefill(tokens_of(18, engine.n_vocab))
+    launches = ctypes.CDLL(os.environ["COREINFER_CUDA_LIBRARY"]).cuda_host_graph_launches
+    launches.restype = ctypes.c_long
+    before = launches()
+    for token in range(10):
+        session.decode(token)
+    # The first step is issued plainly; from the second on a step is one launch.
+    assert launches() - before == 9
+
+
+def test_a_limit_below_the_model_streams_it_and_changes_no_bit(target, models):  # noqa: F811
+    path = models("llama", "Q8_0", n_ff=4096, n_layer=6)
+    tokens = tokens_of(24, 320)
+    resident = on_gpu(path, vram_limit=1 << 30)
+    own = (1 << 30) - resident.backend["device_memory"]
+    # The file holds an embedding table that stays on the host, and the plan counts it.
+    limited = on_gpu(path, vram_limit=own + resident.weight_bytes)
+    assert resident.ffn_resident and not limited.ffn_resident
+    results = []
+    for engine in (resident, limited):
+        session = _core.Session(engine, n_ctx=32, n_batch=24)
+        session.prefill(tokens[:3], statistic="flock")
+        session.set_core(session.select(beta=0.1))
+        results.append(session.score(tokens[3:6]))
+    np.testing.assert_array_equal(*results)
+    with pytest.raises(MemoryError, match="needed for"):
+        on_gpu(path, vram_limit=own + resident.ffn_bytes // 4)
+
+
+def test_the_device_takes_part():
+    if not HAS_DEVICE:
+        pytest.skip("no NVIDIA device on this machine: the CUDA kernels ran on the host alone")
+    assert "without cuBLAS" not in _core.testing.AnyBackend("CUDA").description
+
+
+def test_partial_layers_and_unknown_devices_are_refused(target, models):  # noqa: F811
+    path = models("llama", "Q4_0")
+    with pytest.raises(ValueError, match="n_gpu_layers is 1, expected 0 .* or -1"):
+        _core.Engine(path, n_gpu_layers=1)
+    with pytest.raises(ValueError, match="main_gpu is 99, expected 0 to"):
+        on_gpu(path, main_gpu=99)
+    with pytest.raises(MemoryError, match="but the device .* has"):
+        on_gpu(path, vram_limit=1 << 50)
+
+
+def test_a_build_without_the_library_says_so(models, monkeypatch, tmp_path):
+    monkeypatch.setenv("COREINFER_CUDA_LIBRARY", str(tmp_path / "missing.so"))
+    with pytest.raises(RuntimeError, match="CUDA backend cannot be opened: .*missing.so"):
+        on_gpu(models("llama", "Q4_0"))
+
+
+def test_no_device_is_said_and_never_replaced_by_the_cpu(target, models, monkeypatch):  # noqa: F811
+    if target != "host":
+        pytest.skip("the host runtime can claim to have no device")
+    monkeypatch.setenv("CUDA_HOST_DEVICES", "0")
+    with pytest.raises(RuntimeError, match="no usable NVIDIA GPU .*n_gpu_layers=0"):
+        on_gpu(models("llama", "Q4_0"))

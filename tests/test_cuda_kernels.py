@@ -1,0 +1,342 @@
+"""The CUDA backend's operations, one by one, against the CPU backend and NumPy.
+
+On every machine its sources run on the host (tests/cuda_host); where there is a GPU, on it too.
+Tolerances: float32 sums of n terms differ by at most n * 2^-24 of the sum of magnitudes between
+any two orders; a device's exp, tanh and cos are within 2 units in the last place.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, quants
+
+from coreinfer._core import testing
+from cuda_host.target import target  # noqa: F401  (a fixture)
+from gguf_stream import block_size
+from reference.neurons import largest, statistic_scores
+from synthetic_blocks import PLAIN_TYPES, TENSOR_TYPES, random_blocks
+
+EPS = 2.0**-24
+QUANTISED = [t for t in TENSOR_TYPES if t not in PLAIN_TYPES]
+GROUP = {t: 16 if t in ("Q2_K", "Q3_K", "Q6_K") else 32 for t in QUANTISED}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["fast", "f32"])
+def f32(request) -> bool:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def cuda(target, f32):  # noqa: F811
+    return testing.AnyBackend("CUDA", f32_activations=f32)
+
+
+@pytest.fixture(scope="module")
+def cpu():
+    return testing.AnyBackend("CPU", f32_activations=True)
+
+
+def stored(type_name: str, rows: int, cols: int, seed: int = 0) -> tuple[bytes, np.ndarray]:
+    """Bytes of a matrix as a file has it, and its values in float64."""
+    rng = np.random.default_rng([seed, rows, cols])
+    blocks = random_blocks(rng, type_name, rows * cols // block_size(type_name)[0], 1.0)
+    data = np.frombuffer(blocks.tobytes(), np.uint8).reshape(rows, -1)
+    values = quants.dequantize(data, GGMLQuantizationType[type_name]).reshape(rows, cols)
+    return blocks.tobytes(), values.astype(np.float64)
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+def rounded_to_8_bits(x: np.ndarray) -> np.ndarray:
+    """Rows as the integer kernels see them: in every 16, the largest becomes 127."""
+    groups = x.reshape(len(x), -1, 16)
+    most = np.abs(groups).max(axis=2, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        codes = np.rint(groups * (np.float32(127) / most))
+    return (np.where(most > 0, codes, 0).astype(np.float64) * (most / 127)).reshape(x.shape)
+
+
+def assert_product(actual: np.ndarray, x: np.ndarray, w: np.ndarray, extra: float = 0.0) -> None:
+    expected = x.astype(np.float64) @ w.T + extra
+    bound = (np.abs(x) @ np.abs(w).T + abs(extra)) * (x.shape[1] + 8) * EPS
+    assert np.all(np.abs(actual - expected) <= bound)
+
+
+# ---- Rows
+
+
+@pytest.mark.parametrize("width", [8, 33, 960, 4096])
+def test_norm_and_add_equal_the_cpu(cuda, cpu, width):
+    x, y, weight, bias = normal(3, width), normal(3, width, seed=1), normal(width), normal(width)
+    for got, expected in [
+        (cuda.norm(x, weight), cpu.norm(x, weight)),
+        (cuda.norm(x + 3, weight, bias), cpu.norm(x + 3, weight, bias)),
+        (cuda.add(x, y), cpu.add(x, y)),
+        (cuda.add(x, y, weight), cpu.add(x, y, weight)),
+    ]:
+        # Sums in double on both sides: one rounding of the factor apart at most.
+        np.testing.assert_allclose(got, expected, rtol=4 * EPS, atol=4 * EPS * np.abs(y).max())
+
+
+# ---- Matrices
+
+
+@pytest.mark.parametrize("type_name", TENSOR_TYPES)
+@pytest.mark.parametrize("n", [1, 5])
+def test_products_equal_the_formats_definition(cuda, f32, type_name, n):
+    data, w = stored(type_name, 37, 768)
+    x = normal(n, 768)
+    (got,) = cuda.linear(x, [cuda.load(type_name, data, 37, 768)])
+    rounds = type_name in QUANTISED and not f32
+    assert_product(got, rounded_to_8_bits(x) if rounds else x, w)
+
+
+@pytest.mark.parametrize("type_name", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("cols", [1, 7, 33, 130])
+def test_float_matrices_of_any_width(cuda, type_name, cols):
+    data, w = stored(type_name, 5, cols)
+    x = normal(3, cols)
+    (got,) = cuda.linear(x, [cuda.load(type_name, data, 5, cols)])
+    assert_product(got, x, w)
+
+
+def test_several_matrices_of_several_types_from_one_normalised_input(cuda, cpu, f32):
+    types = ["F16", "Q8_0", "Q8_0"]
+    made = [stored(t, rows, 256, seed=rows) for t, rows in zip(types, (64, 16, 17), strict=True)]
+    x, norm_weight = normal(4, 256), normal(256, seed=2)
+    weights = [cuda.load(t, d, len(w), 256) for t, (d, w) in zip(types, made, strict=True)]
+    got = cuda.linear(x, weights, norm_weight=norm_weight, accumulate=True)
+    normed = cpu.norm(x, norm_weight)
+    for actual, type_name, (_, w) in zip(got, types, made, strict=True):
+        rounds = type_name in QUANTISED and not f32
+        # A code may fall on the other side of a half when the norm differs in its last bit.
+        slack = 0.0 if f32 else np.abs(normed).max() / 127 * np.abs(w).max()
+        rows = rounded_to_8_bits(normed) if rounds else normed
+        bound = (np.abs(rows) @ np.abs(w).T + 1) * 300 * EPS + slack
+        assert np.all(np.abs(actual - (rows @ w.T + 1.0)) <= bound)
+
+
+@pytest.mark.parametrize("type_name", ["F32", "F16", "Q4_0", "Q6_K", "IQ4_XS"])
+def test_a_rows_bits_do_not_depend_on_the_other_rows(cuda, type_name):
+    data, _ = stored(type_name, 24, 512)
+    weight = cuda.load(type_name, data, 24, 512)
+    x, norm_weight = normal(16, 512), normal(512)
+    alone = np.concatenate(
+        [cuda.linear(x[i : i + 1], [weight], norm_weight=norm_weight)[0] for i in range(16)]
+    )
+    for n in (2, 3, 4, 7, 16):
+        together = cuda.linear(x[:n], [weight], norm_weight=norm_weight)[0]
+        np.testing.assert_array_equal(together, alone[:n])
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("types", [("F16", "F16"), ("Q4_K", "Q4_K"), ("Q4_K", "Q6_K")])
+@pytest.mark.parametrize("n", [1, 6])
+def test_hidden_rows_equal_the_cpu(cuda, cpu, f32, activation, types, n):
+    x = normal(n, 256) * 0.1
+    made = [stored(t, 48, 256, seed=i) for i, t in enumerate(types)]
+    bias = normal(48)
+    rows = rounded_to_8_bits(x).astype(np.float32) if not f32 and types[0] != "F16" else x
+    for gated in (True, False):
+        gate = (types[1], made[1][0], 48, 256) if gated else None
+        up = (types[0], made[0][0], 48, 256)
+        results = []
+        for backend, given in ((cuda, x), (cpu, rows)):
+            results.append(
+                backend.ffn_hidden(
+                    given,
+                    backend.load(*gate) if gate else None,
+                    backend.load(*up),
+                    activation,
+                    None if gated else bias,
+                )
+            )
+        for got, expected in zip(*results, strict=True):
+            scale = np.abs(expected).max() + 1
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=300 * EPS * scale)
+
+
+# ---- Compaction
+
+
+@pytest.mark.parametrize("type_name", TENSOR_TYPES)
+@pytest.mark.parametrize("share", [0.2, 0.7])
+def test_compaction_keeps_every_value(cuda, f32, type_name, share):
+    """A product with the picked columns is the dense one with the other inputs at zero."""
+    n_ff, n_embd = 1024, 256
+    rng = np.random.default_rng(5)
+    neurons = np.sort(rng.choice(n_ff, int(share * n_ff), replace=False)).astype(np.int32)
+    up, up_values = stored(type_name, n_ff, n_embd, seed=1)
+    down, down_values = stored(type_name, n_embd, n_ff, seed=2)
+    bias = normal(n_ff)
+    core = cuda.compact(
+        None,
+        cuda.load(type_name, up, n_ff, n_embd),
+        cuda.load(type_name, down, n_embd, n_ff),
+        neurons.tolist(),
+        bias,
+    )
+    assert [(w.rows, w.cols) for w in core.weights] == [
+        (len(neurons), n_embd),
+        (n_embd, len(neurons)),
+    ]
+    np.testing.assert_array_equal(np.float32(core.up_bias), bias[neurons])
+    rounds = type_name in QUANTISED and not f32
+    x, h = normal(2, n_embd), normal(2, len(neurons))
+    (got,) = cuda.linear(x, core.weights[:1])
+    assert_product(got, rounded_to_8_bits(x) if rounds else x, up_values[neurons])
+    (got,) = cuda.linear(h, core.weights[1:])
+    picked = down_values[:, neurons]
+    if rounds:
+        # Rounded in the order in which the columns are stored.
+        order = stored_order(neurons, GROUP[type_name])
+        padded = np.where(order >= 0, h[:, order], 0).astype(np.float32)
+        columns = np.where(order >= 0, picked[:, order], 0)
+        assert_product(got, rounded_to_8_bits(padded), columns)
+    else:
+        assert_product(got, h, picked)
+    if type_name == "Q4_0" and share == 0.2:
+        bytes_of = core.weights[1].bytes / (n_embd * n_ff // 32 * 18)
+        assert bytes_of <= 1.75 * share  # codes in steps of 4, scales of all groups
+
+
+def stored_order(neurons: np.ndarray, group: int) -> np.ndarray:
+    """Which pick stands in each stored column: groups in steps of 4, chunks of 32; -1: none."""
+    order: list[int] = []
+    for g in np.unique(neurons // group):
+        picks = np.flatnonzero(neurons // group == g).tolist()
+        order += picks + [-1] * (-len(picks) % 4)
+    return np.array(order + [-1] * (-len(order) % 32))
+
+
+def test_compaction_takes_weights_that_are_not_on_the_device(cuda):
+    up, _ = stored("Q8_0", 64, 64, seed=1)
+    down, values = stored("Q8_0", 64, 64, seed=2)
+    loaded = [cuda.load("Q8_0", up, 64, 64), cuda.load("Q8_0", down, 64, 64)]
+    neurons = [1, 2, 40, 63]
+    from_device = cuda.compact(None, *loaded, neurons)
+    h = normal(1, 4)
+    (expected,) = cuda.linear(h, from_device.weights[1:])
+    fresh = testing.AnyBackend("CUDA")
+    other = [fresh.load("Q8_0", up, 64, 64), cuda.load("Q8_0", down, 64, 64)]
+    (got,) = fresh.linear(h, fresh.compact(None, *other, neurons).weights[1:])
+    assert np.abs(got - h @ values[:, neurons].T).max() < 0.5
+    assert np.abs(got - expected).max() < 0.5
+
+
+# ---- Neurons
+
+SHAPES = [(1, 1), (3, 31), (5, 1000), (40, 2049)]
+
+
+def rows_of(kind: str, shape: tuple[int, int]) -> np.ndarray:
+    rng = np.random.default_rng([7, *shape])
+    if kind == "tied":
+        return rng.choice(np.array([-2, -1, -0.0, 0.0, 0.5, 1, 1, 2, 3], np.float32), shape)
+    if kind == "spread":
+        sign = rng.choice(np.array([-1, 1], np.float32), shape)
+        with np.errstate(under="ignore"):
+            return sign * (2.0 ** rng.uniform(-149, 60, shape)).astype(np.float32)
+    if kind == "negative":
+        return -np.abs(rng.standard_normal(shape)).astype(np.float32)
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["normal", "tied", "spread", "negative"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("statistic", ["count", "count_gate", "count_abs", "flock"])
+def test_scores_equal_the_definition_and_the_cpu(cuda, cpu, statistic, shape, kind):
+    h = rows_of(kind, shape)
+    zeros = np.zeros(shape[1], np.float32)
+    for alpha in (0.01, 0.4, 1.0):
+        got, bad = cuda.accumulate(statistic, alpha, h, zeros)
+        assert bad == -1
+        if statistic == "flock":
+            # Norms are summed in another order, in double: a term may round the other way.
+            expected, _ = cpu.accumulate(statistic, alpha, h, zeros)
+            np.testing.assert_allclose(got, expected, rtol=len(h) * 2 * EPS, atol=1e-44)
+        else:
+            np.testing.assert_array_equal(got[0], statistic_scores(statistic, h, h, alpha))
+
+
+def test_scores_do_not_depend_on_how_the_rows_are_cut(cuda):
+    h = rows_of("normal", (29, 700))
+    for statistic in ("count", "flock"):
+        scores = np.zeros(700, np.float32)
+        whole, _ = cuda.accumulate(statistic, 0.3, h, scores)
+        for begin, end in [(0, 1), (1, 17), (17, 29)]:
+            scores = cuda.accumulate(statistic, 0.3, h[begin:end], scores)[0][0]
+        np.testing.assert_array_equal(scores, whole[0])
+
+
+@pytest.mark.parametrize("statistic", ["count", "flock"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_bad_row_is_named_and_nothing_is_added(cuda, statistic, value):
+    h = rows_of("normal", (6, 100))
+    h[2, 50] = h[4, 3] = value
+    scores, bad = cuda.accumulate(statistic, 0.4, h, np.full(100, 2.0, np.float32))
+    assert bad == 2
+    np.testing.assert_array_equal(scores[0], np.full(100, 2.0, np.float32))
+
+
+@pytest.mark.parametrize("kind", ["normal", "tied", "spread", "negative"])
+@pytest.mark.parametrize("n", [1, 33, 512, 513, 5000])
+def test_selection_equals_the_definition(cuda, kind, n):
+    scores = rows_of(kind, (1, n))[0]
+    positive = int((scores > 0).sum())
+    for k in {1, n // 5, n // 2, n}:
+        expected = largest(scores, min(k, positive)) if positive else []
+        assert cuda.select(scores, k) == list(expected)
+
+
+def test_selection_refuses_nan(cuda):
+    scores = rows_of("normal", (1, 50))[0]
+    scores[7] = np.nan
+    with pytest.raises(ArithmeticError, match="neuron 7 of 50 is NaN"):
+        cuda.select(scores, 3)
+
+
+# ---- Attention
+
+
+@pytest.mark.parametrize("kv", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize(
+    ("n_head", "n_head_kv", "head_dim"), [(2, 2, 64), (6, 2, 32), (8, 1, 96), (10, 1, 128)]
+)
+def test_attention_equals_the_cpu(cuda, cpu, kv, n_head, n_head_kv, head_dim):
+    results = []
+    for backend in (cuda, cpu):
+        cache = backend.cache(kv, kv, 2, 400, n_head_kv, head_dim)
+        out = []
+        for first, n, options in [
+            (0, 20, {"rope": "halves"}),
+            (20, 230, {"rope": "halves", "head_norm": np.abs(normal(head_dim))}),
+            (250, 1, {"rope": "interleaved", "softcap": 20.0}),
+            (251, 3, {"rope": "halves", "window": 130}),
+            (254, 2, {}),
+        ]:
+            q = normal(n, n_head * head_dim, seed=first)
+            k, v = (normal(n, n_head_kv * head_dim, seed=first + s) for s in (1, 2))
+            out.append(backend.attend(cache, 1, first, q, k, v, **options))
+        results.append((out, cache.save(256)))
+    for got, expected in zip(results[0][0], results[1][0], strict=True):
+        # Rotated keys may differ in their last bit before they are rounded to the cache's type.
+        step = {"f32": 0.0, "f16": 2.0**-11, "q8_0": 2.0**-7}[kv]
+        np.testing.assert_allclose(got, expected, atol=2e-5 + step * 0.2)
+    assert len(results[0][1]) == len(results[1][1])
+
+
+def test_a_restored_cache_attends_like_the_saved_one(cuda):
+    for kv in ("f16", "q8_0"):
+        cache = cuda.cache(kv, kv, 1, 64, 2, 32)
+        cuda.attend(cache, 0, 0, normal(10, 128), normal(10, 64), normal(10, 64, seed=3))
+        copy = cuda.cache(kv, kv, 1, 64, 2, 32)
+        copy.restore(cache.save(10), 10)
+        q, k = normal(1, 128, seed=4), normal(1, 64, seed=5)
+        np.testing.assert_array_equal(
+            cuda.attend(copy, 0, 10, q, k, k), cuda.attend(cache, 0, 10, q, k, k)
+        )
+        assert copy.save(11) == cache.save(11)
