@@ -82,9 +82,10 @@ tests, as lists; every combination is run:
 Values are separated by commas or given by repeating the flag. Ranges of whole numbers are
 first-last, first-last+step or first-last*factor.
 
-With core neurons, tg and verify tests always follow a prefill of all tokens of -d and -p, from which
-the neurons are chosen: tg128 with -p 512 is "tg128 @ d512". The dense row of the same setting stands
-before the core rows. In pp tests, counting, selecting and compacting are timed with the prompt.
+With core neurons, tg and verify tests always follow a prefill of all tokens of -d and -p, from
+which the neurons are chosen: tg128 with -p 512 is "tg128 @ d512". The dense row of the same setting
+stands before the core rows. In pp tests, counting, selecting and compacting are timed with the
+prompt.
 )";
 
 }  // namespace
