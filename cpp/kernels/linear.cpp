@@ -10,6 +10,9 @@ const LinearKernels& linear_kernels(Isa isa) {
       return linear_kernels_avx512();
     case Isa::kAvx2:
       return linear_kernels_avx2();
+#elif defined(__aarch64__)
+    case Isa::kNeon:
+      return linear_kernels_neon();
 #endif
     default:
       return linear_kernels_scalar();

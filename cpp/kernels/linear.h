@@ -84,6 +84,8 @@ const LinearKernels& linear_kernels_scalar();
 #if defined(__x86_64__)
 const LinearKernels& linear_kernels_avx2();
 const LinearKernels& linear_kernels_avx512();
+#elif defined(__aarch64__)
+const LinearKernels& linear_kernels_neon();
 #endif
 
 }  // namespace coreinfer

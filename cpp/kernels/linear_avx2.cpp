@@ -19,24 +19,38 @@ namespace {
 
 #include "kernels/linear_avx2_codes.inc"
 
-// ---- Integer family -----------------------------------------------------------------------------
+// 16 registers: two sums of 16 bits a token. A panel's column is two registers.
+constexpr int kDotTokens = 4, kPanelTokens = 6, kRowTokens = 2;
+
+inline Floats broadcast(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+inline Ints broadcast(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
+inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, const Floats& v) {
+  _mm256_storeu_ps(p, v.low);
+  _mm256_storeu_ps(p + 8, v.high);
+}
+inline Floats add(const Floats& a, const Floats& b) {
+  return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+}
+inline Floats mul(const Floats& a, const Floats& b) {
+  return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+}
+inline Floats fma(const Floats& a, const Floats& b, const Floats& c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline Floats to_floats(const Ints& v) {
+  return {_mm256_cvtepi32_ps(v.low), _mm256_cvtepi32_ps(v.high)};
+}
 
 // Steps whose sums of 2 products still fit into 16 bits: 2 * 127 * (largest code) * steps < 2^15.
 template <DType kType>
 constexpr int steps_in_16_bits() {
-  if (signed_codes<kType>()) return 1;
-  const int largest = (1 << packed_format(kType).bits) - 1;
-  return 32767 / (2 * 127 * largest);
+  return 32767 / (2 * 127 * ((1 << packed_format(kType).bits) - 1));
 }
 
 inline __m256i pair_sums(const __m256i& sums16) {
   return _mm256_madd_epi16(sums16, _mm256_set1_epi16(1));
 }
-
-// Sums of a group for one token.
-struct Sums {
-  __m256i low, high;  // rows 0-7, 8-15
-};
 
 inline __m256i broadcast4(const int8_t* x) {
   int32_t four;
@@ -46,115 +60,98 @@ inline __m256i broadcast4(const int8_t* x) {
 
 // Adds n_steps steps, no more than steps_in_16_bits().
 template <DType kType, bool kTail, int T>
-inline void add_steps(const std::byte* first, const std::byte* second, int n_steps, const int8_t* x,
-                      int64_t x_stride, Sums (&sum)[T]) {
+inline void add_few_steps(const std::byte* first, const std::byte* second, int n_steps,
+                          const int8_t* x, int64_t x_stride, Ints (&sum)[T]) {
   constexpr PackedFormat f = packed_format(kType);
-  constexpr int kFirst = 2 * f.plane_bits(0), kSecond = 2 * f.plane_bits(1);
-  if constexpr (signed_codes<kType>()) {
+  Ints sum16[T];
+  for (int t = 0; t < T; ++t) sum16[t] = broadcast(0);
+  for (int i = 0; i < n_steps; ++i) {
     const Codes codes = load_codes<kType, kTail>(first, second);
-    const __m256i low = _mm256_abs_epi8(codes.low), high = _mm256_abs_epi8(codes.high);
     for (int t = 0; t < T; ++t) {
       const __m256i four = broadcast4(x + t * x_stride);
-      const __m256i a = _mm256_maddubs_epi16(low, _mm256_sign_epi8(four, codes.low));
-      const __m256i b = _mm256_maddubs_epi16(high, _mm256_sign_epi8(four, codes.high));
-      sum[t].low = _mm256_add_epi32(sum[t].low, pair_sums(a));
-      sum[t].high = _mm256_add_epi32(sum[t].high, pair_sums(b));
+      sum16[t].low = _mm256_add_epi16(sum16[t].low, _mm256_maddubs_epi16(codes.low, four));
+      sum16[t].high = _mm256_add_epi16(sum16[t].high, _mm256_maddubs_epi16(codes.high, four));
     }
-  } else {
-    Sums sum16[T];
-    for (int t = 0; t < T; ++t) sum16[t].low = sum16[t].high = _mm256_setzero_si256();
-    for (int i = 0; i < n_steps; ++i) {
-      const Codes codes = load_codes<kType, kTail>(first + i * kStepCols * kFirst,
-                                                   second + i * kStepCols * kSecond);
-      for (int t = 0; t < T; ++t) {
-        const __m256i four = broadcast4(x + t * x_stride + i * kStepCols);
-        sum16[t].low = _mm256_add_epi16(sum16[t].low, _mm256_maddubs_epi16(codes.low, four));
-        sum16[t].high = _mm256_add_epi16(sum16[t].high, _mm256_maddubs_epi16(codes.high, four));
-      }
-    }
-    for (int t = 0; t < T; ++t) {
-      sum[t].low = _mm256_add_epi32(sum[t].low, pair_sums(sum16[t].low));
-      sum[t].high = _mm256_add_epi32(sum[t].high, pair_sums(sum16[t].high));
-    }
-  }
-}
-
-template <DType kType, bool kDense, int T>
-inline void dot_tokens(const PackedView& w, const std::byte* strip, const QuantizedRows& x,
-                       float* tile) {
-  constexpr PackedFormat f = packed_format(kType);
-  constexpr int kGroup = traits(kType).group_size;
-  constexpr int kFirst = 2 * f.plane_bits(0), kSecond = 2 * f.plane_bits(1);  // bytes a column
-  constexpr int kSteps = steps_in_16_bits<kType>();
-  const ColumnGroup* const groups = w.columns->groups.data();
-  const auto n_groups = static_cast<int64_t>(w.columns->groups.size());
-  const std::byte* scales = strip + w.scales_offset;
-  const std::byte* codes = strip + w.codes_offset;
-  const int8_t* activations = x.codes;
-  __m256 acc[T][2];
-  for (int t = 0; t < T; ++t) acc[t][0] = acc[t][1] = _mm256_setzero_ps();
-  for (int64_t p = 0; p < n_groups; ++p) {
-    const int n = kDense ? kGroup : groups[p].n;
-    const std::byte* const first = codes;
-    const std::byte* const second = codes + n * kFirst;
-    Sums sum[T];
-    for (int t = 0; t < T; ++t) {
-      sum[t].low = _mm256_setzero_si256();
-      if constexpr (f.has_offset() && !signed_codes<kType>()) {
-        sum[t].low = _mm256_slli_epi32(_mm256_set1_epi32(x.minus_sum[t * x.groups_stride + p]),
-                                       f.offset_log2);
-      }
-      sum[t].high = sum[t].low;
-    }
-    const int steps = n / kStepCols;
-    for (int i = 0; i < steps; i += kSteps) {
-      const int count = steps - i < kSteps ? steps - i : kSteps;
-      add_steps<kType, false>(first + i * kStepCols * kFirst, second + i * kStepCols * kSecond,
-                              count, activations + i * kStepCols, x.codes_stride, sum);
-    }
-    activations += steps * kStepCols;
-    if (!kDense && n % kStepCols != 0) {
-      add_steps<kType, true>(first + steps * kStepCols * kFirst,
-                             second + steps * kStepCols * kSecond, 1, activations, x.codes_stride,
-                             sum);
-      activations += kStepCols;
-    }
-    const int64_t source = kDense ? p : groups[p].source;
-    const std::byte* const super = strip + source * kGroup / kSuperCols * f.super_bytes();
-    const Scales s = load_scales<kType>(scales, super);
-    for (int t = 0; t < T; ++t) {
-      const int64_t at = t * x.groups_stride + p;
-      const __m256i sums[2] = {sum[t].low, sum[t].high};
-      for (int i = 0; i < 2; ++i) {
-        const __m256 scale = _mm256_mul_ps(s.scale[i], _mm256_set1_ps(x.scale[at]));
-        acc[t][i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[i]), scale, acc[t][i]);
-        if constexpr (!f.has_offset()) {
-          acc[t][i] = _mm256_fmadd_ps(s.add[i], _mm256_set1_ps(x.scaled_sum[at]), acc[t][i]);
-        }
-      }
-    }
-    scales += f.group_scale_bytes();
-    codes += n * f.column_bytes();
+    first += kStepCols * 2 * f.plane_bits(0);
+    second += kStepCols * 2 * f.plane_bits(1);
+    x += kStepCols;
   }
   for (int t = 0; t < T; ++t) {
-    _mm256_storeu_ps(tile + t * kStripRows, acc[t][0]);
-    _mm256_storeu_ps(tile + t * kStripRows + 8, acc[t][1]);
+    sum[t].low = _mm256_add_epi32(sum[t].low, pair_sums(sum16[t].low));
+    sum[t].high = _mm256_add_epi32(sum[t].high, pair_sums(sum16[t].high));
   }
 }
 
-template <DType kType, bool kDense>
-void dot_strip(const PackedView& w, int64_t s, const QuantizedRows& x, int64_t n_tokens,
-               float* tile) {
-  const std::byte* const strip = w.strip(s);
-  int64_t t = 0;
-  for (; t + 4 <= n_tokens; t += 4) {
-    dot_tokens<kType, kDense, 4>(w, strip, x.from(t), tile + t * kStripRows);
+// One step of signed codes, as |code| times the activation with the code's sign.
+template <DType kType, bool kTail, int T>
+inline void add_signed_step(const std::byte* first, const std::byte* second, const int8_t* x,
+                            int64_t x_stride, Ints (&sum)[T]) {
+  const Codes codes = load_codes<kType, kTail>(first, second);
+  const __m256i low = _mm256_abs_epi8(codes.low), high = _mm256_abs_epi8(codes.high);
+  for (int t = 0; t < T; ++t) {
+    const __m256i four = broadcast4(x + t * x_stride);
+    const __m256i a = _mm256_maddubs_epi16(low, _mm256_sign_epi8(four, codes.low));
+    const __m256i b = _mm256_maddubs_epi16(high, _mm256_sign_epi8(four, codes.high));
+    sum[t].low = _mm256_add_epi32(sum[t].low, pair_sums(a));
+    sum[t].high = _mm256_add_epi32(sum[t].high, pair_sums(b));
   }
-  for (; t + 2 <= n_tokens; t += 2) {
-    dot_tokens<kType, kDense, 2>(w, strip, x.from(t), tile + t * kStripRows);
-  }
-  if (t < n_tokens) dot_tokens<kType, kDense, 1>(w, strip, x.from(t), tile + t * kStripRows);
 }
+
+template <DType kType, bool kTail, int T>
+inline void add_steps(const std::byte* first, const std::byte* second, int n_steps, const int8_t* x,
+                      int64_t x_stride, Ints (&sum)[T]) {
+  constexpr PackedFormat f = packed_format(kType);
+  constexpr int kSteps = signed_codes<kType>() ? 1 : steps_in_16_bits<kType>();
+  for (int i = 0; i < n_steps; i += kSteps) {
+    if constexpr (signed_codes<kType>()) {
+      add_signed_step<kType, kTail>(first, second, x, x_stride, sum);
+    } else {
+      const int count = n_steps - i < kSteps ? n_steps - i : kSteps;
+      add_few_steps<kType, kTail>(first, second, count, x, x_stride, sum);
+    }
+    first += kSteps * kStepCols * 2 * f.plane_bits(0);
+    second += kSteps * kStepCols * 2 * f.plane_bits(1);
+    x += kSteps * kStepCols;
+  }
+}
+
+template <DType kType>
+inline __m256 column_half(const __m256i& codes, int c) {
+  constexpr PackedFormat f = packed_format(kType);
+  const __m256i up = _mm256_sll_epi32(codes, _mm_cvtsi32_si128(24 - 8 * c));
+  if constexpr (signed_codes<kType>()) return _mm256_cvtepi32_ps(_mm256_srai_epi32(up, 24));
+  constexpr int kOffset = f.has_offset() ? 1 << f.offset_log2 : 0;
+  const __m256i code = _mm256_srli_epi32(up, 24);
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(code, _mm256_set1_epi32(kOffset)));
+}
+
+template <DType kType>
+inline Floats column(const Codes& codes, int c) {
+  return {column_half<kType>(codes.low, c), column_half<kType>(codes.high, c)};
+}
+
+// 8 elements of a float row as float32.
+template <DType kType>
+inline __m256 load_floats(const std::byte* p) {
+  if constexpr (kType == DType::kF32) return _mm256_loadu_ps(reinterpret_cast<const float*>(p));
+  if constexpr (kType == DType::kF16) return load_halves(p);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(p)), 16));
+}
+
+template <DType kType>
+inline Floats load_row(const std::byte* p) {
+  return {load_floats<kType>(p), load_floats<kType>(p + 8 * row_bytes(kType, 1))};
+}
+
+inline float total(const Floats& low, const Floats& high) {
+  const __m256 s8 =
+      _mm256_add_ps(_mm256_add_ps(low.low, high.low), _mm256_add_ps(low.high, high.high));
+  const __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+  const __m128 s2 = _mm_add_ps(s4, _mm_movehl_ps(s4, s4));
+  return _mm_cvtss_f32(_mm_add_ss(s2, _mm_movehdup_ps(s2)));
+}
+
+#include "kernels/linear_simd.inc"
 
 inline int32_t largest_of(const __m256i& v) {
   __m128i m = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -220,156 +217,6 @@ void quantize(const ColumnGroups& columns, const float* x, const QuantizedRows& 
   }
 }
 
-// ---- Float family -------------------------------------------------------------------------------
-
-// Column c of a step as numbers without their offset.
-template <DType kType>
-inline __m256 column_values(const __m256i& codes, int c) {
-  constexpr PackedFormat f = packed_format(kType);
-  const __m256i up = _mm256_sll_epi32(codes, _mm_cvtsi32_si128(24 - 8 * c));
-  if constexpr (signed_codes<kType>()) return _mm256_cvtepi32_ps(_mm256_srai_epi32(up, 24));
-  const __m256i code = _mm256_srli_epi32(up, 24);
-  constexpr int kOffset = f.has_offset() ? 1 << f.offset_log2 : 0;
-  return _mm256_cvtepi32_ps(_mm256_sub_epi32(code, _mm256_set1_epi32(kOffset)));
-}
-
-template <DType kType, bool kTail>
-inline void unpack_step(const std::byte* first, const std::byte* second, const Scales& s, int n,
-                        float* panel) {
-  const Codes codes = load_codes<kType, kTail>(first, second);
-  for (int c = 0; c < n; ++c) {
-    const __m256 low = _mm256_mul_ps(s.scale[0], column_values<kType>(codes.low, c));
-    const __m256 high = _mm256_mul_ps(s.scale[1], column_values<kType>(codes.high, c));
-    _mm256_storeu_ps(panel + c * kStripRows, _mm256_add_ps(low, s.add[0]));
-    _mm256_storeu_ps(panel + c * kStripRows + 8, _mm256_add_ps(high, s.add[1]));
-  }
-}
-
-template <DType kType>
-void unpack_panel(const PackedView& w, int64_t s, int64_t begin, int64_t end, float* panel) {
-  constexpr PackedFormat f = packed_format(kType);
-  constexpr int kGroup = traits(kType).group_size;
-  constexpr int kFirst = 2 * f.plane_bits(0), kSecond = 2 * f.plane_bits(1);
-  const std::byte* const strip = w.strip(s);
-  for (int64_t p = begin; p < end; ++p) {
-    const ColumnGroup& group = w.columns->groups[static_cast<size_t>(p)];
-    const std::byte* first = strip + w.codes_offset + group.before * f.column_bytes();
-    const std::byte* second = first + group.n * kFirst;
-    const Scales scales =
-        load_scales<kType>(strip + w.scales_offset + p * f.group_scale_bytes(),
-                           strip + int64_t{group.source} * kGroup / kSuperCols * f.super_bytes());
-    int c = 0;
-    for (; c + kStepCols <= group.n; c += kStepCols) {
-      unpack_step<kType, false>(first, second, scales, kStepCols, panel);
-      first += kStepCols * kFirst;
-      second += kStepCols * kSecond;
-      panel += kStepCols * kStripRows;
-    }
-    if (const int tail = group.n - c; tail > 0) {
-      unpack_step<kType, true>(first, second, scales, tail, panel);
-      panel += tail * kStripRows;
-    }
-  }
-}
-
-template <int T>
-inline void dot_panel_tokens(const float* panel, int64_t n_cols, const float* x, int64_t x_stride,
-                             float* tile) {
-  __m256 acc[T][2];
-  for (int t = 0; t < T; ++t) {
-    acc[t][0] = _mm256_loadu_ps(tile + t * kStripRows);
-    acc[t][1] = _mm256_loadu_ps(tile + t * kStripRows + 8);
-  }
-  for (int64_t c = 0; c < n_cols; ++c) {
-    const __m256 low = _mm256_loadu_ps(panel + c * kStripRows);
-    const __m256 high = _mm256_loadu_ps(panel + c * kStripRows + 8);
-    for (int t = 0; t < T; ++t) {
-      const __m256 value = _mm256_set1_ps(x[t * x_stride + c]);
-      acc[t][0] = _mm256_fmadd_ps(low, value, acc[t][0]);
-      acc[t][1] = _mm256_fmadd_ps(high, value, acc[t][1]);
-    }
-  }
-  for (int t = 0; t < T; ++t) {
-    _mm256_storeu_ps(tile + t * kStripRows, acc[t][0]);
-    _mm256_storeu_ps(tile + t * kStripRows + 8, acc[t][1]);
-  }
-}
-
-void dot_panel(const float* panel, int64_t n_cols, const FloatRows& x, int64_t n_tokens,
-               float* tile) {
-  int64_t t = 0;
-  for (; t + 6 <= n_tokens; t += 6) {
-    dot_panel_tokens<6>(panel, n_cols, x.data + t * x.stride, x.stride, tile + t * kStripRows);
-  }
-  for (; t + 2 <= n_tokens; t += 2) {
-    dot_panel_tokens<2>(panel, n_cols, x.data + t * x.stride, x.stride, tile + t * kStripRows);
-  }
-  if (t < n_tokens) {
-    dot_panel_tokens<1>(panel, n_cols, x.data + t * x.stride, x.stride, tile + t * kStripRows);
-  }
-}
-
-// 8 elements of a float row as float32.
-template <DType kType>
-inline __m256 load_floats(const std::byte* p) {
-  if constexpr (kType == DType::kF32) return _mm256_loadu_ps(reinterpret_cast<const float*>(p));
-  if constexpr (kType == DType::kF16) return load_halves(p);
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(p)), 16));
-}
-
-template <DType kType, int T>
-inline void add_32_columns(const std::byte* row, const float* x, int64_t x_stride,
-                           __m256 (&acc)[T][4]) {
-  constexpr auto kElement = static_cast<int64_t>(row_bytes(kType, 1));
-  for (int i = 0; i < 4; ++i) {
-    const __m256 weights = load_floats<kType>(row + 8 * i * kElement);
-    for (int t = 0; t < T; ++t) {
-      acc[t][i] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(x + t * x_stride + 8 * i), acc[t][i]);
-    }
-  }
-}
-
-template <DType kType, int T>
-inline void dot_row_tokens(const std::byte* row, int64_t n, const float* x, int64_t x_stride,
-                           float* tile) {
-  constexpr auto kElement = static_cast<int64_t>(row_bytes(kType, 1));
-  __m256 acc[T][4];
-  for (int t = 0; t < T; ++t) {
-    for (int i = 0; i < 4; ++i) acc[t][i] = _mm256_setzero_ps();
-  }
-  int64_t c = 0;
-  for (; c + 32 <= n; c += 32) {
-    add_32_columns<kType>(row + c * kElement, x + c, x_stride, acc);
-  }
-  if (c < n) {  // zeros behind the last column
-    std::byte weights[32 * kElement] = {};
-    float values[T][32] = {};
-    std::memcpy(weights, row + c * kElement, static_cast<size_t>((n - c) * kElement));
-    for (int t = 0; t < T; ++t) {
-      std::memcpy(values[t], x + t * x_stride + c, static_cast<size_t>(n - c) * sizeof(float));
-    }
-    add_32_columns<kType>(weights, values[0], 32, acc);
-  }
-  for (int t = 0; t < T; ++t) {
-    const __m256 s8 =
-        _mm256_add_ps(_mm256_add_ps(acc[t][0], acc[t][2]), _mm256_add_ps(acc[t][1], acc[t][3]));
-    const __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
-    const __m128 s2 = _mm_add_ps(s4, _mm_movehl_ps(s4, s4));
-    tile[t * kStripRows] = _mm_cvtss_f32(_mm_add_ss(s2, _mm_movehdup_ps(s2)));
-  }
-}
-
-template <DType kType>
-void dot_row(const std::byte* row, int64_t n, const FloatRows& x, int64_t n_tokens, float* tile) {
-  int64_t t = 0;
-  for (; t + 2 <= n_tokens; t += 2) {
-    dot_row_tokens<kType, 2>(row, n, x.data + t * x.stride, x.stride, tile + t * kStripRows);
-  }
-  if (t < n_tokens) {
-    dot_row_tokens<kType, 1>(row, n, x.data + t * x.stride, x.stride, tile + t * kStripRows);
-  }
-}
-
 inline void transpose8(__m256 (&v)[8]) {
   __m256 a[8], b[8];
   for (int i = 0; i < 4; ++i) {
@@ -430,23 +277,11 @@ void transpose_panel(DType type, const std::byte* rows, size_t row_stride, int64
 const LinearKernels& linear_kernels_avx2() {
   static constexpr LinearKernels kTable = {
       .quantize = quantize,
-      .dot_strip =
-          [](DType type, bool dense) {
-            return for_packed_type(type, [dense]<DType kType>() -> DotStripFn {
-              return dense ? dot_strip<kType, true> : dot_strip<kType, false>;
-            });
-          },
-      .unpack_panel =
-          [](DType type) {
-            return for_packed_type(
-                type, []<DType kType>() -> UnpackPanelFn { return unpack_panel<kType>; });
-          },
+      .dot_strip = find_dot_strip,
+      .unpack_panel = find_unpack_panel,
       .transpose_panel = transpose_panel,
       .dot_panel = dot_panel,
-      .dot_row =
-          [](DType type) {
-            return for_float_type(type, []<DType kType>() -> DotRowFn { return dot_row<kType>; });
-          },
+      .dot_row = find_dot_row,
   };
   return kTable;
 }
