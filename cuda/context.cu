@@ -12,6 +12,25 @@ namespace {
 constexpr size_t kStaging = size_t{16} << 20;
 constexpr size_t kKeptGraphs = 8;
 
+constexpr int kMaxCopiers = 8;
+constexpr int64_t kCopyPart = int64_t{1} << 18;
+
+void copy_shared(ThreadPool& pool, unsigned char* to, const unsigned char* from, size_t n) {
+  const auto size = static_cast<int64_t>(n);
+  if (size <= 2 * kCopyPart || pool.n_threads() == 1) {
+    std::memcpy(to, from, n);
+    return;
+  }
+  pool.run([&](ThreadPool::Context& context) {
+    int64_t begin, end;
+    while (context.next(divide_up(size, kCopyPart), 1, &begin, &end)) {
+      const int64_t start = begin * kCopyPart;
+      const int64_t stop = std::min(end * kCopyPart, size);
+      std::memcpy(to + start, from + start, static_cast<size_t>(stop - start));
+    }
+  });
+}
+
 bool switched_off(const char* variable) {
   const char* value = std::getenv(variable);
   return value != nullptr && std::string_view(value) == "0";
@@ -28,7 +47,8 @@ void check(cudaError_t status, const char* call) {
               call, cudaGetErrorString(status), cudaGetErrorName(status));
 }
 
-Context::Context(int device, size_t limit) {
+Context::Context(int device, size_t limit)
+    : copiers_(std::min(kMaxCopiers, ThreadPool::default_threads())) {
   int n = 0;
   const cudaError_t status = cudaGetDeviceCount(&n);
   if (status != cudaSuccess || n == 0) {
@@ -279,7 +299,7 @@ void Context::copy_in(void* device, const void* host, size_t n) {
     next_staging_ = 1 - next_staging_;
     const size_t count = std::min(n - done, kStaging);
     COREINFER_CUDA_CHECK(cudaEventSynchronize(staged_[i]));
-    std::memcpy(staging_[i], from + done, count);
+    copy_shared(copiers_, staging_[i], from + done, count);
     COREINFER_CUDA_CHECK(
         cudaMemcpyAsync(to + done, staging_[i], count, cudaMemcpyHostToDevice, stream_));
     COREINFER_CUDA_CHECK(cudaEventRecord(staged_[i], stream_));

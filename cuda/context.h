@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "base/thread_pool.h"
 #include "device_api.h"
 
 namespace coreinfer::cuda {
@@ -109,6 +110,7 @@ class Context {
   unsigned char* staging_[2] = {};       // pinned
   cudaEvent_t staged_[2] = {};
   int next_staging_ = 0;
+  ThreadPool copiers_;  // one thread reads a mapped file slower than the device takes it
 };
 using ContextPtr = std::shared_ptr<Context>;
 

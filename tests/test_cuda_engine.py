@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from coreinfer import _core
+from cuda_host.build import cublas_library
 from cuda_host.target import HAS_DEVICE, target  # noqa: F401  (a fixture)
 from make_synthetic_model import make_tiny_model
 from reference import neurons as oracle
@@ -36,14 +38,31 @@ def models(tmp_path_factory):
     return get
 
 
+@pytest.fixture(scope="module", params=["rows", "products"])
+def batches(request, target) -> Iterator[str]:  # noqa: F811
+    """How batches above 16 tokens run: without cuBLAS, or with it (on the host a stand-in)."""
+    variable = "COREINFER_CUBLAS_LIBRARY"
+    before = os.environ.get(variable)
+    if request.param == "rows":
+        os.environ[variable] = "none"
+    elif target == "host":
+        os.environ[variable] = str(cublas_library())
+    yield request.param
+    if before is None:
+        os.environ.pop(variable, None)
+    else:
+        os.environ[variable] = before
+
+
 def on_gpu(path: str, **options) -> _core.Engine:
     return _core.Engine(path, n_gpu_layers=-1, **options)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_logits_equal_the_float64_oracle(target, models, arch):  # noqa: F811
+def test_logits_equal_the_float64_oracle(batches, models, arch):
     path = models(arch)
     engine = on_gpu(path, f32_activations=True)
+    assert ("without cuBLAS" in engine.backend["description"]) == (batches == "rows")
     tokens = tokens_of(25, engine.n_vocab)
     expected = ReferenceModel(path).forward(tokens).logits
     session = _core.Session(engine, type_k="f32", type_v="f32")
@@ -56,8 +75,8 @@ def test_logits_equal_the_float64_oracle(target, models, arch):  # noqa: F811
         np.testing.assert_allclose(session.logits(), expected[i], atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", ["F16", "Q4_0", "Q4_K", "Q6_K"])
-def test_fast_activations_stay_close_to_the_oracle(target, models, dtype):  # noqa: F811
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "Q4_0", "Q4_K", "Q6_K"])
+def test_fast_activations_stay_close_to_the_oracle(batches, models, dtype):
     path = models("llama", dtype)
     tokens = tokens_of(40, 320)
     expected = log_softmax(ReferenceModel(path).forward(tokens).logits)

@@ -244,7 +244,8 @@ size_t Session::estimated_bytes(const CoreSet& set) const {
     const double share = k / static_cast<double>(set.n_ff);
     const auto rows = static_cast<double>(s.gate.bytes() + s.up.bytes());
     const auto down = static_cast<double>(s.down.bytes());
-    bytes += rows * share + down * std::min(1.0, share + 0.2);
+    const double scales = traits(s.down.type).quantized ? 0.2 : 0.0;
+    bytes += rows * share + down * std::min(1.0, share + scales);
   }
   return static_cast<size_t>(bytes);
 }

@@ -14,8 +14,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 SOURCES = [
     *sorted((ROOT / "cuda").glob("*.cu")),
-    *sorted(HERE.glob("*.cpp")),
+    HERE / "fibers.cpp",
+    HERE / "runtime.cpp",
     ROOT / "cpp" / "base" / "error.cpp",
+    ROOT / "cpp" / "base" / "thread_pool.cpp",
 ]
 FLAGS = (
     "-x c++ -std=c++20 -O1 -ffp-contract=off -fPIC -fvisibility=hidden "
@@ -28,7 +30,17 @@ class NoCompiler(RuntimeError):
 
 
 def host_library() -> Path:
-    """Path of the CUDA backend compiled for the host.
+    """Path of the CUDA backend compiled for the host."""
+    return _library("coreinfer_cuda_host", SOURCES)
+
+
+def cublas_library() -> Path:
+    """Path of a stand-in for cuBLAS, for COREINFER_CUBLAS_LIBRARY."""
+    return _library("cublas_host", [HERE / "cublas.cpp"])
+
+
+def _library(name: str, sources: list[Path]) -> Path:
+    """Compiles and links the sources, unless that has been done.
 
     Raises
     ------
@@ -45,10 +57,10 @@ def host_library() -> Path:
     headers = [*(ROOT / "cuda").glob("*.h"), *(HERE / "include").glob("*.h")]
     headers += [ROOT / "cpp" / "backend" / n for n in ("backend.h", "cuda_loader.h")]
     digest = hashlib.sha256(" ".join([compiler, *FLAGS]).encode())
-    for path in [*SOURCES, *sorted(headers)]:
+    for path in [*sources, *sorted(headers)]:
         digest.update(path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"coreinfer-cuda-host-{os.getuid()}"
-    library = folder / f"libcoreinfer_cuda_host-{digest.hexdigest()[:16]}.so"
+    library = folder / f"lib{name}-{digest.hexdigest()[:16]}.so"
     if library.exists():
         return library
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -63,7 +75,7 @@ def host_library() -> Path:
             return out
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            objects = list(pool.map(compile_one, SOURCES))
+            objects = list(pool.map(compile_one, sources))
         linked = str(Path(work) / "linked.so")
         link = [compiler, "-shared", "-o", linked, *objects, "-ldl"]
         subprocess.run(link, check=True, capture_output=True, text=True)

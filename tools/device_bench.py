@@ -1,0 +1,225 @@
+"""One measurement on a GPU, printed as a line of JSON: the device's own limits, a model of ours, or
+the same shape in Transformers. device_report.py runs it, a process a measurement, so that one
+that fails or runs out of memory does not end the others.
+
+Written without a GPU at hand: its figures have not been read yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+
+def median_seconds(run: Callable[[], None], repetitions: int) -> float:
+    """Median wall time of run(), which must end with a wait for the device."""
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def ceilings() -> dict[str, Any]:
+    """Copy bandwidth (bytes read and written), float16 product rate, host-to-device rate."""
+    import torch
+
+    device = torch.device("cuda")
+    properties = torch.cuda.get_device_properties(device)
+
+    def timed(run: Callable[[], object], repetitions: int) -> float:
+        run()
+        torch.cuda.synchronize()
+        return median_seconds(lambda: (run(), torch.cuda.synchronize()), repetitions)
+
+    n = 1 << 31
+    source = torch.randint(0, 255, (n,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * n / timed(lambda: target.copy_(source), 10)
+    a, b = (torch.randn(8192, 8192, dtype=torch.float16, device=device) for _ in range(2))
+    product = 2 * 8192**3 / timed(lambda: a @ b, 10)
+    pinned = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8).pin_memory()
+    on_device = torch.empty_like(pinned, device=device)
+    upload = (1 << 30) / timed(lambda: on_device.copy_(pinned, non_blocking=True), 5)
+    return {
+        "device": properties.name,
+        "device_memory": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "copy_bytes_s": copy,
+        "f16_flop_s": product,
+        "host_to_device_bytes_s": upload,
+        "torch": torch.__version__,
+    }
+
+
+def ours(args: argparse.Namespace) -> dict[str, Any]:
+    """Prefill, counting, selecting, compacting, and decoding dense and with core neurons."""
+    from coreinfer import _core
+
+    betas = [float(b) for b in args.beta.split(",")] if args.beta else []
+    limit = int(args.vram_limit * 2**30)
+    start = time.perf_counter()
+    engine = _core.Engine(
+        args.model, n_gpu_layers=-1, vram_limit=limit, core_share=max(betas, default=0.0)
+    )
+    result: dict[str, Any] = {
+        "backend": engine.backend["description"],
+        "load_seconds": time.perf_counter() - start,
+        "weight_bytes": engine.weight_bytes,
+        "ffn_bytes": engine.ffn_bytes,
+        "ffn_resident": engine.ffn_resident,
+        "prompt": args.prompt,
+        "core": [],
+    }
+    session = _core.Session(engine, n_ctx=args.n_ctx, n_batch=args.prompt)
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(0, engine.n_vocab, args.prompt, dtype=np.int32)
+    tokens = rng.integers(0, engine.n_vocab, args.gen + 4).tolist()
+
+    def prefill(statistic: str | None) -> None:
+        session.reset()
+        session.prefill(prompt, statistic=statistic)
+
+    def decode() -> float:
+        for token in tokens[:4]:  # the step becomes a graph
+            session.decode(token)
+        start = time.perf_counter()
+        for token in tokens[4:]:
+            session.decode(token)
+        return (time.perf_counter() - start) / args.gen
+
+    streamed = not engine.ffn_resident
+    if not streamed:
+        prefill(None)  # workspaces are taken, cuBLAS is warm
+        result["prefill_seconds"] = median_seconds(lambda: prefill(None), 3)
+        seconds = decode()
+        result["dense_seconds_a_token"] = seconds
+        result["dense_bytes_a_token"] = session.decode_weight_bytes
+    for statistic in ("count", "flock"):
+        prefill(statistic)
+        key = f"prefill_{statistic}_seconds"
+        result[key] = median_seconds(lambda s=statistic: prefill(s), 1 if streamed else 3)
+    for beta in betas:
+        session.reset()
+        start = time.perf_counter()
+        session.prefill(prompt, statistic="flock")
+        prefilled = time.perf_counter()
+        core = session.select(beta=beta)
+        selected = time.perf_counter()
+        session.set_core(core)
+        compacted = time.perf_counter()
+        seconds = decode()
+        result["core"].append(
+            {
+                "beta": beta,
+                "time_to_first_token": compacted - start,
+                "prefill_seconds": prefilled - start,
+                "select_seconds": selected - prefilled,
+                "compact_seconds": compacted - selected,
+                "compact_bytes": session.timings["compact_bytes"],
+                "seconds_a_token": seconds,
+                "bytes_a_token": session.decode_weight_bytes,
+            }
+        )
+        session.set_core(None)
+    return result
+
+
+def transformers(args: argparse.Namespace) -> dict[str, Any]:
+    """The same shape with random weights in Transformers, under a limit with accelerate."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+    from synthetic_shapes import PAPER
+
+    s = PAPER[args.shape]
+    if s.arch == "opt":
+        config = OPTConfig(
+            vocab_size=s.n_vocab,
+            hidden_size=s.n_embd,
+            ffn_dim=s.n_ff,
+            num_hidden_layers=s.n_layer,
+            num_attention_heads=s.n_head,
+            max_position_embeddings=s.n_ctx,
+            word_embed_proj_dim=s.n_embd,
+        )
+        cls = OPTForCausalLM
+    else:
+        config = LlamaConfig(
+            vocab_size=s.n_vocab,
+            hidden_size=s.n_embd,
+            intermediate_size=s.n_ff,
+            num_hidden_layers=s.n_layer,
+            num_attention_heads=s.n_head,
+            num_key_value_heads=s.n_head_kv,
+            max_position_embeddings=s.n_ctx,
+        )
+        cls = LlamaForCausalLM
+    torch.set_default_dtype(torch.float16)
+    if args.vram_limit > 0:
+        from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
+
+        with init_empty_weights():
+            model = cls(config)
+        model.to_empty(device="cpu")
+        for p in model.parameters():
+            p.data.fill_(0.01)
+        model.tie_weights()
+        room = {0: int((args.vram_limit - 1) * 2**30), "cpu": 100 << 30}
+        blocks = ["OPTDecoderLayer", "LlamaDecoderLayer"]
+        device_map = infer_auto_device_map(model, room, no_split_module_classes=blocks)
+        model = dispatch_model(model, device_map)
+    else:
+        with torch.device("cuda"):
+            model = cls(config)
+    model.eval()
+    prompt = torch.randint(0, s.n_vocab, (1, args.prompt), device="cuda")
+
+    def seconds_of(n: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        with torch.inference_mode():
+            model.generate(prompt, min_new_tokens=n, max_new_tokens=n, do_sample=False)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    seconds_of(2)
+    first, rest = seconds_of(1), seconds_of(args.gen + 1)
+    return {
+        "prompt": args.prompt,
+        "time_to_first_token": first,
+        "seconds_a_token": (rest - first) / args.gen,
+        "peak_device_bytes": torch.cuda.max_memory_allocated(),
+    }
+
+
+def main() -> int:
+    """Runs one measurement; its JSON is the last line of stdout."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["ceilings", "ours", "transformers"])
+    parser.add_argument("--model", default="", help="GGUF file, for ours")
+    parser.add_argument("--shape", default="", help="a shape of synthetic_shapes.py")
+    parser.add_argument("--beta", default="", help="shares of neurons, separated by commas")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--gen", type=int, default=64)
+    parser.add_argument("--n-ctx", type=int, default=1024)
+    parser.add_argument("--vram-limit", type=float, default=0.0, help="GiB; 0: none")
+    args = parser.parse_args()
+    run = {"ceilings": lambda _: ceilings(), "ours": ours, "transformers": transformers}
+    print(json.dumps(run[args.what](args)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

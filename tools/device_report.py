@@ -1,0 +1,257 @@
+"""Everything that needs a GPU, in one command from a bare checkout: builds, tests, looks for memory
+errors and races, makes models of the paper's sizes, measures ours and the peers that are there.
+
+    python tools/device_report.py --out report [--wheels DIR] [--llama-bench FILE]
+
+Needs Python, nvcc, CMake, nanobind and scikit-build-core, and PyTorch for the limits of the device;
+no network. Each stage reports its failure and the next one runs; what would not end in time is
+left out and said so. Writes OUT/report.json and OUT/report.md.
+
+Written without a GPU at hand: it has not run to its end yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = "device-site"  # under the work folder: what is installed for the report
+GIB = 2.0**30
+
+
+@dataclass
+class Stage:
+    """What became of one step."""
+
+    name: str
+    ok: bool
+    seconds: float
+    note: str = ""  # why it failed or was left out, or the end of its output
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+def find_cublas() -> Path | None:
+    """cuBLAS as PyTorch's wheels brought it: not beside what this report installs elsewhere."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        for pattern in ("cu13/lib/libcublas.so.*", "cublas/lib/libcublas.so.*"):
+            found = sorted(Path(folder).glob(pattern))
+            if found:
+                return found[0]
+    return None
+
+
+class Report:
+    """Runs commands within one deadline and keeps what they said."""
+
+    def __init__(self, out: Path, work: Path, seconds: float) -> None:
+        self.out, self.work = out, work
+        self.deadline = time.monotonic() + seconds
+        self.stages: list[Stage] = []
+        site = str(work / SITE)
+        self.env = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        cublas = find_cublas()
+        if cublas is not None:
+            self.env.setdefault("COREINFER_CUBLAS_LIBRARY", str(cublas))
+        paths = [site, self.env.get("PYTHONPATH", "")]
+        self.env["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def run(self, name: str, command: list[str], limit: float, cwd: Path = ROOT) -> Stage:
+        """Runs a command for at most `limit` seconds; its last line may be JSON."""
+        limit = min(limit, self.left())
+        start = time.monotonic()
+        if limit < 5:
+            return self.add(Stage(name, False, 0.0, "left out: no time left"))
+        try:
+            done = subprocess.run(
+                command,
+                cwd=cwd,
+                env=self.env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                timeout=limit,
+            )
+            text, ok = done.stdout, done.returncode == 0
+            note = "" if ok else f"exit status {done.returncode}"
+        except subprocess.TimeoutExpired as error:
+            said = error.stdout or b""
+            text = said.decode(errors="replace") if isinstance(said, bytes) else said
+            ok, note = False, f"not done after {limit:.0f} s"
+        except OSError as error:
+            text, ok, note = "", False, str(error)
+        (self.out / f"{name}.log".replace("/", "_").replace(" ", "_")).write_text(text)
+        lines = text.strip().splitlines()
+        stage = Stage(name, ok, time.monotonic() - start, note)
+        if ok and lines and lines[-1].startswith("{"):
+            stage.data = json.loads(lines[-1])
+        else:
+            stage.note = "; ".join(s for s in [note, " | ".join(lines[-3:])[-600:]] if s)
+        return self.add(stage)
+
+    def add(self, stage: Stage) -> Stage:
+        self.stages.append(stage)
+        mark = "ok" if stage.ok else "FAILED"
+        print(f"{stage.name}: {mark}, {stage.seconds:.1f} s {stage.note}", flush=True)
+        (self.out / "report.json").write_text(json.dumps(list(map(asdict, self.stages)), indent=1))
+        return stage
+
+
+def build(report: Report, wheels: Path | None) -> bool:
+    """Installs the package with CUDA for this device into a folder of its own."""
+    site = report.work / SITE
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target"]
+    if wheels is not None:
+        report.run("wheels", [*pip, str(site), *map(str, sorted(wheels.glob("*.whl")))], 60)
+    command = [*pip, str(site), "--upgrade", "--no-build-isolation", str(ROOT)]
+    command += ["-Ccmake.define.COREINFER_CUDA=ON"]
+    command += ["-Ccmake.define.COREINFER_CUDA_ARCHITECTURES=native"]
+    command += [f"-Cbuild-dir={report.work / 'build'}"]
+    return report.run("build", command, 200).ok
+
+
+def test(report: Report) -> None:
+    """The CUDA tests on the device, and small cases under compute-sanitizer."""
+    pytest = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
+    report.run(
+        "tests",
+        [*pytest, "-k", "device", "tests/test_cuda_kernels.py", "tests/test_cuda_engine.py"],
+        120,
+    )
+    small = ["-k", "device and (scores_equal and 1000 or selection or hidden)"]
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    for tool in ("memcheck", "racecheck"):
+        report.run(
+            f"sanitizer {tool}",
+            [sanitizer, f"--tool={tool}", "--error-exitcode=9", "--target-processes=all"]
+            + [*pytest, *small, "tests/test_cuda_kernels.py"],
+            60,
+        )
+
+
+def bench(report: Report, what: str, name: str, limit: float, **options: Any) -> dict[str, Any]:
+    command = [sys.executable, str(ROOT / "tools" / "device_bench.py"), what]
+    for key, value in options.items():
+        command += [f"--{key.replace('_', '-')}", str(value)]
+    return report.run(name, command, limit).data
+
+
+def make_model(report: Report, shape: str, dtype: str) -> Path | None:
+    path = report.work / f"{shape}-{dtype}.gguf"
+    command = [sys.executable, "tools/make_synthetic_model.py", "--shape", shape]
+    command += ["--type", dtype, "--out", str(path)]
+    ok = report.run(f"make {shape} {dtype}", command, 90).ok
+    return path if ok else None
+
+
+def measure(report: Report, llama_bench: Path | None) -> None:
+    """The models one after the other, each deleted before the next is made."""
+    for shape, dtype, limits in [
+        ("llama2-7b", "f16", []),
+        ("llama2-7b", "q4_0", []),
+        ("opt-6.7b", "f16", [8.0]),
+        ("llama2-7b", "q8_0", []),
+        ("llama2-7b", "q4_k", []),
+        ("opt-13b", "f16", [14.0]),
+    ]:
+        name = f"{shape} {dtype}"
+        if report.left() < 45:
+            report.add(Stage(name, False, 0.0, "left out: no time left"))
+            continue
+        path = make_model(report, shape, dtype)
+        if path is None:
+            continue
+        bench(report, "ours", name, 90, model=path, beta="0.2,0.4")
+        for limit in limits:
+            options = {"model": path, "beta": "0.2", "prompt": 64, "vram_limit": limit}
+            bench(report, "ours", f"{name} in {limit:g} GiB", 90, **options)
+        if llama_bench is not None and not limits:
+            command = [str(llama_bench), "-m", str(path), "-ngl", "99", "-o", "json", "-r", "3"]
+            report.run(f"{name} llama-bench", [*command, "-p", "512", "-n", "64"], 90)
+        path.unlink(missing_ok=True)
+        if dtype == "f16" and shape != "opt-13b":
+            bench(report, "transformers", f"{name} transformers", 60, shape=shape, gen=32)
+        for limit in limits:
+            options = {"shape": shape, "prompt": 64, "gen": 4, "vram_limit": limit}
+            bench(report, "transformers", f"{name} transformers in {limit:g} GiB", 90, **options)
+
+
+def table(stages: list[Stage]) -> str:
+    """The stages and the measured figures as Markdown."""
+    data = {s.name: s.data for s in stages}
+    limits = data.get("ceilings", {})
+    lines = [f"# {limits.get('device', 'unknown device')}", ""]
+    copy, flop = limits.get("copy_bytes_s"), limits.get("f16_flop_s")
+    if copy and flop:
+        lines += [
+            f"Copy {copy / 1e9:.0f} GB/s (read + written), float16 product {flop / 1e12:.0f} "
+            f"TFLOP/s, host to device {limits['host_to_device_bytes_s'] / 1e9:.1f} GB/s.",
+            "",
+        ]
+    lines += ["| model | decode | tok/s | GB/s | of copy | prefill tok/s | first token s |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+
+    def row(name: str, what: str, seconds: float, size: float, pp: str, first: str) -> str:
+        rate = size / seconds
+        share = f"{rate / copy:.2f}" if copy and size else ""
+        bandwidth = f"{rate / 1e9:.0f}" if size else ""
+        return f"| {name} | {what} | {1 / seconds:.1f} | {bandwidth} | {share} | {pp} | {first} |"
+
+    for name, d in data.items():
+        if "dense_seconds_a_token" in d:
+            pp = f"{d['prompt'] / d['prefill_seconds']:.0f}"
+            seconds, size = d["dense_seconds_a_token"], d["dense_bytes_a_token"]
+            lines.append(row(name, "dense", seconds, size, pp, ""))
+        for c in d.get("core", []):
+            first = f"{c['time_to_first_token']:.2f}"
+            what = f"core {c['beta']:g}"
+            lines.append(row(name, what, c["seconds_a_token"], c["bytes_a_token"], "", first))
+        if "transformers" in name and "seconds_a_token" in d:
+            first = f"{d['time_to_first_token']:.2f}"
+            lines.append(row(name, "dense", d["seconds_a_token"], 0.0, "", first))
+    lines += ["", "| stage | result | seconds | note |", "| --- | --- | --- | --- |"]
+    for s in stages:
+        note = s.note.replace("|", "/").replace("\n", " ")[:200]
+        lines.append(f"| {s.name} | {'ok' if s.ok else 'failed'} | {s.seconds:.1f} | {note} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Runs all stages; the exit status is 0 when none failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the report and its logs")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/coreinfer-device"))
+    parser.add_argument("--wheels", type=Path, help="folder of wheels to install first (gguf)")
+    parser.add_argument("--llama-bench", type=Path, help="a llama-bench built with CUDA")
+    parser.add_argument(
+        "--seconds", type=float, default=470.0, help="deadline (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    report = Report(args.out.resolve(), args.work.resolve(), args.seconds)
+    bench(report, "ceilings", "ceilings", 60)
+    if build(report, args.wheels.resolve() if args.wheels else None):
+        test(report)
+        measure(report, args.llama_bench.resolve() if args.llama_bench else None)
+    (report.out / "report.md").write_text(table(report.stages))
+    print((report.out / "report.md").read_text())
+    return 0 if all(s.ok for s in report.stages) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
