@@ -139,3 +139,19 @@ def test_the_same_seed_draws_the_same_tokens():
 def test_values_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name):
         _core.Sampler(**{name: value})
+
+
+@pytest.mark.parametrize("bad", [[1.0, float("nan"), 2.0], [1.0, float("inf")], [-np.inf] * 3])
+def test_logits_that_cannot_be_sampled_are_refused(bad):
+    for temperature in (0.0, 1.0):
+        with pytest.raises(_core.NumericError, match="NaN or \\+Inf, or forbid every token"):
+            _core.Sampler(temperature=temperature).sample(np.array(bad, np.float32))
+
+
+def test_a_bias_may_forbid_but_not_be_infinite():
+    assert _core.Sampler(temperature=0.0, logit_bias={0: -np.inf}).sample(
+        np.array([3.0, 2.0], np.float32)
+    ) == 1  # fmt: skip
+    for bias in (np.inf, 1e300):  # 1e300 does not fit float32
+        with pytest.raises((ValueError, TypeError), match="logit_bias|incompatible"):
+            _core.Sampler(logit_bias={0: bias})

@@ -323,3 +323,57 @@ def test_two_sessions_share_one_engine(engine):
         t.join()
     for seed in (1, 2):
         np.testing.assert_array_equal(alone[seed], together[seed])
+
+
+def test_a_forked_child_is_told_to_load_again(tmp_path):
+    import subprocess
+    import sys
+
+    path = tmp_path / "fork.gguf"
+    make_tiny_model(path, "llama", "Q8_0")
+    code = """
+import os, sys
+import numpy as np
+from coreinfer import _core
+session = _core.Session(_core.Engine(sys.argv[1], n_threads=2))
+session.prefill(np.arange(5, dtype=np.int32))
+pid = os.fork()
+if pid == 0:
+    try:
+        session.decode(1)
+    except RuntimeError as error:
+        os._exit(7 if "fork" in str(error) else 1)
+    os._exit(1)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+session.decode(1)
+"""
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True, timeout=60)
+
+
+def test_ctrl_c_stops_scoring_and_leaves_the_session_usable(tmp_path):
+    import _thread
+    import threading
+
+    path = tmp_path / "slow.gguf"
+    make_tiny_model(path, "llama", "Q8_0", n_ctx=100000)
+    session = _core.Session(_core.Engine(str(path), n_threads=1))
+    session.prefill(ids(4))
+    threading.Timer(0.3, _thread.interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt):
+        session.score(ids(20000))  # many seconds
+    assert 4 <= session.n_past < 20000
+    assert_usable(session)
+
+
+def test_stability_is_unknown_while_a_layer_was_silent(tmp_path):
+    """One neuron of the last layer answers to one late token alone."""
+
+    def edit(name, values):
+        return np.full_like(values, -5.0) if name == "blk.2.ffn_up.bias" else values
+
+    path = tmp_path / "late.gguf"
+    make_tiny_model(path, "opt", "F32", edit=edit)
+    session = _core.Session(_core.Engine(str(path)))
+    session.prefill(ids(6), statistic="count")
+    assert session.stability(beta=0.4) is None
+    assert session.stability(beta=0.4, layers=(0, 2)) is not None

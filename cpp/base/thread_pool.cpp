@@ -1,5 +1,7 @@
 #include "base/thread_pool.h"
 
+#include <unistd.h>
+
 #include <atomic>
 #include <cstdio>
 #include <exception>
@@ -58,6 +60,7 @@ struct ThreadPool::State {
   bool stop = false;
   int64_t spin_ns = kSpinNs;
   std::vector<std::thread> workers;
+  const pid_t process = getpid();  // threads do not survive fork()
 
   std::mutex error_mutex;
   std::exception_ptr error;  // the first of the running job
@@ -110,7 +113,7 @@ ThreadPool::ThreadPool(int n_threads) : n_threads_(n_threads) {
   }
   state_ = std::make_unique<State>();
   // With fewer cores than threads a spinning thread keeps the one it waits for from running.
-  if (n_threads > static_cast<int>(std::thread::hardware_concurrency())) state_->spin_ns = 0;
+  if (n_threads > default_threads()) state_->spin_ns = 0;
   try {
     for (int t = 1; t < n_threads; ++t) {
       state_->workers.emplace_back([this, t] { state_->work(this, t, n_threads_); });
@@ -123,10 +126,22 @@ ThreadPool::ThreadPool(int n_threads) : n_threads_(n_threads) {
   }
 }
 
-ThreadPool::~ThreadPool() { state_->join(); }
+ThreadPool::~ThreadPool() {
+  if (state_->process == getpid()) {
+    state_->join();
+  } else {
+    state_.release();  // after fork(): the threads are the parent's, there is nothing to join
+  }
+}
 
 void ThreadPool::run(const std::function<void(Context&)>& job) {
   State& s = *state_;
+  if (s.process != getpid()) {
+    throw_error(
+        ErrorKind::kState,
+        "this model was loaded before fork(), and its threads stayed behind: load it in the "
+        "child process, or start children with multiprocessing's \"spawn\"");
+  }
   std::lock_guard<std::mutex> lock(s.run_mutex);
   s.job = &job;
   s.counter.store(0, std::memory_order_relaxed);

@@ -238,6 +238,7 @@ size_t Session::decode_weight_bytes() const {
 size_t Session::estimated_bytes(const CoreSet& set) const {
   double bytes = 0.0;
   for (size_t i = 0; i < set.layers.size(); ++i) {
+    if (!set.layers[i] && engine_->weights().ffn_resident) continue;  // shared, not copied
     const CompactSource& s = engine_->weights().layers[i].source;
     const auto k =
         static_cast<double>(set.layers[i] ? set.layers[i]->size() : static_cast<size_t>(set.n_ff));
@@ -251,7 +252,8 @@ size_t Session::estimated_bytes(const CoreSet& set) const {
 }
 
 // At most kExactRows tokens, so that each row's bits are those of decoding it alone.
-void Session::run_decode(std::span<const int32_t> tokens, WantLogits want) {
+void Session::run_decode(std::span<const int32_t> tokens, WantLogits want,
+                         const std::function<bool()>& cancelled) {
   check_tokens(tokens);
   check_room(tokens.size());
   const int64_t start = now_ns();
@@ -261,6 +263,7 @@ void Session::run_decode(std::span<const int32_t> tokens, WantLogits want) {
   batch.first = n_past();
   batch.ffn = compact_.layers;
   batch.logits = want;
+  batch.cancelled = cancelled ? &cancelled : nullptr;
   logits_.clear();
   transformer_->run(batch, *cache_);
   engine_->file().check_unchanged();
@@ -275,16 +278,17 @@ void Session::run_decode(std::span<const int32_t> tokens, WantLogits want) {
   timings_.decode_seconds += seconds_since(start);
 }
 
-void Session::decode(int32_t token) { run_decode({&token, 1}, WantLogits::kLast); }
+void Session::decode(int32_t token) { run_decode({&token, 1}, WantLogits::kLast, {}); }
 
-void Session::verify(std::span<const int32_t> tokens, std::span<float> logits) {
+void Session::verify(std::span<const int32_t> tokens, std::span<float> logits,
+                     const std::function<bool()>& cancelled) {
   if (tokens.empty()) throw_error(ErrorKind::kValue, "no tokens to verify, expected at least one");
   check_tokens(tokens);
   check_room(tokens.size());
   const auto n_vocab = static_cast<size_t>(engine_->config().n_vocab);
   for (size_t done = 0; done < tokens.size();) {
     const size_t n = std::min<size_t>(kExactRows, tokens.size() - done);
-    run_decode(tokens.subspan(done, n), WantLogits::kAll);
+    run_decode(tokens.subspan(done, n), WantLogits::kAll, cancelled);
     for (size_t r = 0; r < n; ++r) {
       const std::span<const float> row = transformer_->logits(static_cast<int64_t>(r));
       std::copy(row.begin(), row.end(),
@@ -294,7 +298,8 @@ void Session::verify(std::span<const int32_t> tokens, std::span<float> logits) {
   }
 }
 
-void Session::score(std::span<const int32_t> continuation, std::span<float> out) {
+void Session::score(std::span<const int32_t> continuation, std::span<float> out,
+                    const std::function<bool()>& cancelled) {
   if (continuation.empty()) {
     throw_error(ErrorKind::kValue, "the continuation has no tokens, expected at least one");
   }
@@ -304,7 +309,7 @@ void Session::score(std::span<const int32_t> continuation, std::span<float> out)
   log_softmax(logits(), out.first(n_vocab));
   if (continuation.size() == 1) return;
   const std::span<float> rest = out.subspan(n_vocab);
-  verify(continuation.first(continuation.size() - 1), rest);
+  verify(continuation.first(continuation.size() - 1), rest, cancelled);
   for (size_t r = 0; r + 1 < continuation.size(); ++r) {
     const std::span<float> row = rest.subspan(r * n_vocab, n_vocab);
     log_softmax(row, row);

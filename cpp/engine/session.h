@@ -78,10 +78,12 @@ class Session {
   // One token with the decode weights.
   void decode(int32_t token);
   // Several at once, with logits for each; bit-equal to decoding them one by one.
-  void verify(std::span<const int32_t> tokens, std::span<float> logits);
+  void verify(std::span<const int32_t> tokens, std::span<float> logits,
+              const std::function<bool()>& cancelled = {});
   // ln p of every id before each token of the continuation: out is (n, n_vocab). Row 0 comes from
   // the present logits. The cache then holds all but the continuation's last token.
-  void score(std::span<const int32_t> continuation, std::span<float> out);
+  void score(std::span<const int32_t> continuation, std::span<float> out,
+             const std::function<bool()>& cancelled = {});
 
   std::span<const float> logits() const;  // (n_vocab) of the last position
   int32_t sample(Sampler& sampler) const { return sampler.sample(logits()); }
@@ -98,7 +100,8 @@ class Session {
  private:
   void check_tokens(std::span<const int32_t> tokens) const;
   void check_room(size_t n) const;
-  void run_decode(std::span<const int32_t> tokens, WantLogits want);
+  void run_decode(std::span<const int32_t> tokens, WantLogits want,
+                  const std::function<bool()>& cancelled);
   size_t estimated_bytes(const CoreSet& set) const;
   LayerRange range(std::optional<LayerRange> layers) const;
   const NeuronCounts& counted() const;

@@ -100,7 +100,14 @@ std::optional<double> stability(Backend& backend, const NeuronCounts& counts, do
   const auto half = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(n / 2)));
   const NeuronCounts::Snapshot* early = counts.snapshot(half);
   if (early == nullptr) return std::nullopt;
-  const CoreSet a = select_core(backend, *early, counts.spec(), beta, range);
+  CoreSet a;
+  try {
+    a = select_core(backend, *early, counts.spec(), beta, range);
+  } catch (const Error& e) {
+    // A layer may still be silent after a few tokens: then there is nothing to compare with.
+    if (e.kind() == ErrorKind::kNumeric) return std::nullopt;
+    throw;
+  }
   const CoreSet b = select_core(backend, counts.now(), counts.spec(), beta, range);
   return (similarity(a, b) - beta) / (1.0 - beta);
 }

@@ -54,7 +54,7 @@ double similarity(const CoreSet& a, const CoreSet& b);
 
 // Stability of a text (Insight 1): similarity of the core sets of its first p tokens, p the largest
 // power of two <= n / 2, and of all n, made free of chance: (overlap - beta) / (1 - beta). Nothing
-// for fewer than two tokens, or with beta = 1.
+// for fewer than two tokens, with beta = 1, or while a layer has not been active.
 std::optional<double> stability(Backend& backend, const NeuronCounts& counts, double beta,
                                 LayerRange range);
 

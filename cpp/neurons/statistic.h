@@ -1,6 +1,7 @@
 // NeuronCounts: how strongly a text has activated each FFN neuron, per layer, summed over tokens.
 // Flows in: the activation rows of one layer at a time, during a dense prefill. Flows out: scores
-// (n_ff) a layer, at the text's end and at every power of two, from which select.h takes core sets.
+// (n_ff) a layer, at the text's end and at every power of two, from which core_set.h takes core
+// sets.
 //
 // With h_t the input of the down projection at token t (act(gate) * up, or relu(fc1)), P_t its
 // positive entries and alpha the token-wise share (CoreInfer, arXiv 2410.18311, Eq. 1 and 3):

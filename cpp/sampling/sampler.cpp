@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 #include "base/error.h"
@@ -52,7 +53,9 @@ void check(const SamplingParams& p) {
          "0 to 1048576");
   for (const auto& [id, bias] : p.logit_bias) {
     expect(id >= 0, "a token id in logit_bias", id, "at least 0");
-    expect(!std::isnan(bias), "a value in logit_bias", bias, "a number");
+    const bool forbids = bias == -std::numeric_limits<float>::infinity();
+    expect(std::isfinite(bias) || forbids, "a value in logit_bias", bias,
+           "a finite number, or -inf to forbid the token");
   }
 }
 
@@ -139,7 +142,14 @@ int32_t Sampler::sample(std::span<const float> logits) {
     bias_and_penalize(adjusted_);
     logits = adjusted_;
   }
-  if (params_.temperature == 0.0f) return arg_max(logits);
+  const int32_t best = arg_max(logits);
+  const bool has_nan = std::any_of(logits.begin(), logits.end(), [](float l) { return l != l; });
+  if (has_nan || !std::isfinite(logits[static_cast<size_t>(best)])) {
+    throw_error(ErrorKind::kNumeric,
+                "cannot sample: the logits hold NaN or +Inf, or forbid every token (a logits "
+                "processor or logit_bias may have made them so)");
+  }
+  if (params_.temperature == 0.0f) return best;
 
   candidates_.resize(logits.size());
   for (size_t i = 0; i < logits.size(); ++i) {

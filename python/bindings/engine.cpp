@@ -51,7 +51,7 @@ nb::dict backend_dict(const Engine& engine) {
   return d;
 }
 
-std::shared_ptr<const Engine> load(const std::string& path, int n_threads, bool f32_activations,
+std::shared_ptr<const Engine> load(nb::handle path, int n_threads, bool f32_activations,
                                    uint64_t memory_limit, double core_share, int64_t n_gpu_layers,
                                    int main_gpu, uint64_t vram_limit,
                                    const std::function<void(float)>& progress) {
@@ -69,8 +69,9 @@ std::shared_ptr<const Engine> load(const std::string& path, int n_threads, bool 
     if (PyErr_CheckSignals() != 0) throw nb::python_error();
     if (progress) progress(share);
   };
+  const std::string bytes = system_path(path);
   nb::gil_scoped_release release;
-  return Engine::load(path, options);
+  return Engine::load(bytes, options);
 }
 
 }  // namespace
@@ -81,7 +82,8 @@ void bind_engine(nb::module_& m) {
            nb::arg("f32_activations") = false, nb::arg("memory_limit") = 0,
            nb::arg("core_share") = 0.0, nb::arg("n_gpu_layers") = 0, nb::arg("main_gpu") = 0,
            nb::arg("vram_limit") = 0, nb::arg("progress") = nb::none(),
-           "Loads a GGUF file. Raises GGUFError for a malformed or unsupported file and "
+           "Loads a GGUF file (path: str, bytes or os.PathLike). Raises GGUFError for a malformed "
+           "or unsupported file and "
            "OSError where it cannot be read.")
       .def_prop_ro("gguf", [](const Engine& e) { return gguf_object(e.shared_file()); })
       .def_prop_ro("config", &config_dict)

@@ -16,6 +16,14 @@
 #include "kernels/dequantize.h"
 
 namespace coreinfer::python {
+
+std::string system_path(nb::handle path) {
+  PyObject* bytes = nullptr;
+  if (!PyUnicode_FSConverter(path.ptr(), &bytes)) throw nb::python_error();
+  const nb::bytes owner = nb::steal<nb::bytes>(bytes);
+  return {owner.c_str(), owner.size()};
+}
+
 namespace {
 
 // str where the bytes are UTF-8, else bytes.
@@ -74,14 +82,6 @@ nb::object to_python(const MetadataEntry& entry) {
   nb::list out;
   for (const std::string_view s : strings) out.append(to_text(s));
   return out;
-}
-
-// The bytes that the system knows a file by, from str, bytes or os.PathLike.
-std::string system_path(nb::handle path) {
-  PyObject* bytes = nullptr;
-  if (!PyUnicode_FSConverter(path.ptr(), &bytes)) throw nb::python_error();
-  const nb::bytes owner = nb::steal<nb::bytes>(bytes);
-  return {owner.c_str(), owner.size()};
 }
 
 nb::object to_python_path(const std::string& path) {

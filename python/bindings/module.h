@@ -5,6 +5,7 @@
 #include <nanobind/nanobind.h>
 
 #include <memory>
+#include <string>
 
 namespace coreinfer {
 class GgufFile;
@@ -13,6 +14,9 @@ class GgufFile;
 namespace coreinfer::python {
 
 namespace nb = nanobind;
+
+// A str, bytes or os.PathLike as the bytes that the system knows the file by.
+std::string system_path(nb::handle path);
 
 void bind_errors(nb::module_& m);                              // C++ Error -> Python exceptions
 void bind_gguf(nb::module_& m);                                // GgufFile

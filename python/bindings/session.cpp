@@ -86,15 +86,16 @@ nb::dict timings_dict(const Session& s) {
   return d;
 }
 
+// Asked between layers: a pending Ctrl-C becomes Python's own exception, and a stop here.
+bool interrupted() {
+  nb::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;
+}
+
 void prefill(Session& s, const Tokens& tokens, const std::optional<std::string>& statistic,
              double alpha, const std::function<void(int64_t, int64_t)>& progress) {
   const auto spec = spec_of(statistic, alpha);
   const auto ids = span_of<int32_t>(tokens);
-  // Called between layers: a pending Ctrl-C becomes Python's own exception, and a stop here.
-  const auto cancelled = [] {
-    nb::gil_scoped_acquire gil;
-    return PyErr_CheckSignals() != 0;
-  };
   std::function<void(int64_t, int64_t)> report;
   if (progress) {
     report = [&progress](int64_t done, int64_t total) {
@@ -103,16 +104,17 @@ void prefill(Session& s, const Tokens& tokens, const std::optional<std::string>&
     };
   }
   nb::gil_scoped_release release;
-  s.prefill(ids, spec, report, cancelled);
+  s.prefill(ids, spec, report, interrupted);
 }
 
 Array<float> rows_of(Session& s, const Tokens& tokens,
-                     void (Session::*call)(std::span<const int32_t>, std::span<float>)) {
+                     void (Session::*call)(std::span<const int32_t>, std::span<float>,
+                                           const std::function<bool()>&)) {
   const auto ids = span_of<int32_t>(tokens);
   const auto n_vocab = static_cast<size_t>(s.engine().config().n_vocab);
   Array<float> out = make_array<float>({ids.size(), n_vocab});
   nb::gil_scoped_release release;
-  (s.*call)(ids, {out.data(), ids.size() * n_vocab});
+  (s.*call)(ids, {out.data(), ids.size() * n_vocab}, interrupted);
   return out;
 }
 

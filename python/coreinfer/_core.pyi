@@ -94,9 +94,9 @@ class GgufFile:
 class Engine:
     """A loaded model on a backend, constant; shared by sessions."""
 
-    def __init__(self, path: str, *, n_threads: int = 0, f32_activations: bool = False, memory_limit: int = 0, core_share: float = 0.0, n_gpu_layers: int = 0, main_gpu: int = 0, vram_limit: int = 0, progress: Callable[[float], None] | None = None) -> None:
+    def __init__(self, path: object, *, n_threads: int = 0, f32_activations: bool = False, memory_limit: int = 0, core_share: float = 0.0, n_gpu_layers: int = 0, main_gpu: int = 0, vram_limit: int = 0, progress: Callable[[float], None] | None = None) -> None:
         """
-        Loads a GGUF file. Raises GGUFError for a malformed or unsupported file and OSError where it cannot be read.
+        Loads a GGUF file (path: str, bytes or os.PathLike). Raises GGUFError for a malformed or unsupported file and OSError where it cannot be read.
         """
 
     @property
