@@ -11,6 +11,8 @@ namespace {
 
 constexpr size_t kStaging = size_t{16} << 20;
 constexpr size_t kKeptGraphs = 8;
+// Shorter lists are no decode steps, and would push those out of what is kept.
+constexpr int kWorthAGraph = 8;
 
 constexpr int kMaxCopiers = 8;
 constexpr int64_t kCopyPart = int64_t{1} << 18;
@@ -171,6 +173,7 @@ void Context::add(const Launch& launch, const void* args) {
   copy->block = launch.block;
   copy->shared = launch.shared;
   copy->args_size = launch.args_size;
+  ++listed_;
   list_.insert(list_.end(), head, head + sizeof(head));
   const auto* bytes = static_cast<const unsigned char*>(args);
   list_.insert(list_.end(), bytes, bytes + launch.args_size);
@@ -211,7 +214,7 @@ void Context::issue_list() {
 }
 
 void Context::run_list() {
-  if (!graphs_) return issue_list();
+  if (!graphs_ || listed_ < kWorthAGraph) return issue_list();
   ++clock_;
   auto graph =
       std::find_if(kept_.begin(), kept_.end(), [this](const Graph& g) { return g.list == list_; });
@@ -266,9 +269,11 @@ void Context::flush() {
     run_list();
   } catch (...) {
     list_.clear();
+    listed_ = 0;
     throw;
   }
   list_.clear();
+  listed_ = 0;
   after_kernel_ = false;
 }
 

@@ -102,6 +102,7 @@ class Context {
   bool overlap_ = true;        // COREINFER_CUDA_OVERLAP=0: each kernel starts after the one before
   bool after_kernel_ = false;  // the stream's last work is a kernel
   std::vector<unsigned char> list_;
+  int listed_ = 0;           // launches in it
   std::vector<Graph> kept_;  // a few, the least recently used makes room
   uint64_t clock_ = 0;
   std::vector<int32_t> positions_;
