@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from coreinfer._core import testing
 
+from coreinfer._core import testing
 from synthetic_blocks import PLAIN_TYPES, TENSOR_TYPES
 from test_linear import ISAS, PACKED_TYPES, activations, check_product, matrix
 

@@ -15,9 +15,9 @@ from functools import cache
 
 import numpy as np
 import pytest
-from coreinfer._core import testing
 from gguf import GGMLQuantizationType, quants
 
+from coreinfer._core import testing
 from gguf_stream import block_size
 from synthetic_blocks import LAYOUTS, PLAIN_TYPES, TENSOR_TYPES, random_blocks
 
