@@ -14,7 +14,7 @@ import types
 import numpy as np
 import pytest
 
-from coreinfer import CoreConfig, CoreSet, GGUFError, Llama
+from coreinfer import CoreConfig, CoreSet, GGUFError, Llama, _core
 from coreinfer.llama import ModelPathError
 from make_synthetic_model import make_tiny_model
 
@@ -593,9 +593,22 @@ def test_unknown_arguments_suggest_the_nearest(llm):
 
 
 def test_foreign_arguments_warn_once(tiny):
-    with pytest.warns(UserWarning, match="n_gpu_layers, flash_attn") as caught:
-        load(tiny, n_gpu_layers=-1, flash_attn=True).close()
+    with pytest.warns(UserWarning, match="n_ubatch, flash_attn") as caught:
+        load(tiny, n_ubatch=1, flash_attn=True).close()
     assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_a_gpu_is_asked_of_the_core_and_never_ignored(tiny, monkeypatch):
+    asked = {}
+    engine = _core.Engine
+
+    def remember(path, **options):
+        asked.update(options)
+        return engine(path, **{**options, "n_gpu_layers": 0, "main_gpu": 0, "vram_limit": 0})
+
+    monkeypatch.setattr(_core, "Engine", remember)
+    load(tiny, n_gpu_layers=-1, main_gpu=1, vram_limit="1GiB").close()
+    assert (asked["n_gpu_layers"], asked["main_gpu"], asked["vram_limit"]) == (-1, 1, 1 << 30)
 
 
 def test_files_that_are_no_models(tmp_path):

@@ -28,16 +28,24 @@ from coreinfer.config import CoreConfig, LoadConfig, SamplingConfig, cache_type,
         (lambda: CoreConfig.of(0.4), "core is 0.4"),
         (lambda: CoreConfig.of("stabel"), "mode is 'stabel'"),
         (lambda: SamplingConfig(temperature=-1), "temperature is -1; expected a number of at"),
-        (lambda: SamplingConfig(top_p=1.5), r"top_p is 1.5; expected a number in \[0, 1\]"),
+        (lambda: SamplingConfig(top_p=1.5), r"top_p is 1.5; expected a number in \(0, 1\]"),
+        (lambda: SamplingConfig(top_p=0), "top_p is 0; expected"),
+        (lambda: SamplingConfig(typical_p=0), "typical_p is 0; expected"),
+        (lambda: SamplingConfig(min_p=2), r"min_p is 2; expected a number in \[0, 1\]"),
         (lambda: SamplingConfig(top_k=2.5), "top_k is 2.5; expected an integer"),
         (lambda: SamplingConfig(repeat_penalty=0), "repeat_penalty is 0; expected a number above"),
         (lambda: SamplingConfig(temperature=float("inf")), "temperature is inf"),
         (lambda: SamplingConfig(logit_bias=[1]), r"logit_bias is \[1\]"),
         (lambda: SamplingConfig(logit_bias={1: float("nan")}), "logit_bias is"),
-        (lambda: LoadConfig(n_ctx=-1), "n_ctx is -1; expected an integer of at least 0"),
+        (lambda: LoadConfig(n_ctx=-1), r"n_ctx is -1; expected an integer in \[0, "),
         (lambda: LoadConfig(n_batch=0), "n_batch is 0"),
+        (lambda: LoadConfig(n_ctx=2**70), r"expected an integer in \[0, 67108864\]"),
+        (lambda: LoadConfig(n_batch=65537), r"expected an integer in \[1, 65536\]"),
+        (lambda: LoadConfig(n_gpu_layers=-2), "n_gpu_layers is -2"),
+        (lambda: LoadConfig(vram_limit=0), "vram_limit is 0"),
         (lambda: LoadConfig(n_batch=True), "n_batch is True"),
         (lambda: LoadConfig(n_threads=0), "n_threads is 0"),
+        (lambda: LoadConfig(n_threads=1025), r"expected an integer in \[1, 1024\]"),
         (lambda: LoadConfig(type_k="q4_0"), "type_k is 'q4_0'; expected one of f32, f16, q8_0"),
         (lambda: LoadConfig(f32_activations=1), "f32_activations is 1"),
         (lambda: LoadConfig(memory_limit="lots"), "memory_limit is 'lots'; expected a number of"),
@@ -110,22 +118,22 @@ def check(**arguments):
 
 def test_arguments_without_effect_are_named_in_one_warning():
     with pytest.warns(UserWarning) as caught:
-        check(n_gpu_layers=-1, flash_attn=True, use_mlock=True)
+        check(n_ubatch=1, flash_attn=True, use_mlock=True)
     assert len(caught) == 1
-    assert "n_gpu_layers, flash_attn, use_mlock" in str(caught[0].message)
+    assert "n_ubatch, flash_attn, use_mlock" in str(caught[0].message)
 
 
 def test_neutral_values_of_foreign_arguments_are_silent():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check(n_gpu_layers=0, use_mmap=True, lora_path=None, rope_freq_base=0.0, embedding=False)
+        check(n_ubatch=512, use_mmap=True, lora_path=None, rope_freq_base=0.0, embedding=False)
 
 
 def test_unknown_names_suggest_the_nearest():
     with pytest.raises(TypeError, match="'n_thread'; did you mean 'n_threads'"):
         check(n_thread=2)
-    with pytest.raises(TypeError, match="'n_gpu_layer'; did you mean 'n_gpu_layers'"):
-        check(n_gpu_layer=2)
+    with pytest.raises(TypeError, match="'flash_atn'; did you mean 'flash_attn'"):
+        check(flash_atn=True)
     with pytest.raises(TypeError, match="unexpected keyword argument 'zzzz'$"):
         check(zzzz=1)
 

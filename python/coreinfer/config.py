@@ -50,10 +50,16 @@ class Spec:
             return "one of " + ", ".join(self.choices)
         noun = {"int": "an integer", "float": "a number"}.get(self.kind, f"a {self.kind}")
         if self.low is not None and self.high is not None:
-            return f"{noun} in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}]"
+            bounds = f"{_plain(self.low)}, {_plain(self.high)}]"
+            return f"{noun} in {'(' if self.low_open else '['}{bounds}"
         if self.low is not None:
-            return f"{noun} {'above' if self.low_open else 'of at least'} {self.low:g}"
+            return f"{noun} {'above' if self.low_open else 'of at least'} {_plain(self.low)}"
         return noun
+
+
+def _plain(bound: float) -> str:
+    """A bound as people write it: all digits of an integer."""
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def parameter(default: Any, help: str, kind: str, **rest: Any) -> Any:
@@ -236,13 +242,23 @@ class SamplingConfig(Checked):
     )
     top_k: int = parameter(40, "keep the K likeliest tokens; 0 or less keeps all", "int")
     top_p: float = parameter(
-        0.95, "keep the likeliest tokens of total probability P", "float", low=0, high=1
+        0.95,
+        "keep the likeliest tokens of total probability P",
+        "float",
+        low=0,
+        high=1,
+        low_open=True,
     )
     min_p: float = parameter(
         0.05, "drop tokens less likely than P times the likeliest", "float", low=0, high=1
     )
     typical_p: float = parameter(
-        1.0, "keep the most typical tokens of total probability P", "float", low=0, high=1
+        1.0,
+        "keep the most typical tokens of total probability P",
+        "float",
+        low=0,
+        high=1,
+        low_open=True,
     )
     repeat_penalty: float = parameter(
         1.0,
@@ -287,15 +303,18 @@ class LoadConfig(Checked):
         "(memory is committed as it fills)",
         "int",
         low=0,
+        high=1 << 26,
         flag="--ctx",
     )
-    n_batch: int = parameter(512, "prompt tokens computed at once", "int", low=1, flag="--batch")
+    n_batch: int = parameter(
+        512, "prompt tokens computed at once", "int", low=1, high=1 << 16, flag="--batch"
+    )
     n_threads: int | None = parameter(
         None,
         "threads that compute (default: one a physical core)",
         "int",
         low=1,
-        high=4096,
+        high=1024,
         optional=True,
         flag="--threads",
     )
@@ -305,6 +324,21 @@ class LoadConfig(Checked):
         "int",
         low=0,
         high=2**64 - 1,
+    )
+    n_gpu_layers: int = parameter(
+        0,
+        "-1 computes on the GPU (which needs a build with CUDA), 0 on the CPU",
+        "int",
+        low=-1,
+        high=1 << 31,
+        flag="--gpu-layers",
+    )
+    main_gpu: int = parameter(0, "which GPU, where there are several", "int", low=0, high=1023)
+    vram_limit: int | None = parameter(
+        None,
+        "GPU memory that the model may take, for example 8GiB (default: what is free)",
+        "size",
+        optional=True,
     )
     type_k: str = parameter("f16", "type of the cached keys", "str", choices=CACHE_TYPES)
     type_v: str = parameter("f16", "type of the cached values", "str", choices=CACHE_TYPES)

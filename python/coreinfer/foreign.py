@@ -31,9 +31,7 @@ def _refused(*neutral: Any) -> Foreign:
 
 
 CONSTRUCTOR: Mapping[str, Foreign] = {
-    "n_gpu_layers": _ignored(0),
     "split_mode": _ignored(1),
-    "main_gpu": _ignored(0),
     "tensor_split": _ignored(None),
     "use_mmap": _ignored(True),
     "use_mlock": _ignored(False),

@@ -58,6 +58,9 @@ class Llama(TokenModel):
         A GGUF file (`coreinfer.resolve_model("smollm2")` gives the path of a known model).
     n_ctx, n_batch, n_threads, seed, type_k, type_v, memory_limit, f32_activations
         See `coreinfer.config.LoadConfig`. `n_ctx=0` is the model's own length.
+    n_gpu_layers, main_gpu, vram_limit
+        0 computes on the CPU, -1 (or at least the model's layers) on that GPU, with at most
+        `vram_limit` bytes of its memory; a RuntimeError where there is none.
     core
         "off" (dense), "stable", a `CoreConfig`, or a `CoreSet` to decode with whatever the prompt.
     last_n_tokens_size
@@ -96,6 +99,9 @@ class Llama(TokenModel):
         type_v: str | int | None = None,
         memory_limit: int | str | None = LoadConfig.memory_limit,
         f32_activations: bool = LoadConfig.f32_activations,
+        n_gpu_layers: int = LoadConfig.n_gpu_layers,
+        main_gpu: int = LoadConfig.main_gpu,
+        vram_limit: int | str | None = LoadConfig.vram_limit,
         core: str | CoreConfig | CoreSet = DEFAULT_CORE_MODE,
         last_n_tokens_size: int = SamplingConfig.penalty_last_n,
         verbose: bool = True,
@@ -112,6 +118,9 @@ class Llama(TokenModel):
             type_v=cache_type(type_v, LoadConfig.type_v),
             memory_limit=memory_limit,  # type: ignore[arg-type]  # text becomes a number
             f32_activations=f32_activations,
+            n_gpu_layers=n_gpu_layers,
+            main_gpu=main_gpu,
+            vram_limit=vram_limit,  # type: ignore[arg-type]
         )
         self._penalty_last_n = SamplingConfig(penalty_last_n=last_n_tokens_size).penalty_last_n
         self.verbose = verbose

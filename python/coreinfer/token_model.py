@@ -52,6 +52,9 @@ class TokenModel:
             f32_activations=config.f32_activations,
             memory_limit=config.memory_limit or 0,
             core_share=_core_share(core),
+            n_gpu_layers=config.n_gpu_layers,
+            main_gpu=config.main_gpu,
+            vram_limit=config.vram_limit or 0,
         )
         self._session: _core.Session | None = _core.Session(
             self._engine,
