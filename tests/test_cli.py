@@ -137,6 +137,7 @@ def test_run_saves_core_sets_and_takes_them_back(tiny, tmp_path, capsys):
         (["-p", "x", "--gpu-layers", "-2"], "--gpu-layers is -2"),
         (["-p", "x", "--threads", "two"], "invalid int value: 'two'"),
         (["-p", "x", "--stop", ""], "--stop is empty"),
+        (["-p", "x", "--tem", "1"], "unrecognized arguments: --tem"),
         (["-p", "x", "--betta", "0.5"], "unrecognized arguments: --betta"),
     ],
 )
@@ -167,6 +168,23 @@ def test_runtime_errors_exit_with_1_and_one_line(tiny, capsys, options, message)
     assert main(["run", tiny, "--raw", "-n", "2", *options]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("coreinfer: error: ") and message in last
+
+
+@pytest.mark.parametrize("chat", [[], ["--raw"]])
+def test_an_empty_prompt_is_an_error_from_everywhere(tiny, tmp_path, capsys, monkeypatch, chat):
+    (tmp_path / "empty.txt").touch()
+    for source in (["-p", ""], ["-f", str(tmp_path / "empty.txt")], ["-"]):
+        give_stdin(monkeypatch, b"")
+        assert main(["run", tiny, *source, *chat, "-n", "2"]) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and "the prompt is empty" in err
+
+
+def test_the_answer_is_out_before_the_core_set_is_saved(tiny, tmp_path, capsys):
+    argv = ["run", tiny, "-p", PROMPT, "--json", "-n", "2", "--core", "stable"]
+    assert main([*argv, "--save-core", str(tmp_path / "none" / "core.npz")]) == 1
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["ids"]) == 2 and "cannot save the core set" in err
 
 
 def test_a_prompt_that_is_not_utf8_is_an_error(tiny, capsys, monkeypatch):
@@ -273,6 +291,47 @@ def test_version_is_printed(capsys):
 
 def start(*argv: str, **options) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-m", "coreinfer", *argv], **options)
+
+
+@pytest.mark.parametrize(
+    ("redirection", "arguments", "message"),
+    [
+        (">&-", "run {model} -p x -n 1", b"stdout is closed"),
+        (">&-", "info {model}", b"stdout is closed"),
+        ("<&-", "run {model} - -n 1", b"stdin is closed"),
+        ("<&-", "tokenize {model} -", b"stdin is closed"),
+    ],
+)
+def test_closed_streams_are_one_line_on_stderr(tiny, redirection, arguments, message):
+    line = f"{sys.executable} -m coreinfer {arguments.format(model=tiny)} {redirection}"
+    done = subprocess.run(line, shell=True, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 1
+    assert message in done.stderr and done.stderr.count(b"\n") == 1
+
+
+def test_a_closed_stderr_costs_nothing_but_the_summary(tiny):
+    line = f"{sys.executable} -m coreinfer run {tiny} -p x -n 1 --json 2>&-"
+    done = subprocess.run(line, shell=True, stdout=subprocess.PIPE, timeout=60)
+    assert done.returncode == 0 and len(json.loads(done.stdout)["ids"]) == 1
+
+
+def test_an_ascii_terminal_gets_escapes_instead_of_nothing(tiny):
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    process = start("tokenize", tiny, "Hé", "--special", stdout=subprocess.PIPE, env=env)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and out.isascii() and out.count(b"\n") >= 2
+
+
+def test_models_whose_path_is_not_utf8_work(tiny, tmp_path):
+    odd = os.fsencode(tmp_path) + b"/\xff.gguf"
+    os.symlink(tiny, odd)
+    for command in (["info"], ["info", "--json"], ["run", "-p", "x", "-n", "1", "--json"]):
+        argv = [sys.executable, "-m", "coreinfer", command[0], odd, *command[1:]]
+        done = subprocess.run(argv, capture_output=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert b"udcff" in done.stdout
+    done = subprocess.run([sys.executable, "-m", "coreinfer", "tokenize", odd, "x"], timeout=60)
+    assert done.returncode == 0
 
 
 def test_ctrl_c_exits_with_130_and_without_a_traceback(tmp_path):

@@ -622,8 +622,15 @@ def test_files_that_are_no_models(tmp_path):
         Llama(tmp_path / "text.gguf")
     with pytest.raises(OSError):
         Llama(tmp_path)
-    with pytest.raises(ValueError, match=r"not UTF-8: .*\\xff.gguf; give the file or a link"):
-        Llama(os.fsencode(tmp_path) + b"/\xff.gguf")
+
+
+def test_a_model_path_need_not_be_utf8(tiny, tmp_path):
+    odd = os.fsencode(tmp_path) + b"/\xff.gguf"
+    with pytest.raises(ModelPathError, match="does not exist"):
+        Llama(odd)
+    os.symlink(tiny, odd)
+    with load(odd) as llm:
+        assert os.fsencode(llm.model_path) == odd
 
 
 def test_a_closed_object_says_so(tiny):

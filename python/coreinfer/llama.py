@@ -539,23 +539,12 @@ class Llama(TokenModel):
 
 def _existing(model_path: str | os.PathLike[str]) -> str:
     path = os.fsdecode(model_path)
-    if not _is_utf8(path):
-        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
-        raise ValueError(f"model path is not UTF-8: {shown}; give the file or a link another name")
     if os.path.exists(path):
         return path
     hint = ""
     if path.lower() in models.KNOWN_MODELS:
         hint = f"; it is the name of a known model: use coreinfer.resolve_model({path!r})"
     raise ModelPathError(f"Model path does not exist: {path}{hint}")
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _names(function: Callable[..., Any]) -> list[str]:

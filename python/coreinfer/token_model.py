@@ -7,6 +7,7 @@ Owns the engine and one session. A generation reads its prompt dense, chooses co
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -47,7 +48,7 @@ class TokenModel:
         self.prefill_progress = prefill_progress
         self._config = config
         self._engine: _core.Engine | None = _core.Engine(
-            model_path,
+            os.fsencode(model_path),
             n_threads=config.n_threads or 0,
             f32_activations=config.f32_activations,
             memory_limit=config.memory_limit or 0,

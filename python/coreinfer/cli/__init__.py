@@ -7,6 +7,7 @@ Results go to stdout, everything else to stderr. Exit status: 0 fine, 1 runtime 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from . import info, pull, run, tokenize
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="coreinfer",
+        allow_abbrev=False,
         description="Run GGUF models, dense or with the neurons a prompt activates most.",
     )
     parser.add_argument("--version", action="store_true", help="print the version and stop")
@@ -29,6 +31,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parser = _parser()
+    if sys.stdout is None:
+        _complain("stdout is closed; there is nowhere to write the answer to")
+        return 1
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show a character gets its escape instead of losing the answer.
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = parser.parse_args(argv)
     if args.version:
         from coreinfer import __version__
@@ -42,13 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        if sys.stderr is not None:
+            print(file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Nobody reads any more; stop Python from flushing into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError, ImportError) as error:
-        message = str(error) or type(error).__name__
-        print(f"coreinfer: error: {message}", file=sys.stderr)
+        _complain(str(error) or type(error).__name__)
         return 1
+
+
+def _complain(message: str) -> None:
+    if sys.stderr is not None:
+        print(f"coreinfer: error: {message}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections import Counter
 from typing import Any
 
@@ -17,6 +18,7 @@ _LONGEST = 8  # elements of an array, and characters × 10 of a text, that are s
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "info",
+        allow_abbrev=False,
         help="show what a model file holds",
         description="Print metadata, tensor types and whether this model can run here.",
     )
@@ -39,13 +41,14 @@ def collect(path: str) -> dict[str, Any]:
     from .. import _core
     from ..tokenizer import Tokenizer
 
-    file = _core.GgufFile(path)
+    system_path = os.fsencode(path)  # a file name need not be UTF-8
+    file = _core.GgufFile(system_path)
     unsupported: list[str] = []
     config: dict[str, Any] | None = None
     backend: dict[str, Any] | None = None
     weight_bytes: int | None = None
     try:
-        engine = _core.Engine(path)
+        engine = _core.Engine(system_path)
         config, backend = engine.config, engine.backend
         weight_bytes = engine.weight_bytes
     except ValueError as error:
@@ -62,7 +65,7 @@ def collect(path: str) -> dict[str, Any]:
         n_bytes[tensor.type] += tensor.nbytes
     return {
         "path": path,
-        "files": list(file.files),
+        "files": [os.fsdecode(part) for part in file.files],
         "version": file.version,
         "fingerprint": f"{file.fingerprint:016x}",
         "config": config,

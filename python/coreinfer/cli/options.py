@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -52,6 +53,19 @@ def add_flags(
         parser.add_argument(
             flag_of(f.name, spec), dest=f.name, help=text.replace("%", "%%"), **kind
         )
+
+
+def read_stdin() -> bytes:
+    """All of stdin; ValueError where it is closed."""
+    if sys.stdin is None:
+        raise ValueError("stdin is closed; there is no text to read")
+    return sys.stdin.buffer.read()
+
+
+def say(text: str) -> None:
+    """A line on stderr, where there is one."""
+    if sys.stderr is not None:
+        print(text, file=sys.stderr)
 
 
 def given(args: argparse.Namespace, config: type[Checked]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ DEFAULT_TEMPERATURE = 0.0  # a command gives the same answer again, dense and co
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "run",
+        allow_abbrev=False,
         help="answer a prompt",
         description="Answer a prompt. The text streams to stdout, a summary goes to stderr.",
     )
@@ -89,14 +90,11 @@ def call(args: argparse.Namespace) -> int:
         prefill_progress=line,
     ) as llm:
         result = _answer(llm, args, prompt, sampling, line)
-        if args.save_core is not None:
-            _save_core(llm, args.save_core)
         facts = _facts(llm, result)
-        if args.json:
-            print(json.dumps(facts, ensure_ascii=False))
-        else:
-            print()
-        print(summary(facts), file=sys.stderr)
+        print(json.dumps(facts, ensure_ascii=False) if args.json else "", flush=True)
+        options.say(summary(facts))
+        if args.save_core is not None and llm.core_set is not None:
+            llm.core_set.save(args.save_core)  # last: the answer is out, whatever the disk says
     return 0
 
 
@@ -125,7 +123,9 @@ def _prompt(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
         with open(args.file, "rb") as file:
             raw = file.read()
     else:
-        raw = sys.stdin.buffer.read()
+        raw = options.read_stdin()
+    if not raw:
+        raise ValueError("the prompt is empty; give some text")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -152,11 +152,6 @@ def _answer(
             sys.stdout.flush()
     line.clear()
     return stream
-
-
-def _save_core(llm: Llama, path: str) -> None:
-    if llm.core_set is not None:
-        llm.core_set.save(path)
 
 
 def _facts(llm: Llama, stream: TextStream) -> dict[str, Any]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 
+from .options import read_stdin
 from .pull import resolve
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "tokenize",
+        allow_abbrev=False,
         help="show the token ids of a text",
         description="Print one line a token: its id, and its text as a JSON string.",
     )
@@ -30,8 +31,8 @@ def call(args: argparse.Namespace) -> int:
     from .._core import GgufFile
     from ..tokenizer import Tokenizer
 
-    text = sys.stdin.buffer.read() if args.text == "-" else os.fsencode(args.text)
-    tokenizer = Tokenizer.from_metadata(GgufFile(resolve(args.model)).metadata)
+    text = read_stdin() if args.text == "-" else os.fsencode(args.text)
+    tokenizer = Tokenizer.from_metadata(GgufFile(os.fsencode(resolve(args.model))).metadata)
     ids = tokenizer.tokenize(text, add_bos=not args.no_bos, special=args.special)
     texts = [tokenizer.token_bytes(i, special=True).decode("utf-8", "replace") for i in ids]
     if args.json:
