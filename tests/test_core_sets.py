@@ -108,6 +108,21 @@ def test_rejects_scores_of_another_shape():
         make_set(scores=[np.zeros(63), None, None])
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alpha": 2.0}, "alpha is 2.0"),
+        ({"beta": -1}, "beta is -1"),
+        ({"statistic": "best"}, "statistic is 'best'"),
+        ({"fingerprint": 1 << 64}, "fingerprint is 18446744073709551616"),
+        ({"fingerprint": -1}, "fingerprint is -1"),
+    ],
+)
+def test_a_set_that_could_not_be_read_back_cannot_be_made(change, message):
+    with pytest.raises(ValueError, match=message):
+        make_set(**change)
+
+
 def test_a_set_of_another_model_is_refused():
     core = make_set()
     core.check_fits(n_layer=3, n_ff=64, fingerprint=core.fingerprint)
@@ -139,7 +154,19 @@ def test_a_set_of_another_model_is_refused():
         ({"header": header_with(alpha="high")}, "alpha is 'high'"),
         ({"header": header_with(beta=float("nan"))}, "beta is nan"),
         ({"header": header_with(dense_layers="1")}, "dense_layers"),
+        ({"header": header_with(alpha=1.5)}, "alpha is 1.5; expected a number from 0 to 1"),
+        ({"header": header_with(beta=-0.1)}, "beta is -0.1"),
+        ({"header": header_with(stability=float("-inf"))}, "stability is -inf"),
+        ({"header": header_with(dense_layers=[1, 1])}, r"dense_layers is \[1, 1\]"),
+        ({"header": header_with(dense_layers=[1, 3])}, "different layers from 0 to 2"),
+        ({"header": header_with(dense_layers=[True])}, r"dense_layers is \[True\]"),
+        ({"header": header_with(dense_layers=[[1]])}, r"dense_layers is \[\[1\]\]"),
+        ({"header": header_with(statistic="best")}, "statistic is 'best'; expected one of count"),
+        ({"header": header_with(statistic=["flock"])}, "statistic is"),
         ({"header": header_with(fingerprint="xyz")}, "not a valid core set"),
+        ({"header": header_with(fingerprint="1" * 17)}, "fingerprint is '1111"),
+        ({"header": header_with(fingerprint="-1")}, "fingerprint is '-1'"),
+        ({"header": header_with(fingerprint=5)}, "fingerprint is 5"),
         ({"header": header_with(n_tokens=-1)}, "n_tokens is -1"),
         ({"header": npy(np.frombuffer(b"[" * 100000, dtype=np.uint8))}, "not a valid core set"),
     ],

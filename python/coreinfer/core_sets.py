@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import tempfile
 import zipfile
 import zlib
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .config import STATISTICS
 
 FORMAT_NAME = "coreinfer core set"
 FORMAT_VERSION = 1
@@ -75,6 +78,13 @@ class CoreSet:
                 "expected one array a layer, or none at all"
             )
         scores = [_checked_scores(i, score, self.n_ff) for i, score in enumerate(self.scores)]
+        # What cannot be read back from a file cannot be made either.
+        given = vars(self)
+        _number(given, "alpha", 0, 1)
+        _number(given, "beta", 0, 1)
+        _statistic(given)
+        if self.fingerprint is not None and not 0 <= self.fingerprint < 1 << 64:
+            raise ValueError(f"fingerprint is {self.fingerprint}; expected 0 to 2**64 - 1")
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "scores", scores)
 
@@ -274,11 +284,43 @@ def _whole(header: dict[str, Any], name: str, low: int, high: int) -> int:
     return value
 
 
-def _number(header: dict[str, Any], name: str) -> float:
+def _number(header: dict[str, Any], name: str, low: float, high: float) -> float:
     value = header.get(name)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not np.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; expected a number")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value <= high:  # NaN is in no range
+        raise ValueError(f"{name} is {value!r}; expected a number from {low:g} to {high:g}")
     return float(value)
+
+
+def _statistic(header: dict[str, Any]) -> str:
+    value = header.get("statistic", "")
+    if value not in ("", *STATISTICS):
+        known = ", ".join(STATISTICS)
+        raise ValueError(f"statistic is {value!r}; expected one of {known}, or nothing")
+    return value
+
+
+def _fingerprint(header: dict[str, Any]) -> int | None:
+    value = header.get("fingerprint")
+    if value is None:
+        return None
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-fA-F]{1,16}", value):
+        raise ValueError(f"fingerprint is {value!r}; expected up to 16 hexadecimal digits")
+    return int(value, 16)
+
+
+def _dense_layers(header: dict[str, Any], n_layer: int) -> set[int]:
+    value = header.get("dense_layers")
+    if (
+        not isinstance(value, list)
+        or any(type(i) is not int or not 0 <= i < n_layer for i in value)
+        or len(set(value)) != len(value)
+    ):
+        raise ValueError(
+            f"dense_layers is {value!r}; expected a list of different layers from 0 to "
+            f"{n_layer - 1}"
+        )
+    return set(value)
 
 
 def _read(archive: zipfile.ZipFile) -> CoreSet:
@@ -290,9 +332,7 @@ def _read(archive: zipfile.ZipFile) -> CoreSet:
         raise ValueError(f"version {header.get('version')!r}; this build reads {FORMAT_VERSION}")
     n_layer = _whole(header, "n_layer", 1, _MAX_LAYERS)
     n_ff = _whole(header, "n_ff", 1, _MAX_FF)
-    dense = header.get("dense_layers")
-    if not isinstance(dense, list) or any(not isinstance(i, int) for i in dense):
-        raise ValueError(f"dense_layers is {dense!r}; expected a list of layer numbers")
+    dense = _dense_layers(header, n_layer)
     layers = [
         None if i in dense else _member(archive, f"layer_{i}", "int32", n_ff, np.int32)
         for i in range(n_layer)
@@ -305,16 +345,15 @@ def _read(archive: zipfile.ZipFile) -> CoreSet:
         else None
         for i in range(n_layer if scored else 0)
     ]
-    fingerprint = header.get("fingerprint")
     stability = header.get("stability")
     return CoreSet(
         layers=layers,
         n_ff=n_ff,
         scores=scores,
-        statistic=str(header.get("statistic", "")),
-        alpha=_number(header, "alpha"),
-        beta=_number(header, "beta"),
+        statistic=_statistic(header),
+        alpha=_number(header, "alpha", 0, 1),
+        beta=_number(header, "beta", 0, 1),  # 0, as for alpha, in a set made by hand
         n_tokens=_whole(header, "n_tokens", 0, 1 << 62),
-        stability=None if stability is None else _number(header, "stability"),
-        fingerprint=None if fingerprint is None else int(fingerprint, 16),
+        stability=None if stability is None else _number(header, "stability", -1, 1),
+        fingerprint=_fingerprint(header),
     )
