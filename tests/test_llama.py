@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import pickle
@@ -95,6 +96,13 @@ def test_reset_keeps_what_the_prompts_share(llm):
     llm.reset()
     assert take(5, llm.generate(longer, temp=0)) == again
     assert llm.timings.reused_tokens == 0
+
+
+def test_what_a_stopping_criterion_ends_is_a_stop(llm):
+    n = len(llm.tokenize(PROMPT))
+    answer = llm(PROMPT.decode(), max_tokens=9, stopping_criteria=lambda ids, _: len(ids) >= n + 2)
+    assert answer["usage"]["completion_tokens"] == 2
+    assert answer["choices"][0]["finish_reason"] == "stop"
 
 
 def test_without_reset_the_prompt_is_appended(llm):
@@ -497,6 +505,19 @@ def test_a_state_of_another_model_is_refused_and_nothing_is_lost(tiny, tmp_path)
         with pytest.raises(ValueError, match="another model"):
             llm.load_state(state)
         assert llm.eval_tokens == [1, 2, 3]
+
+
+def test_a_refused_state_leaves_the_core_set(tiny):
+    with load(tiny, core="stable") as llm:
+        next(llm.generate(PROMPT))
+        before, state = llm.core_set, llm.save_state()
+        with pytest.raises(ValueError):
+            llm.load_state(dataclasses.replace(state, llama_state=state.llama_state[:-3]))
+        assert llm.core_set is before is not None
+        with pytest.raises(TypeError, match="state is bytes; expected the LlamaState"):
+            llm.load_state(state.llama_state)
+        with pytest.raises(TypeError, match="core_set is 'x'; expected a CoreSet .* or None"):
+            llm.set_core_set("x")
 
 
 def test_an_object_can_be_pickled_without_its_text(tiny):

@@ -111,6 +111,15 @@ def test_a_used_up_source_or_limit_is_length():
     assert answer.finish_reason == "length"
 
 
+def test_a_criterion_that_ends_the_source_is_a_stop():
+    def source():
+        yield 97
+        return True
+
+    answer = TextStream(source(), ByteDecoder(), frozenset({0}), StopWatcher([]), None)
+    assert [text for text, _ in answer] == ["a"] and answer.finish_reason == "stop"
+
+
 def test_never_shows_half_a_character():
     answer = stream("aé€😀".encode())
     assert [text for text, _ in answer] == ["a", "é", "€", "😀"]

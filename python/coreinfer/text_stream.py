@@ -94,11 +94,11 @@ class TextStream:
     ids : list of int
         Tokens generated so far, without the end token.
     finish_reason
-        "stop" after an end token or a stop string, "length" when `max_tokens` or the context is
-        used up, None while running.
+        "stop" after an end token, a stop string or a stopping criterion, "length" when
+        `max_tokens` or the context is used up, None while running.
     """
 
-    source: Generator[int, None, None]
+    source: Generator[int, None, bool | None]  # returns True where a criterion ended it
     decoder: Decoder
     end_ids: frozenset[int]
     watcher: StopWatcher
@@ -113,7 +113,12 @@ class TextStream:
         infos: list[TokenInfo] = []  # of text that has not been yielded
         unshown, stopped, ended = "", False, False
         with contextlib.closing(self.source):
-            for token in self.source:
+            while True:
+                try:
+                    token = next(self.source)
+                except StopIteration as end:
+                    ended = end.value is True
+                    break
                 ended = token in self.end_ids
                 if ended:
                     break

@@ -25,7 +25,7 @@ from .types import Backend, LlamaState
 LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 StoppingCriterion = Callable[[np.ndarray, np.ndarray], bool]
 Tokens = Sequence[int] | np.ndarray
-TokenGenerator = Generator[int, Sequence[int] | None, None]
+TokenGenerator = Generator[int, Sequence[int] | None, bool]
 
 _SCORE_CHUNK = 64  # rows of (n_vocab) log-probabilities held at once for an echoed prompt
 
@@ -33,8 +33,8 @@ _SCORE_CHUNK = 64  # rows of (n_vocab) log-probabilities held at once for an ech
 class TokenModel:
     """A loaded model, the text in its cache, and the neurons that decode it.
 
-    One object serves one caller at a time: a second thread gets a RuntimeError. Every method of a
-    closed object raises RuntimeError.
+    One object serves one caller at a time: a second thread gets a RuntimeError. What needs the
+    model's weights or cache raises RuntimeError once the object is closed.
     """
 
     def __init__(
@@ -183,6 +183,11 @@ class TokenModel:
 
     def set_core_set(self, core_set: CoreSet | None) -> None:
         """Decode with these neurons from the next generation on; None decodes dense."""
+        if core_set is not None and not isinstance(core_set, CoreSet):
+            raise TypeError(
+                f"core_set is {core_set!r}; expected a CoreSet (CoreSet.load reads one from a "
+                "file) or None"
+            )
         self.core = "off" if core_set is None else core_set
 
     @property
@@ -340,7 +345,8 @@ class TokenModel:
         """Token ids after checked `ids`, until the caller stops or the context is full.
 
         The first token is drawn from the prefill's own, dense, logits. `send(ids)` puts ids after
-        the token that was yielded, through the decode weights.
+        the token that was yielded, through the decode weights. Returns whether a criterion ended
+        it, which is not so when the context is full.
         """
         with self._computing() as session:
             self._read(session, ids if reset else self._after_cache(session, ids))
@@ -354,7 +360,7 @@ class TokenModel:
                     so_far = np.asarray(session.tokens, dtype=np.int32)
                     logits = session.logits()
                     if any(stop(so_far, logits) for stop in criteria):
-                        return
+                        return True
             sent = yield token
             with self._computing() as session:
                 if self._generation != generation:
@@ -363,7 +369,7 @@ class TokenModel:
                         "or use two Llama objects"
                     )
                 if session.n_past >= session.n_ctx:
-                    return
+                    return False
                 extra = self.checked_ids([] if sent is None else sent)
                 self._check_room(session.n_past + 1 + extra.size)
                 session.decode(token)
@@ -431,10 +437,13 @@ class TokenModel:
 
     def load_state(self, state: LlamaState) -> None:
         """Go back to a saved state of the same model with the same context and cache types."""
+        if not isinstance(state, LlamaState):
+            raise TypeError(
+                f"state is {type(state).__name__}; expected the LlamaState that save_state gave"
+            )
         with self._computing() as session:
+            session.load_state(state.llama_state)  # refuses without losing what is there
             self._generation += 1
-            self._core_set = None
-            session.load_state(state.llama_state)
             self._decode_with(session, state.core_set)
         self.set_seed(state.seed)
 
