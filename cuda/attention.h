@@ -1,6 +1,7 @@
 // Attention: head norms and rope, keys and values into the cache, then for every row a softmax over
 // the positions up to its own. Positions are cut into spans counted from position 0; spans run side
 // by side and are merged in order, so a row's bits follow from its own position alone.
+// Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #pragma once
 
 #include "backend/backend.h"

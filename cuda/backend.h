@@ -2,6 +2,7 @@
 // of this folder, on one stream. Up to kExactRows rows wait in a list that becomes a CUDA graph
 // (context.h); larger batches are issued at once. Only read, accumulate, select and KvCache::save
 // wait for the device. One operation at a time: sessions that share a backend take turns.
+// Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #pragma once
 
 #include <map>

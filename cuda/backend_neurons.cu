@@ -1,5 +1,5 @@
 // The neuron operations of the CUDA backend: accumulate, select, compact.
-// Written without a device at hand; run through tests/cuda_host.
+// Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #include <algorithm>
 #include <climits>
 #include <cstring>

@@ -1,3 +1,4 @@
+// Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>

@@ -4,7 +4,8 @@
 // Deferred launches wait in a list until flush(). A list that comes a second time, byte for byte,
 // is captured as a CUDA graph and from then on costs one launch; a decode step is such a list. What
 // differs from step to step (positions) is read by kernels from device memory, see position().
-// Callers hold the backend's mutex. Written without a device at hand; run through tests/cuda_host.
+// Callers hold the backend's mutex.
+// Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #pragma once
 
 #include <memory>

@@ -2,6 +2,7 @@
 // kernel, number conversions, warp sums. The same sources are compiled for the host by the tests,
 // with COREINFER_CUDA_HOST and a cuda_runtime.h that carries out grids and barriers in plain C++;
 // so kernels use no more of the language than that header knows.
+// Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #pragma once
 
 #include <cuda_runtime.h>

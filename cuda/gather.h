@@ -1,6 +1,7 @@
 // Compaction on the device: the picked neurons of a layer, rows of gate and up and columns of down,
 // copied from matrices in device memory to their places in one buffer; no value changes. Flows in:
 // a source matrix and index tables in device memory. It chooses no neurons.
+// Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #pragma once
 
 #include "context.h"

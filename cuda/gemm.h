@@ -3,7 +3,7 @@
 // with PyTorch has already. Without it larger batches are cut into rows of matvec.h, and the
 // backend's description says so.
 //
-// Has not run on a device yet.
+// Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #pragma once
 
 #include <memory>

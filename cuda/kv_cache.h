@@ -2,6 +2,7 @@
 // plane of elements (n_ctx, head_dim), then for q8_0 a plane of float16 scales, one for 32
 // elements. Memory for n_ctx positions is taken when the cache is made. attention.cu reads and
 // writes it.
+// Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #pragma once
 
 #include "backend/backend.h"

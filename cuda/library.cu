@@ -1,5 +1,6 @@
 // The one function that the shared library exports; see backend/cuda_loader.h. Errors of making a
 // backend go back as text; later ones are thrown, as coreinfer::Error.
+// Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #include <cstdio>
 
 #include "backend.h"

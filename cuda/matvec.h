@@ -2,6 +2,7 @@
 // by itself in one order, so that its bits do not depend on how many rows there are. Flows in:
 // prepared rows and weights. Flows out: y = W x + bias, or the hidden row of a feed-forward
 // network. Larger batches are gemm.h's.
+// Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #pragma once
 
 #include "backend/backend.h"

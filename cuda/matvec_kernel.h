@@ -1,6 +1,7 @@
 // The kernels of matvec.h, instantiated by matvec_*.cu, a file a part to share compile time.
 // Sums are written with fmaf and compiled without contraction, so that every instantiation rounds
-// alike. Written without a device at hand; run through tests/cuda_host.
+// alike.
+// Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #pragma once
 
 #include "matvec.h"

@@ -2,6 +2,7 @@
 // chosen neurons are those of the CPU wherever the activations are equal: thresholds come from a
 // radix select over the bits of the floats, ties go to the lower index, and rows are added in
 // order.
+// Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #pragma once
 
 #include <vector>

@@ -1,4 +1,4 @@
-// Written without a device at hand; run through tests/cuda_host.
+// Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #include "prepare.h"
 
 namespace coreinfer::cuda {

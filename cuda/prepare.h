@@ -1,6 +1,7 @@
 // Rows on their way into a matrix: normalised, picked, padded with zeros, as float32 and as 8-bit
 // codes with a scale for every 16. Flows in: rows of float32. Flows out: the forms that the matrix
 // kernels read. Every row by itself: its bits do not depend on the others.
+// Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #pragma once
 
 #include "backend/backend.h"

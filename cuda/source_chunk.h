@@ -1,6 +1,7 @@
 // Chunks of 32 columns read from a row of GGUF blocks (tensor/blocks.h), one byte a code and the
 // scales as WeightView keeps them. Used where weights come onto the device and for embeddings; it
-// is not fast. Written without a device at hand; run through tests/cuda_host.
+// is not fast.
+// Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #pragma once
 
 #include "weight_view.h"

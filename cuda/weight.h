@@ -1,6 +1,7 @@
 // CudaWeight: a matrix in device memory in the layout of weight_view.h. Made by load (from a mapped
 // file) and by compact (from other weights); read by the matrix kernels. Memory is its own, or a
 // part of a buffer shared with other matrices.
+// Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #pragma once
 
 #include <memory>

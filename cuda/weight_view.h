@@ -16,6 +16,7 @@
 // columns picked from one group of the source (16 or 32 columns, as the type shares its scales)
 // fill whole steps of 4, and the meta and super planes of all source columns; `steps` says which
 // half chunk of the source a step's scale is. It is shared by all rows.
+// Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #pragma once
 
 #include "device_api.h"
