@@ -387,6 +387,48 @@ def test_echo_and_logprobs_cover_prompt_and_answer(llm):
         assert best <= set(lp["top_logprobs"][k])
 
 
+def sentencepiece_vocabulary() -> dict:
+    """Metadata of 320 tokens that put a space before a text: marks, bytes, and a few words."""
+    words = ["▁", "▁The", "▁river", "river", "▁n", "r", "i", "v", "e", "T", "h", "o", "s"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *words]
+    types = [2, 3, 3, *[6] * 256, *[1] * len(words)]
+    spare = [f"<spare{i}>" for i in range(320 - len(tokens))]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens + spare,
+        "tokenizer.ggml.token_type": types + [5] * len(spare),
+        "tokenizer.ggml.scores": [-float(i) for i in range(320)],
+        "tokenizer.ggml.merges": None,
+        "tokenizer.ggml.pre": None,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+
+
+@pytest.mark.parametrize("words", [{}, sentencepiece_vocabulary()], ids=["bytes", "sentencepiece"])
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_offsets_of_an_echo_point_into_the_returned_text(tmp_path, words, adds_bos):
+    path = tmp_path / "model.gguf"
+    more = {**words, "tokenizer.ggml.add_bos_token": adds_bos}
+    make_tiny_model(path, "llama", "F32", extra_metadata=more)
+    with load(str(path)) as llm:
+        ends = (llm.token_bos(), llm.token_eos())
+        bos, eos = (llm.detokenize([i], special=True).decode() for i in ends)
+        for text in (f"{bos}The né river", f"The{eos}river {eos} rose", "  The\n", "é"):
+            choice = llm(text, max_tokens=2, temperature=0, echo=True, logprobs=1)["choices"][0]
+            lp, n = choice["logprobs"], len(choice["logprobs"]["tokens"]) - 2
+            for offset, token in list(zip(lp["text_offset"], lp["tokens"], strict=True))[:n]:
+                assert choice["text"].startswith((token, token.removeprefix(" ")), offset), text
+            assert lp["text_offset"][n] == len(text)
+            if text.startswith(bos):
+                assert lp["tokens"][0] == bos and lp["text_offset"][1] == len(bos)
+        ids = llm.tokenize(f"The{eos}river".encode(), special=True)
+        choice = llm(ids, max_tokens=1, echo=True, logprobs=0)["choices"][0]
+        text = llm.detokenize(ids).decode()  # ids come as text without special tokens
+        assert choice["text"].startswith(text) and eos not in text
+        assert choice["logprobs"]["text_offset"][-1] == len(text)
+
+
 def test_prompts_longer_than_a_scoring_chunk_are_echoed_whole(llm):
     ids = np.random.default_rng(0).integers(0, 256, 150).tolist()
     rows = llm.prompt_logprobs(ids, 2)

@@ -6,6 +6,7 @@ stream of chunks. Generation itself is `Llama.generate`; text handling is `text_
 
 from __future__ import annotations
 
+import codecs
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +35,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, the stream that will answer it, and what the answer should report."""
+    """A prompt, the stream that will answer it, and what the answer should report.
+
+    `written`: `prompt_text` is what the caller wrote, names of special tokens included; otherwise
+    it was made from the ids, which leaves them out.
+    """
 
     llm: Llama
     prompt_ids: np.ndarray
@@ -42,6 +47,7 @@ class Request:
     stream: TextStream
     echo: bool
     n_logprobs: int | None
+    written: bool = False
 
     def head(self, object_name: str, prefix: str) -> dict[str, Any]:
         return {
@@ -102,16 +108,45 @@ def stream_completion(request: Request) -> Iterator[CreateCompletionStreamRespon
     yield chunk("", None, request.stream.finish_reason)
 
 
-def _token_text(llm: Llama, token: int) -> str:
-    return llm.tokenizer().token_bytes(token).decode("utf-8", errors="ignore")
+def _token_text(llm: Llama, token: int, special: bool = False) -> str:
+    return llm.tokenizer().token_bytes(token, special).decode("utf-8", errors="ignore")
 
 
-def _top_by_text(llm: Llama, top: TopLogprobs, token: int, logprob: float) -> dict[str, float]:
+def _top_by_text(
+    llm: Llama, top: TopLogprobs, token: int, logprob: float, special: bool = False
+) -> dict[str, float]:
     by_text: dict[str, float] = {}
     for candidate, value in top:
-        by_text.setdefault(_token_text(llm, candidate), value)  # the likelier of equal texts
-    by_text[_token_text(llm, token)] = logprob
+        # The likelier of equal texts.
+        by_text.setdefault(_token_text(llm, candidate, special), value)
+    by_text[_token_text(llm, token, special)] = logprob
     return by_text
+
+
+_LOOK_AHEAD = 16  # bytes of a prompt that tokens may leave out in one place
+
+
+def _beginnings(raw: bytes, pieces: Sequence[bytes]) -> list[int]:
+    """Where each token's bytes begin in a prompt, in whole characters of its text.
+
+    What the tokenizer puts in (a space before the text, an end token) begins where it stands and
+    takes no room; what it leaves out (white space behind some special tokens) is skipped.
+    """
+    characters = [0]  # complete before byte i
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for i in range(len(raw)):
+        characters.append(characters[-1] + len(decoder.decode(raw[i : i + 1])))
+    at, beginnings = 0, []
+    for piece in pieces:
+        if not raw.startswith(piece, at):
+            if piece[:1] == b" " and raw.startswith(piece[1:], at):
+                piece = piece[1:]
+            else:
+                found = raw.find(piece, at, at + _LOOK_AHEAD + len(piece))
+                at, piece = (at, b"") if found < 0 else (found, piece)
+        beginnings.append(characters[at])
+        at += len(piece)
+    return beginnings
 
 
 def _completion_logprobs(request: Request, infos: list[TokenInfo]) -> CompletionLogprobs | None:
@@ -127,7 +162,10 @@ def _completion_logprobs(request: Request, infos: list[TokenInfo]) -> Completion
 
 
 def _echoed_logprobs(request: Request) -> CompletionLogprobs | None:
-    """Log-probabilities of the prompt's own tokens; the first has none. A BOS is left out."""
+    """Log-probabilities of the prompt's own tokens; the first has none.
+
+    A BOS that is not in the text, because the tokenizer put it there, is left out.
+    """
     if not request.echo or request.n_logprobs is None:
         return None
     llm, ids = request.llm, request.prompt_ids
@@ -138,24 +176,22 @@ def _echoed_logprobs(request: Request) -> CompletionLogprobs | None:
         "tokens": [],
         "top_logprobs": [],
     }
-    skip_bos = len(ids) > 1 and int(ids[0]) == llm.token_bos()
-    decoder = llm.tokenizer().stream_decoder()
-    offset = 0
-    for position, token in enumerate(map(int, ids)):
-        text = "" if skip_bos and position == 0 else decoder.push(token)
-        if skip_bos and position == 0:
-            continue
-        out["text_offset"].append(offset)
-        out["tokens"].append(_token_text(llm, token))
-        first = not out["token_logprobs"]
-        logprob, top = rows[position - 1] if position > 0 else (None, [])
-        if first or logprob is None:
+    tokenizer, special = llm.tokenizer(), request.written
+    own_bos = int(ids[0]) == tokenizer.bos_id and not (special and not tokenizer.add_bos)
+    first = 1 if own_bos and len(ids) > 1 else 0
+    raw = request.prompt_text.encode() if special else llm.detokenize(ids)
+    shown = [int(token) for token in ids[first:]]
+    pieces = [tokenizer.token_bytes(token, special) for token in shown]
+    out["text_offset"] = _beginnings(raw, pieces)
+    for position, token in enumerate(shown, first):
+        out["tokens"].append(_token_text(llm, token, special))
+        if position == first:
             out["token_logprobs"].append(None)
             out["top_logprobs"].append(None)
         else:
+            logprob, top = rows[position - 1]
             out["token_logprobs"].append(logprob)
-            out["top_logprobs"].append(_top_by_text(llm, top, token, logprob))
-        offset += len(text)
+            out["top_logprobs"].append(_top_by_text(llm, top, token, logprob, special))
     return out
 
 

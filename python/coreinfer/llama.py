@@ -410,8 +410,9 @@ class Llama(TokenModel):
             processors=_as_list(logits_processor),
             criteria=_as_list(stopping_criteria),
         )
-        text = prompt if isinstance(prompt, str) else self._text(ids)
-        request = Request(self, ids, text, answer, echo, logprobs)
+        written = isinstance(prompt, str)
+        text = prompt if written else self._text(ids)
+        request = Request(self, ids, text, answer, echo, logprobs, written)
         return completion.stream_completion(request) if stream else completion.complete(request)
 
     __call__ = create_completion
