@@ -27,18 +27,39 @@ class Case:
         self.v = rng.standard_normal((n, n_head_kv * head_dim)).astype(np.float32)
         self.spec = {"scale": head_dim**-0.5, **spec}
 
-    def run(self, isa, chunks=None, threads=1, kv="f16", kv_v=None, n_ctx=None, cache=None,
-            first=0, f32_activations=True):
+    def run(
+        self,
+        isa,
+        chunks=None,
+        threads=1,
+        kv="f16",
+        kv_v=None,
+        n_ctx=None,
+        cache=None,
+        first=0,
+        f32_activations=True,
+    ):
         """Rows of [first, n) through the backend, in the given chunks, after those in the cache."""
         backend = testing.TestVectorBackend(isa, threads, f32_activations)
         if cache is None:
-            cache = backend.make_cache(kv, kv_v or kv, 2, n_ctx or self.n, self.n_head_kv,
-                                       self.head_dim)
+            cache = backend.make_cache(
+                kv, kv_v or kv, 2, n_ctx or self.n, self.n_head_kv, self.head_dim
+            )
         out, at = [], first
         for size in chunks or [self.n - first]:
             rows = slice(at, at + size)
-            out.append(backend.attend(cache, 1, at, self.q[rows], self.k[rows], self.v[rows],
-                                      n_head=self.n_head, **self.spec))
+            out.append(
+                backend.attend(
+                    cache,
+                    1,
+                    at,
+                    self.q[rows],
+                    self.k[rows],
+                    self.v[rows],
+                    n_head=self.n_head,
+                    **self.spec,
+                )
+            )
             at += size
         assert at == self.n
         self.cache = cache
@@ -124,9 +145,14 @@ SPECS = {
     "softcap": {"softcap": 3.0},
     "halves": {"rope": "halves", "freq": frequencies(16)},
     "partial interleaved": {"rope": "interleaved", "freq": frequencies(6), "rope_scale": 1.2},
-    "everything": {"rope": "halves", "freq": frequencies(16), "window": 100, "softcap": 20.0,
-                   "q_norm": np.linspace(0.5, 2, 32, dtype=np.float32),
-                   "k_norm": np.linspace(2, 0.5, 32, dtype=np.float32)},
+    "everything": {
+        "rope": "halves",
+        "freq": frequencies(16),
+        "window": 100,
+        "softcap": 20.0,
+        "q_norm": np.linspace(0.5, 2, 32, dtype=np.float32),
+        "k_norm": np.linspace(2, 0.5, 32, dtype=np.float32),
+    },
 }
 
 
@@ -143,8 +169,16 @@ def test_attention_follows_the_definition(isa, spec, kv):
 @pytest.mark.parametrize("kv", ["f32", "f16"])
 @pytest.mark.parametrize(
     "n_head, n_head_kv, head_dim",
-    [(1, 1, 8), (4, 2, 7), (3, 3, 20), (9, 3, 64), (14, 2, 64), (4, 4, 80), (8, 1, 128),
-     (8, 4, 256)],
+    [
+        (1, 1, 8),
+        (4, 2, 7),
+        (3, 3, 20),
+        (9, 3, 64),
+        (14, 2, 64),
+        (4, 4, 80),
+        (8, 1, 128),
+        (8, 4, 256),
+    ],
 )
 def test_every_grouping_and_head_size(isa, n_head, n_head_kv, head_dim, kv):
     case = Case(70, n_head, n_head_kv, head_dim)
@@ -194,8 +228,9 @@ def test_bits_of_few_rows_do_not_depend_on_chunks_or_threads(isa, kv, window):
 @pytest.mark.parametrize("kv", ["f32", "f16", "q8_0"])
 def test_large_batches_do_not_depend_on_threads(isa, kv, f32_activations):
     case = Case(300, n_head=6, n_head_kv=3)
-    one, two = (case.run(isa, kv=kv, threads=threads, f32_activations=f32_activations)
-                for threads in (1, 2))
+    one, two = (
+        case.run(isa, kv=kv, threads=threads, f32_activations=f32_activations) for threads in (1, 2)
+    )
     np.testing.assert_array_equal(one, two)
 
 
@@ -323,9 +358,19 @@ def test_sessions_share_a_backend():
 
     def work(name):
         cache = backend.make_cache("f16", "f16", 2, 80, 2, 32)
-        out = [backend.attend(cache, 1, at, case.q[at : at + 16], case.k[at : at + 16],
-                              case.v[at : at + 16], n_head=4, **case.spec)
-               for at in range(0, 80, 16)]
+        out = [
+            backend.attend(
+                cache,
+                1,
+                at,
+                case.q[at : at + 16],
+                case.k[at : at + 16],
+                case.v[at : at + 16],
+                n_head=4,
+                **case.spec,
+            )
+            for at in range(0, 80, 16)
+        ]
         results[name] = np.concatenate(out)
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(3)]

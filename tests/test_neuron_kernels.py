@@ -83,8 +83,21 @@ def test_scores_follow_the_definition_at_every_width(isa, statistic):
 @pytest.mark.parametrize("statistic", COUNTS)
 @pytest.mark.parametrize(
     "alpha, positive",
-    [(0.5, 3), (0.5, 5), (0.5, 1), (0.1, 15), (0.3, 5), (0.7, 5), (0.7, 15), (0.9, 5), (0.25, 2),
-     (0.001, 4), (0.45, 10), (0.55, 10), (0.35, 10)],
+    [
+        (0.5, 3),
+        (0.5, 5),
+        (0.5, 1),
+        (0.1, 15),
+        (0.3, 5),
+        (0.7, 5),
+        (0.7, 15),
+        (0.9, 5),
+        (0.25, 2),
+        (0.001, 4),
+        (0.45, 10),
+        (0.55, 10),
+        (0.35, 10),
+    ],
 )
 def test_half_a_neuron_is_rounded_up_as_python_does(isa, statistic, alpha, positive):
     h = np.zeros((1, 40), np.float32)

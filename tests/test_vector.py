@@ -62,8 +62,9 @@ def test_layer_norm_equals_float64(isa, with_bias):
         normed = centred / np.sqrt(np.mean(centred**2) + 1e-5) * w
         # The mean (about 5) is rounded to float32: an error of 5 * 2^-24 before dividing.
         # With the bias the sum may cancel, so a unit of each term is allowed.
-        floor = (5 * EPS32 * np.abs(w) / np.sqrt(np.mean(centred**2) + 1e-5)
-                 + 3 * EPS32 * np.abs(normed))
+        floor = 5 * EPS32 * np.abs(w) / np.sqrt(np.mean(centred**2) + 1e-5) + 3 * EPS32 * np.abs(
+            normed
+        )
         expected = normed + (b if with_bias else 0)
         assert_close(testing.layer_norm(isa, x, w, b, 1e-5), expected, ulps=2, floor=floor)
 
@@ -80,10 +81,14 @@ def reference_activation(name: str, x: np.ndarray) -> np.ndarray:
 
 def activation_inputs() -> np.ndarray:
     rng = np.random.default_rng(7)
-    return np.concatenate([
-        np.linspace(-110, 110, 4001), rng.standard_normal(3000), rng.standard_normal(500) * 1e-3,
-        [0.0, -0.0, 1e-38, -1e-38, 1e-45, 3e38, -3e38, 1e4, -1e4, 88.7, -88.7, 103.9, -103.9],
-    ]).astype(np.float32)
+    return np.concatenate(
+        [
+            np.linspace(-110, 110, 4001),
+            rng.standard_normal(3000),
+            rng.standard_normal(500) * 1e-3,
+            [0.0, -0.0, 1e-38, -1e-38, 1e-45, 3e38, -3e38, 1e4, -1e4, 88.7, -88.7, 103.9, -103.9],
+        ]
+    ).astype(np.float32)
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu_tanh", "relu"])
@@ -167,8 +172,15 @@ def test_half_precision_is_widened_exactly_for_all_values(isa):
 def test_half_precision_is_rounded_to_nearest_even(isa):
     halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
     between = (halves[:-1].astype(np.float64) + halves[1:]) / 2
-    x = np.concatenate([halves, between, np.nextafter(between, 0), np.nextafter(between, 1e9),
-                        [65519.0, 65520.0, 1e9, np.inf, 1e-30]]).astype(np.float32)
+    x = np.concatenate(
+        [
+            halves,
+            between,
+            np.nextafter(between, 0),
+            np.nextafter(between, 1e9),
+            [65519.0, 65520.0, 1e9, np.inf, 1e-30],
+        ]
+    ).astype(np.float32)
     x = np.concatenate([x, -x])
     with np.errstate(over="ignore"):
         expected = x.astype(np.float16).view(np.uint16)
@@ -261,7 +273,8 @@ def test_softmax_weighs_only_what_is_visible(isa, cols, softcap):
         s[:begin] = np.nan  # whatever lies outside must not matter
         s[end:] = np.inf
         weights, correction, largest, total = testing.softmax(
-            isa, s, begin, end, softcap, -np.inf, 0.0)
+            isa, s, begin, end, softcap, -np.inf, 0.0
+        )
         seen = s[begin:end].astype(np.float64)
         if softcap:
             seen = softcap * np.tanh(seen / softcap)
