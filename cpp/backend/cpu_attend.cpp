@@ -21,7 +21,7 @@ struct AttendScratch {
   size_t oldest_rope = 0;
   AlignedBuffer queries;       // (n_head_kv, rows, group, head_dim): rotated and scaled
   AlignedBuffer bf16_queries;  // (2, …) the same as high and low, where there are tiles
-  AlignedBuffer partials;      // Sums of (span, kv head)
+  AlignedBuffer partials;      // Sums of (kv head, span)
   AlignedBuffer totals;        // Sums of kv heads
   std::vector<Panel> panels;   // per thread
 
@@ -158,19 +158,23 @@ void attend_spans(const Attention& a, const SpanPlan& plan, float* partials, flo
   int64_t at, end;
   for (int64_t from = plan.begin; from < plan.end; from += plan.wave) {
     const int64_t spans = std::min(plan.wave, plan.end - from);
-    while (context.next(spans * heads, 1, &at, &end)) {
-      const int64_t span = from + at / heads;
-      const Sums part = sums_in(partials, at);
-      part.clear(queries, d);
-      a.pass(at % heads, 0, a.n(), span * kSpanBlocks, std::min((span + 1) * kSpanBlocks, blocks),
-             panel, part);
+    // Several spans of a head in a row, since each fetches the beginning of the next one ahead.
+    const int64_t chunk = std::max<int64_t>(1, spans * heads / (4 * context.n_threads()));
+    while (context.next(spans * heads, chunk, &at, &end)) {
+      for (; at < end; ++at) {
+        const int64_t head = at / spans, span = from + at % spans;
+        const Sums part = sums_in(partials, at);
+        part.clear(queries, d);
+        a.pass(head, 0, a.n(), span * kSpanBlocks, std::min((span + 1) * kSpanBlocks, blocks),
+               panel, part);
+      }
     }
     context.barrier();
     while (context.next(heads, 1, &at, &end)) {
       const Sums total = sums_in(totals, at);
       if (from == plan.begin) total.clear(queries, d);
       for (int64_t i = 0; i < spans; ++i) {
-        total.merge(a.vector, sums_in(partials, i * heads + at), queries, d);
+        total.merge(a.vector, sums_in(partials, at * spans + i), queries, d);
       }
       if (from + spans == plan.end) a.finish(at, 0, a.n(), total);
     }
