@@ -625,6 +625,26 @@ def test_bad_arguments_are_value_errors_that_leave_the_object_usable(llm, call, 
     assert len(take(2, llm.generate(PROMPT))) == 2
 
 
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda m: m("x", max_tokens="5"), "max_tokens is '5'; expected an integer or None"),
+        (lambda m: m("x", max_tokens=2.0), "max_tokens is 2.0"),
+        (lambda m: m("x", logprobs="1"), "logprobs is '1'; expected an integer or None"),
+        (lambda m: m("x", logprobs=True), "logprobs is True"),
+        (lambda m: m("x", stop=b"y"), "stop is b'y'; expected a string, or a list of strings"),
+        (lambda m: m("x", stop=5), "stop is 5"),
+        (lambda m: m("x", logits_processor=5), "logits_processor is 5; expected a callable"),
+        (lambda m: m.generate("x", stopping_criteria=[5]), r"stopping_criteria is \[5\]"),
+        (lambda m: m.sample(logits_processor="x"), "logits_processor is 'x'"),
+        (lambda m: load(m.model_path, prefill_progress=5), "prefill_progress is 5"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(llm, call, error):
+    with pytest.raises(TypeError, match=error):
+        call(llm)
+
+
 def test_an_empty_text_is_the_bos_or_an_error(tiny, tmp_path):
     with load(tiny) as llm:
         assert llm("", max_tokens=1)["usage"]["prompt_tokens"] == 1

@@ -7,9 +7,10 @@ Text flows in and out here; ids, cache and neurons are `TokenModel`'s, response 
 from __future__ import annotations
 
 import inspect
+import operator
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -122,6 +123,11 @@ class Llama(TokenModel):
             main_gpu=main_gpu,
             vram_limit=vram_limit,  # type: ignore[arg-type]
         )
+        if prefill_progress is not None and not callable(prefill_progress):
+            raise TypeError(
+                f"prefill_progress is {prefill_progress!r}; expected a callable of (tokens done, "
+                "tokens in all)"
+            )
         self._penalty_last_n = SamplingConfig(penalty_last_n=last_n_tokens_size).penalty_last_n
         self.verbose = verbose
         core = core if isinstance(core, CoreSet) else CoreConfig.of(core)
@@ -265,7 +271,7 @@ class Llama(TokenModel):
             presence_penalty=presence_penalty,
             logit_bias=logit_bias,
         )
-        return self.draw(sampling, _as_list(logits_processor))
+        return self.draw(sampling, _callables("logits_processor", logits_processor))
 
     def generate(
         self,
@@ -331,8 +337,8 @@ class Llama(TokenModel):
             sampling,
             reset=fresh,
             seed=seed,
-            processors=_as_list(logits_processor),
-            criteria=_as_list(stopping_criteria),
+            processors=_callables("logits_processor", logits_processor),
+            criteria=_callables("stopping_criteria", stopping_criteria),
         )
 
     # --- text ---
@@ -407,8 +413,8 @@ class Llama(TokenModel):
             stop=stop,
             n_logprobs=logprobs,
             seed=seed,
-            processors=_as_list(logits_processor),
-            criteria=_as_list(stopping_criteria),
+            processors=_callables("logits_processor", logits_processor),
+            criteria=_callables("stopping_criteria", stopping_criteria),
         )
         written = isinstance(prompt, str)
         text = prompt if written else self._text(ids)
@@ -474,7 +480,7 @@ class Llama(TokenModel):
             stop=stop,
             n_logprobs=n_logprobs,
             seed=seed,
-            processors=_as_list(logits_processor),
+            processors=_callables("logits_processor", logits_processor),
         )
         request = Request(self, ids, "", answer, False, n_logprobs)
         return completion.stream_chat(request) if stream else completion.chat(request)
@@ -526,14 +532,16 @@ class Llama(TokenModel):
                 f"Requested tokens ({ids.size + 1}) exceed context window of {self.n_ctx()}; "
                 "shorten the prompt, or load the model with a larger n_ctx"
             )
-        if n_logprobs is not None and not 0 <= n_logprobs <= self.n_vocab():
+        if max_tokens is None or _whole("max_tokens", max_tokens) <= 0:
+            max_tokens = room
+        if n_logprobs is not None and not 0 <= _whole("logprobs", n_logprobs) <= self.n_vocab():
             raise ValueError(f"logprobs is {n_logprobs}; expected 0 to {self.n_vocab()}")
         return TextStream(
             source=self.generate_ids(ids, sampling, **generation),
             decoder=self._tokenizer.stream_decoder(),
             end_ids=frozenset(self._tokenizer.end_ids),
-            watcher=StopWatcher([stop] if isinstance(stop, str) else list(stop or ())),
-            max_tokens=room if max_tokens is None or max_tokens <= 0 else min(max_tokens, room),
+            watcher=StopWatcher(_stops(stop)),
+            max_tokens=min(max_tokens, room),
             logprobs=None if n_logprobs is None else partial(self.token_logprobs, n_logprobs),
         )
 
@@ -558,7 +566,27 @@ def _utf8(text: str | bytes) -> bytes:
     return text.encode("utf-8") if isinstance(text, str) else text
 
 
-def _as_list(one_or_many: Any) -> list[Any]:
+def _callables(name: str, one_or_many: Any) -> list[Any]:
     if one_or_many is None:
         return []
-    return list(one_or_many) if isinstance(one_or_many, Sequence) else [one_or_many]
+    found = list(one_or_many) if isinstance(one_or_many, Sequence) else [one_or_many]
+    if not all(map(callable, found)):
+        raise TypeError(f"{name} is {one_or_many!r}; expected a callable, or a list of them")
+    return found
+
+
+def _stops(stop: str | Sequence[str] | None) -> list[str]:
+    if stop is None or isinstance(stop, str):
+        return [] if stop is None else [stop]
+    if isinstance(stop, (bytes, bytearray)) or not isinstance(stop, Iterable):
+        raise TypeError(f"stop is {stop!r}; expected a string, or a list of strings")
+    return list(stop)
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; expected an integer or None") from None
