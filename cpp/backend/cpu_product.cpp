@@ -47,6 +47,12 @@ const CpuWeight& cpu_weight(const Weight* weight) {
   return static_cast<const CpuWeight&>(*weight);
 }
 
+// The same place `bytes` further on.
+template <class T>
+T* in_copy(T* p, size_t bytes) {
+  return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(p) + bytes);
+}
+
 LinearScratch& made(std::shared_ptr<LinearScratch>& scratch) {
   if (!scratch) scratch = std::make_shared<LinearScratch>();
   return *scratch;
@@ -72,7 +78,8 @@ Product::Product(Isa isa, bool f32_activations, ThreadPool& pool,
       pool_(pool),
       scratch_(made(scratch)),
       x_(x),
-      norm_(norm) {}
+      norm_(norm),
+      copy_per_thread_(x.n == 1) {}
 
 size_t Product::add(const Weight* weight) {
   const CpuWeight& w = cpu_weight(weight);
@@ -105,16 +112,20 @@ void Product::run(int64_t n_units, const ProductTask& task) {
   // One pointer fits into a std::function without an allocation.
   pool_.run([j = &job](ThreadPool::Context& context) {
     const Product& p = *j->product;
-    auto* const row =
-        reinterpret_cast<float*>(p.scratch_.threads.as<std::byte>() +
-                                 p.thread_bytes() * static_cast<size_t>(context.thread()));
-    int64_t begin, end;
-    while (context.next(p.x_.n, 1, &begin, &end)) p.prepare(begin, row);
-    context.barrier();
+    auto* const row = reinterpret_cast<float*>(p.thread_memory(context));
+    size_t copy = 0;
+    if (p.copy_per_thread_) {
+      copy = static_cast<size_t>(context.thread());
+      p.prepare(0, row, copy);
+    } else {
+      int64_t begin, end;
+      while (context.next(p.x_.n, 1, &begin, &end)) p.prepare(begin, row, 0);
+      context.barrier();
+    }
     if (p.bf16_ != nullptr) {
       p.work_bf16(context, j->n_units, *j->task);
     } else {
-      p.work(context, j->n_units, *j->task);
+      p.work(context, copy, j->n_units, *j->task);
     }
   });
 }
@@ -152,24 +163,29 @@ void Product::reserve() {
         in.codes.scaled_sum = arena.take<float>(n * groups);
         in.codes.codes_stride = static_cast<int64_t>(codes);
         in.codes.groups_stride = static_cast<int64_t>(groups);
-      } else if (in.rearranged()) {
-        in.packed = arena.take<float>(n * static_cast<size_t>(stride));
-        in.values = {in.packed, stride};
-      } else if (has_norm()) {
-        normed_ = arena.take<float>(n * static_cast<size_t>(stride));
-        in.values = {normed_, stride};
+      } else if (in.rearranged() || has_norm()) {
+        float* const rows = arena.take<float>(n * static_cast<size_t>(stride));
+        if (!in.rearranged()) normed_ = rows;
+        in.values = {rows, stride};
+        in.in_scratch = true;
       } else {
         in.values = {x_.data, x_.stride};
       }
     }
     return arena.used();
   };
-  scratch_.inputs.ensure(cut_up(Arena(nullptr)));
+  copy_bytes_ = cut_up(Arena(nullptr));
+  const int n_copies = copy_per_thread_ ? pool_.n_threads() : 1;
+  scratch_.inputs.ensure(copy_bytes_ * static_cast<size_t>(n_copies));
   cut_up(Arena(scratch_.inputs.data()));
   scratch_.threads.ensure(thread_bytes() * static_cast<size_t>(pool_.n_threads()));
 }
 
 // ---- The tokens in every form -------------------------------------------------------------------
+
+std::byte* Product::thread_memory(const ThreadPool::Context& context) const {
+  return scratch_.threads.as<std::byte>() + thread_bytes() * static_cast<size_t>(context.thread());
+}
 
 const float* Product::normalise(int64_t token, float* row) const {
   const float* const x = x_.data + token * x_.stride;
@@ -184,16 +200,33 @@ const float* Product::normalise(int64_t token, float* row) const {
   return row;
 }
 
-void Product::prepare(int64_t token, float* row) const {
-  if (normed_ != nullptr) row = normed_ + token * static_cast<int64_t>(row_bytes() / kFloat);
+QuantizedRows Product::codes_of(const Input& in, int64_t first, size_t copy) const {
+  QuantizedRows codes = in.codes.from(first);
+  const size_t bytes = copy * copy_bytes_;
+  codes.codes = in_copy(codes.codes, bytes);
+  codes.scale = in_copy(codes.scale, bytes);
+  codes.minus_sum = in_copy(codes.minus_sum, bytes);
+  codes.scaled_sum = in_copy(codes.scaled_sum, bytes);
+  return codes;
+}
+
+FloatRows Product::values_of(const Input& in, int64_t first, size_t copy) const {
+  const float* const rows = in.values.data + first * in.values.stride;
+  return {in.in_scratch ? in_copy(rows, copy * copy_bytes_) : rows, in.values.stride};
+}
+
+void Product::prepare(int64_t token, float* row, size_t copy) const {
+  if (normed_ != nullptr) {
+    row = in_copy(normed_ + token * static_cast<int64_t>(row_bytes() / kFloat), copy * copy_bytes_);
+  }
   const float* const x = normalise(token, row);
   if (bf16_ != nullptr) return bf16_->round_token(x, x_.width, token, rounded_);
   for (size_t i = 0; i < n_inputs_; ++i) {
     const Input& in = inputs_[i];
     if (in.quantized) {
-      kernels_.quantize(*in.columns, x, in.codes.from(token));
-    } else if (in.packed != nullptr) {
-      float* const out = in.packed + token * in.values.stride;
+      kernels_.quantize(*in.columns, x, codes_of(in, token, copy));
+    } else if (in.rearranged()) {
+      auto* const out = const_cast<float*>(values_of(in, token, copy).data);
       for (const ColumnGroup& g : in.columns->groups) std::copy_n(x + g.first, g.n, out + g.before);
     }
   }
@@ -201,10 +234,9 @@ void Product::prepare(int64_t token, float* row) const {
 
 // ---- 8-bit and float32 products -----------------------------------------------------------------
 
-void Product::work(ThreadPool::Context& context, int64_t n_units, const ProductTask& task) const {
-  float* const panel = reinterpret_cast<float*>(
-      scratch_.threads.as<std::byte>() + thread_bytes() * static_cast<size_t>(context.thread()) +
-      row_bytes());
+void Product::work(ThreadPool::Context& context, size_t copy, int64_t n_units,
+                   const ProductTask& task) const {
+  float* const panel = reinterpret_cast<float*>(thread_memory(context) + row_bytes());
   float* const first_tile = panel + kPanelCols * kStripRows;
   float* const tiles[2] = {first_tile, first_tile + kTokenBlock * kStripRows};
   const int64_t chunk = std::clamp<int64_t>(n_units / (8 * context.n_threads()), 1, kChunkUnits);
@@ -215,7 +247,7 @@ void Product::work(ThreadPool::Context& context, int64_t n_units, const ProductT
       for (int64_t i = begin; i < end; ++i) {
         const ProductUnit unit = task.unit(i);
         for (int p = 0; p < unit.n_parts; ++p) {
-          tile(unit.parts[static_cast<size_t>(p)], t, n, panel, tiles[p]);
+          tile(unit.parts[static_cast<size_t>(p)], copy, t, n, panel, tiles[p]);
         }
         task.finish(unit, t, n, tiles);
       }
@@ -223,15 +255,15 @@ void Product::work(ThreadPool::Context& context, int64_t n_units, const ProductT
   }
 }
 
-void Product::tile(const ProductUnit::Part& part, int64_t first, int64_t n, float* panel,
-                   float* tile) const {
+void Product::tile(const ProductUnit::Part& part, size_t copy, int64_t first, int64_t n,
+                   float* panel, float* tile) const {
   const CpuWeight& w = *outputs_[part.weight].weight;
   const Input& in = inputs_[outputs_[part.weight].input];
   if (in.quantized) {
     const DotStripFn dot = kernels_.dot_strip(w.type(), w.columns()->dense);
-    return dot(w.strips(), part.strip, in.codes.from(first), n, tile);
+    return dot(w.strips(), part.strip, codes_of(in, first, copy), n, tile);
   }
-  const FloatRows x{in.values.data + first * in.values.stride, in.values.stride};
+  const FloatRows x = values_of(in, first, copy);
   if (w.packed()) return packed_tile(w, part.strip, x, n, panel, tile);
   plain_tile(w, part.strip, x, n, panel, tile);
 }
@@ -277,8 +309,7 @@ void Product::plain_tile(const CpuWeight& w, int64_t strip, const FloatRows& x, 
 // these columns stays in the second-level cache meanwhile.
 void Product::work_bf16(ThreadPool::Context& context, int64_t n_units,
                         const ProductTask& task) const {
-  Arena arena(scratch_.threads.as<std::byte>() +
-              thread_bytes() * static_cast<size_t>(context.thread()) + row_bytes());
+  Arena arena(thread_memory(context) + row_bytes());
   uint16_t* const panels[2] = {arena.take<uint16_t>(kPanelTiles * kTileSize),
                                arena.take<uint16_t>(kPanelTiles * kTileSize)};
   float* const sums = arena.take<float>(2 * kBf16ChunkUnits * kBf16TokenBlock * kStripRows);

@@ -1,7 +1,8 @@
 // Product: one call of matrix products on the CPU. Tokens come in as float32 rows; they are brought
 // into the forms that the weights ask for (normalised; 8-bit codes; bf16 tiles), once for all
 // weights of the call. Then threads claim units of one or two strips of 16 outputs, compute them
-// for all tokens and hand the sums to the caller's Task. It adds no bias and writes no output.
+// for all tokens and hand the sums to the caller's Task. It adds no bias and writes no output; the
+// Task must not write where the tokens lie.
 #pragma once
 
 #include <array>
@@ -69,7 +70,7 @@ class Product {
     bool quantized = false;
     QuantizedRows codes;      // when quantized
     FloatRows values;         // when not; in packed order when columns are not dense
-    float* packed = nullptr;  // memory of `values` where they are rearranged
+    bool in_scratch = false;  // `values` lie there, not where the caller keeps the tokens
 
     bool serves(const CpuWeight& w, bool quantize) const;
     bool rearranged() const { return !quantized && columns != nullptr && !columns->dense; }
@@ -84,11 +85,15 @@ class Product {
   size_t row_bytes() const;
   size_t thread_bytes() const;
   void reserve();
+  std::byte* thread_memory(const ThreadPool::Context& context) const;
   const float* normalise(int64_t token, float* row) const;
-  void prepare(int64_t token, float* row) const;
-  void work(ThreadPool::Context& context, int64_t n_units, const ProductTask& task) const;
+  void prepare(int64_t token, float* row, size_t copy) const;
+  QuantizedRows codes_of(const Input& in, int64_t first, size_t copy) const;
+  FloatRows values_of(const Input& in, int64_t first, size_t copy) const;
+  void work(ThreadPool::Context& context, size_t copy, int64_t n_units,
+            const ProductTask& task) const;
   void work_bf16(ThreadPool::Context& context, int64_t n_units, const ProductTask& task) const;
-  void tile(const ProductUnit::Part& part, int64_t first, int64_t n, float* panel,
+  void tile(const ProductUnit::Part& part, size_t copy, int64_t first, int64_t n, float* panel,
             float* tile) const;
   void packed_tile(const CpuWeight& w, int64_t strip, const FloatRows& x, int64_t n, float* panel,
                    float* tile) const;
@@ -104,6 +109,10 @@ class Product {
   LinearScratch& scratch_;
   Rows x_;
   const Norm& norm_;
+  // Copy `i` of whatever lies in scratch_.inputs is i * copy_bytes_ further on. For one token each
+  // thread has its own: to prepare it twice is cheaper than to wait for each other.
+  size_t copy_bytes_ = 0;
+  bool copy_per_thread_;
   float* normed_ = nullptr;      // all tokens, where a weight reads them as they are
   uint16_t* rounded_ = nullptr;  // all tokens in bf16 tiles
   std::array<Input, 4> inputs_;
