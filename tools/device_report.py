@@ -19,6 +19,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -234,7 +235,9 @@ def main() -> int:
     """Runs all stages; the exit status is 0 when none failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the report and its logs")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/coreinfer-device"))
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()) / "coreinfer-device"
+    )
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install first (gguf)")
     parser.add_argument("--llama-bench", type=Path, help="a llama-bench built with CUDA")
     parser.add_argument(
