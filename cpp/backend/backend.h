@@ -184,8 +184,7 @@ class Backend {
   virtual void read(const float* from, float* to_host, int64_t n) = 0;
   virtual void write(const float* from_host, float* to, int64_t n) = 0;
   virtual BufferPtr load_vector(const Mat& mat) = 0;  // float32 copy of a (1, n) tensor
-  // Brings a matrix into the layout for computing. The Mat's memory must stay mapped as long as
-  // the weight lives; what was repacked no longer needs its pages.
+  // Copies a matrix into the layout for computing; the Mat's memory is not needed any more.
   virtual WeightPtr load(const Mat& mat) = 0;
   virtual KvCachePtr make_kv_cache(const KvSpec& spec) = 0;
 

@@ -126,8 +126,21 @@ class HiddenTask final : public ProductTask {
 
 }  // namespace
 
+// Float rows stay as they are, but in memory of huge pages: through a file's small ones a core gets
+// only three quarters of the bandwidth.
 WeightPtr CpuBackend::load(const Mat& mat) {
-  if (!traits(mat.type).quantized) return std::make_shared<CpuWeight>(mat, nullptr);
+  if (!traits(mat.type).quantized) {
+    auto memory = std::make_shared<AlignedBuffer>(mat.bytes());
+    pool_.run([&](ThreadPool::Context& context) {
+      int64_t begin, end;
+      while (context.next(static_cast<int64_t>(mat.bytes()), int64_t{1} << 20, &begin, &end)) {
+        std::memcpy(memory->as<std::byte>() + begin, mat.data + begin,
+                    static_cast<size_t>(end - begin));
+      }
+    });
+    const Mat copy{mat.type, mat.rows, mat.cols, memory->as<std::byte>()};
+    return std::make_shared<CpuWeight>(copy, std::move(memory));
+  }
   ColumnGroupsPtr columns = all_columns(mat.type, mat.cols);
   PackedView strips = packed_layout(mat.type, mat.rows, *columns);
   auto memory = std::make_shared<AlignedBuffer>(strips.bytes() + kPackedSlack);

@@ -1,6 +1,6 @@
 // CpuWeight: a matrix as the CPU computes with it. Quantised types are packed strips
-// (kernels/packed_format.h) in memory of their own or in a buffer shared with other matrices; float
-// types are the plain rows where they lie. Made by load and compact, read by linear and ffn_hidden.
+// (kernels/packed_format.h), float types plain rows, in memory of their own or in a buffer shared
+// with other matrices. Made by load and compact, read by linear and ffn_hidden.
 #pragma once
 
 #include <memory>
@@ -22,7 +22,7 @@ class CpuWeight final : public Weight {
     bytes_ = strips.bytes();
   }
 
-  // `owner` may be null where the rows lie in the mapped file.
+  // `owner` keeps the rows alive.
   CpuWeight(const Mat& plain, std::shared_ptr<const void> owner)
       : plain_(plain), owner_(std::move(owner)) {
     type_ = plain.type;

@@ -28,7 +28,7 @@ class Loader {
   WeightPtr matrix(const Mat& mat) {
     const WeightPtr weight = backend_.load(mat);
     file_.check_unchanged();
-    if (traits(mat.type).quantized) file_.advise_dontneed(mat);  // repacked: a copy
+    file_.advise_dontneed(mat);  // the weight is a copy
     return weight;
   }
 
@@ -149,9 +149,7 @@ FfnWeights ModelWeights::stage_ffn(size_t layer) const {
 void ModelWeights::drop_ffn_pages(size_t layer) const {
   const CompactSource& source = layers[layer].source;
   for (const Mat* mat : {&source.gate, &source.up, &source.down}) {
-    // Resident float weights are computed with where they are mapped.
-    const bool in_use = ffn_resident && !traits(mat->type).quantized;
-    if (!mat->empty() && !in_use) file->advise_dontneed(*mat);
+    if (!mat->empty()) file->advise_dontneed(*mat);
   }
 }
 
