@@ -89,8 +89,9 @@ void Session::check_room(size_t n) const {
 }
 
 int64_t Session::reusable(std::span<const int32_t> tokens,
-                          const std::optional<StatisticSpec>& spec) const {
+                          const std::optional<StatisticSpec>& spec) {
   if (tokens.empty()) return 0;
+  forget_expected();
   const auto same =
       std::mismatch(tokens_.begin(), tokens_.begin() + n_dense_, tokens.begin(), tokens.end() - 1);
   const int64_t common = same.first - tokens_.begin();
@@ -103,6 +104,7 @@ void Session::keep(int64_t n) {
     throw_error(ErrorKind::kValue, "cannot keep %lld positions: %lld are in the cache",
                 static_cast<long long>(n), static_cast<long long>(n_past()));
   }
+  forget_expected();
   if (n == n_past()) return;
   tokens_.resize(static_cast<size_t>(n));
   n_dense_ = std::min(n_dense_, n);
@@ -124,6 +126,7 @@ void Session::prefill(std::span<const int32_t> tokens, const std::optional<Stati
   }
   check_tokens(tokens);
   check_room(tokens.size());
+  forget_expected();
   if (n_dense_ != n_past()) {
     throw_error(ErrorKind::kState,
                 "the cache holds %lld positions of core-neuron decoding: keep(reusable(tokens)) "
@@ -144,6 +147,7 @@ void Session::prefill(std::span<const int32_t> tokens, const std::optional<Stati
   } else if (n_past() == 0) {
     counts_.reset();
   }
+  if (exact()) speculation_->chosen_at = 0;  // another text may want another set
   const int64_t start = now_ns();
   const double count_before = transformer_->count_seconds();
   const auto total = static_cast<int64_t>(tokens.size());
@@ -177,11 +181,27 @@ void Session::prefill(std::span<const int32_t> tokens, const std::optional<Stati
   timings_.count_seconds += transformer_->count_seconds() - count_before;
 }
 
+void Session::replay(const std::optional<StatisticSpec>& spec,
+                     const std::function<bool()>& cancelled) {
+  const std::vector<int32_t> again(tokens_.begin() + n_dense_, tokens_.end());
+  if (again.empty()) return;
+  const Timings before = timings_;
+  keep(n_dense_);
+  prefill(again, spec, {}, cancelled);
+  // It is no part of reading the prompt.
+  timings_.replay_tokens += timings_.prefill_tokens - before.prefill_tokens;
+  timings_.replay_seconds += timings_.prefill_seconds - before.prefill_seconds;
+  timings_.prefill_tokens = before.prefill_tokens;
+  timings_.prefill_seconds = before.prefill_seconds;
+  timings_.count_seconds = before.count_seconds;
+}
+
 LayerRange Session::range(std::optional<LayerRange> layers) const {
   return layers.value_or(LayerRange{0, engine_->config().n_layer});
 }
 
-const NeuronCounts& Session::counted() const {
+const NeuronCounts& Session::counted() {
+  forget_expected();
   if (!counts_ || counts_->n_tokens() == 0) {
     throw_error(ErrorKind::kState,
                 "no neuron scores: prefill a prompt with a statistic before selecting");
@@ -226,7 +246,7 @@ void Session::set_core(std::optional<CoreSet> set) {
 
 size_t Session::decode_weight_bytes() const {
   const ModelWeights& weights = engine_->weights();
-  if (compact_.layers.empty()) return weights.bytes_per_token();
+  if (compact_.layers.empty() || exact()) return weights.bytes_per_token();
   size_t bytes = weights.bytes_per_token() - weights.ffn_bytes();
   for (const FfnWeights& ffn : compact_.layers) bytes += ffn.bytes();
   return bytes;
@@ -261,13 +281,13 @@ void Session::run_decode(std::span<const int32_t> tokens, WantLogits want,
   Batch batch;
   batch.tokens = tokens;
   batch.first = n_past();
-  batch.ffn = compact_.layers;
+  if (!exact()) batch.ffn = compact_.layers;
   batch.logits = want;
   batch.cancelled = cancelled ? &cancelled : nullptr;
   logits_.clear();
   transformer_->run(batch, *cache_);
   engine_->file().check_unchanged();
-  const bool dense = !core_set_ && n_dense_ == n_past();
+  const bool dense = decodes_dense() && n_dense_ == n_past();
   tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
   if (dense) n_dense_ = n_past();
   if (want != WantLogits::kNone) {
@@ -278,11 +298,15 @@ void Session::run_decode(std::span<const int32_t> tokens, WantLogits want,
   timings_.decode_seconds += seconds_since(start);
 }
 
-void Session::decode(int32_t token) { run_decode({&token, 1}, WantLogits::kLast, {}); }
+void Session::decode(int32_t token, const Sampler* sampler) {
+  if (exact()) return decode_exact(token, sampler);
+  run_decode({&token, 1}, WantLogits::kLast, {});
+}
 
 void Session::verify(std::span<const int32_t> tokens, std::span<float> logits,
                      const std::function<bool()>& cancelled) {
   if (tokens.empty()) throw_error(ErrorKind::kValue, "no tokens to verify, expected at least one");
+  forget_expected();
   check_tokens(tokens);
   check_room(tokens.size());
   const auto n_vocab = static_cast<size_t>(engine_->config().n_vocab);

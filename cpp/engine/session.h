@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "engine/engine.h"
+#include "engine/speculation.h"
 #include "forward/transformer.h"
 #include "neurons/compact.h"
 #include "neurons/core_set.h"
@@ -38,6 +39,14 @@ struct Timings {
   double compact_seconds = 0.0;
   int64_t decode_tokens = 0;
   double decode_seconds = 0.0;
+  // Of exact mode, inside decode_seconds: drafts made, those that were right, and verifications.
+  int64_t drafted_tokens = 0;
+  int64_t accepted_tokens = 0;
+  int64_t verifications = 0;
+  double draft_seconds = 0.0;
+  // Of replay(): tokens read again.
+  int64_t replay_tokens = 0;
+  double replay_seconds = 0.0;
 };
 
 class Session {
@@ -48,12 +57,13 @@ class Session {
   int64_t n_ctx() const { return n_ctx_; }
   int64_t n_batch() const { return n_batch_; }
   int64_t n_past() const { return static_cast<int64_t>(tokens_.size()); }
+  int64_t n_dense() const { return n_dense_; }  // leading positions that the dense weights wrote
   const std::vector<int32_t>& tokens() const { return tokens_; }
 
   // How many leading ids of `tokens` a prefill of them may keep: the common prefix with the cache
   // that is dense and, with a statistic, whose scores are known. Always leaves the last id to run,
   // since logits are wanted.
-  int64_t reusable(std::span<const int32_t> tokens, const std::optional<StatisticSpec>& spec) const;
+  int64_t reusable(std::span<const int32_t> tokens, const std::optional<StatisticSpec>& spec);
   // Forgets all positions from n on.
   void keep(int64_t n);
   void reset() { keep(0); }
@@ -75,8 +85,9 @@ class Session {
   size_t compact_source_bytes() const { return compact_.source_bytes; }  // read to make it
   size_t decode_weight_bytes() const;  // that one decode step reads
 
-  // One token with the decode weights.
-  void decode(int32_t token);
+  // One token with the decode weights. `sampler` draws the text's tokens; in exact mode a copy of
+  // it draws the drafts, so that both draw alike.
+  void decode(int32_t token, const Sampler* sampler = nullptr);
   // Several at once, with logits for each; bit-equal to decoding them one by one.
   void verify(std::span<const int32_t> tokens, std::span<float> logits,
               const std::function<bool()>& cancelled = {});
@@ -85,10 +96,28 @@ class Session {
   void score(std::span<const int32_t> continuation, std::span<float> out,
              const std::function<bool()>& cancelled = {});
 
+  // ---- exact mode: dense decoding, bit for bit, with the core set as a draft (session_exact.cpp).
+  // From now on decode gives the dense weights' logits; it drafts some tokens, lets the dense
+  // weights look at all of them in one pass, and has the answer ready when they come. The prompt's
+  // statistics grow by every token. kState where dense FFN weights are not resident. Nothing: ends
+  // it.
+  void set_exact(const std::optional<ExactSpec>& spec);
+  bool exact() const { return speculation_ != nullptr; }
+  // What drafting gains over dense decoding, as far as it is known; null unless exact.
+  const DraftPace* pace() const { return speculation_ ? &speculation_->pace : nullptr; }
+  // The token that exact mode expects next and has looked at already, if any.
+  std::optional<int32_t> expected() const;
+
+  // Reads again, dense and in one batch, what was decoded with core weights: their cache entries
+  // are then dense ones, and the statistics have their tokens. Needs a statistic or none, as
+  // prefill.
+  void replay(const std::optional<StatisticSpec>& spec,
+              const std::function<bool()>& cancelled = {});
+
   std::span<const float> logits() const;  // (n_vocab) of the last position
   int32_t sample(Sampler& sampler) const { return sampler.sample(logits()); }
 
-  std::vector<std::byte> save_state() const;
+  std::vector<std::byte> save_state();
   void load_state(std::span<const std::byte> state);
 
   const Timings& timings() const { return timings_; }
@@ -104,7 +133,18 @@ class Session {
                   const std::function<bool()>& cancelled);
   size_t estimated_bytes(const CoreSet& set) const;
   LayerRange range(std::optional<LayerRange> layers) const;
-  const NeuronCounts& counted() const;
+  const NeuronCounts& counted();
+  bool decodes_dense() const { return !core_set_ || exact(); }
+
+  // Exact mode.
+  void decode_exact(int32_t token, const Sampler* sampler);
+  void take_expected(int32_t token);
+  void draft(int32_t token, const Sampler* sampler);
+  void draft_with_core(int32_t token, int64_t limit, const Sampler* sampler);
+  int64_t prepare_core(int64_t limit);
+  void judge(bool all);
+  void count_kept();
+  void forget_expected();
 
   std::shared_ptr<const Engine> engine_;
   int64_t n_ctx_;
@@ -115,8 +155,9 @@ class Session {
   int64_t n_dense_ = 0;                 // leading positions written by the dense weights
   std::optional<NeuronCounts> counts_;  // of the first counts_->n_tokens() positions
   std::optional<CoreSet> core_set_;
-  CompactWeights compact_;     // layers empty: decode dense
-  std::vector<float> logits_;  // of the last position; empty: none
+  CompactWeights compact_;                    // layers empty: decode dense
+  std::vector<float> logits_;                 // of the last position; empty: none
+  std::unique_ptr<Speculation> speculation_;  // in exact mode
   Timings timings_;
 };
 

@@ -85,7 +85,8 @@ std::string string_of(const std::vector<char>& v) { return {v.begin(), v.end()};
 
 }  // namespace
 
-std::vector<std::byte> Session::save_state() const {
+std::vector<std::byte> Session::save_state() {
+  forget_expected();
   Writer w;
   for (char c : kMagic) w.value(c);
   w.value(engine_->file().fingerprint());

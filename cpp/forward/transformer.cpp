@@ -48,10 +48,10 @@ void Transformer::run(const Batch& batch, KvCache& cache) {
     const LayerWeights& w = weights_.layers[static_cast<size_t>(i)];
     attention(w, i, batch.first, x, cache);
     if (batch.ffn.empty()) {
-      feed_forward(w, weights_.stage_ffn(static_cast<size_t>(i)), i, x, batch.counts);
+      feed_forward(w, weights_.stage_ffn(static_cast<size_t>(i)), i, x, batch);
       if (!weights_.ffn_resident) weights_.drop_ffn_pages(static_cast<size_t>(i));
     } else {
-      feed_forward(w, batch.ffn[static_cast<size_t>(i)], i, x, batch.counts);
+      feed_forward(w, batch.ffn[static_cast<size_t>(i)], i, x, batch);
     }
   }
   head(x, batch.logits);
@@ -80,13 +80,18 @@ void Transformer::attention(const LayerWeights& w, int64_t layer, int64_t first,
 }
 
 void Transformer::feed_forward(const LayerWeights& w, const FfnWeights& ffn, int64_t layer, Rows x,
-                               NeuronCounts* counts) {
-  const Rows hidden = hidden_->rows(x.n, ffn.n_ff());
+                               const Batch& batch) {
+  NeuronCounts* const counts = batch.counts;
+  Rows hidden = hidden_->rows(x.n, ffn.n_ff());
   Rows act_gate;
   const bool of_gate = counts != nullptr && counts->spec().statistic == Statistic::kCountGate;
   if (of_gate) {
     if (!act_gate_) act_gate_ = backend_.allocate(max_rows_ * config_.n_ff);
     act_gate = act_gate_->rows(x.n, ffn.n_ff());
+  }
+  if (batch.kept != nullptr) {
+    const Rows kept = batch.kept->rows(layer, batch.kept->first, x.n);
+    (batch.kept->of_gate ? act_gate : hidden) = kept;
   }
   backend_.ffn_hidden(x, w.ffn_norm, ffn, config_.activation, hidden, act_gate);
   if (counts != nullptr) {

@@ -16,11 +16,26 @@ namespace coreinfer {
 
 enum class WantLogits { kNone, kLast, kAll };
 
+// FFN activations that a batch leaves for counting: of each layer rows [first, first + n). Counting
+// waits until it is known which of the batch's tokens the text keeps.
+struct KeptActivations {
+  std::vector<BufferPtr> layers;  // (capacity, n_ff) each
+  int64_t capacity = 0;           // rows
+  int64_t n_ff = 0;
+  bool of_gate = false;  // act(gate) is kept (count_gate), not what enters the down projection
+  int64_t first = 0;
+
+  Rows rows(int64_t layer, int64_t begin, int64_t n) const {
+    return layers[static_cast<size_t>(layer)]->rows(capacity, n_ff).slice(begin, n);
+  }
+};
+
 struct Batch {
   std::span<const int32_t> tokens;
   int64_t first = 0;                // position of tokens[0]
   std::span<const FfnWeights> ffn;  // per layer; empty: the model's dense ones
   NeuronCounts* counts = nullptr;   // receives every FFN activation of the batch
+  KeptActivations* kept = nullptr;  // receives them, too, to be counted later; dense FFN only
   WantLogits logits = WantLogits::kLast;
   // Asked before each layer on the calling thread; true stops with kCancelled.
   const std::function<bool()>* cancelled = nullptr;
@@ -49,7 +64,7 @@ class Transformer {
  private:
   void attention(const LayerWeights& w, int64_t layer, int64_t first, Rows x, KvCache& cache);
   void feed_forward(const LayerWeights& w, const FfnWeights& ffn, int64_t layer, Rows x,
-                    NeuronCounts* counts);
+                    const Batch& batch);
   void head(Rows x, WantLogits want);
 
   Backend& backend_;

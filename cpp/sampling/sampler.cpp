@@ -74,6 +74,13 @@ void Sampler::accept(int32_t token) {
   }
 }
 
+void Sampler::follow(const Sampler& other) {
+  params_ = other.params_;
+  recent_ = other.recent_;
+  next_ = other.next_;
+  random_ = other.random_;
+}
+
 bool Sampler::changes_logits() const {
   const bool penalties = params_.repeat_penalty != 1.0f || params_.frequency_penalty != 0.0f ||
                          params_.presence_penalty != 0.0f;

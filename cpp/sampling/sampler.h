@@ -38,6 +38,8 @@ class Sampler {
   void accept(int32_t token);
   // Draws a token; does not accept it.
   int32_t sample(std::span<const float> logits);
+  // Takes over parameters, memory and the state of chance, so that both draw alike from now on.
+  void follow(const Sampler& other);
   const SamplingParams& params() const { return params_; }
 
  private:

@@ -30,6 +30,7 @@ void bind_testing_gguf(nb::module_& testing);     // dequantize
 void bind_testing_linear(nb::module_& testing);   // matrix kernels, packing, compaction
 void bind_testing_vector(nb::module_& testing);   // row kernels, attention, statistics
 void bind_testing_neurons(nb::module_& testing);  // select, similarity
+void bind_testing_engine(nb::module_& testing);   // drafting of exact mode
 void bind_testing_cuda(nb::module_& testing);     // any backend, the CUDA library too
 
 }  // namespace coreinfer::python

@@ -83,6 +83,26 @@ nb::dict timings_dict(const Session& s) {
   d["compact_bytes"] = s.compact_bytes();
   d["decode_tokens"] = t.decode_tokens;
   d["decode_seconds"] = t.decode_seconds;
+  d["drafted_tokens"] = t.drafted_tokens;
+  d["accepted_tokens"] = t.accepted_tokens;
+  d["verifications"] = t.verifications;
+  d["draft_seconds"] = t.draft_seconds;
+  d["replay_tokens"] = t.replay_tokens;
+  d["replay_seconds"] = t.replay_seconds;
+  return d;
+}
+
+std::optional<nb::dict> pace_dict(const Session& s) {
+  const DraftPace* pace = s.pace();
+  if (pace == nullptr) return std::nullopt;
+  nb::dict d;
+  for (const auto source : {DraftPace::kCore, DraftPace::kText}) {
+    nb::dict of;
+    of["gain"] = pace->gain(source);
+    of["acceptance"] = pace->acceptance(source);
+    of["known"] = pace->known(source);
+    d[source == DraftPace::kCore ? "core" : "text"] = of;
+  }
   return d;
 }
 
@@ -177,10 +197,11 @@ void bind_session(nb::module_& m) {
       .def_prop_ro("n_ctx", &Session::n_ctx)
       .def_prop_ro("n_batch", &Session::n_batch)
       .def_prop_ro("n_past", &Session::n_past)
+      .def_prop_ro("n_dense", &Session::n_dense, "Leading positions that dense weights wrote.")
       .def_prop_ro("tokens", &Session::tokens)
       .def(
           "reusable",
-          [](const Session& s, const Tokens& tokens, const std::optional<std::string>& statistic,
+          [](Session& s, const Tokens& tokens, const std::optional<std::string>& statistic,
              double alpha) {
             return s.reusable(span_of<int32_t>(tokens), spec_of(statistic, alpha));
           },
@@ -211,7 +232,34 @@ void bind_session(nb::module_& m) {
            "Compacts and decodes with these neurons from now on; None: the dense weights.")
       .def_prop_ro("core_set", [](const Session& s) { return s.core_set(); })
       .def_prop_ro("decode_weight_bytes", &Session::decode_weight_bytes)
-      .def("decode", &Session::decode, nb::arg("token"), nb::call_guard<nb::gil_scoped_release>())
+      .def("decode", &Session::decode, nb::arg("token"), nb::arg("sampler").none() = nb::none(),
+           nb::call_guard<nb::gil_scoped_release>(),
+           "One token; in exact mode a copy of the sampler draws the drafts.")
+      .def(
+          "set_exact",
+          [](Session& s, double beta, const Layers& layers, int64_t max_drafts, bool core,
+             bool text, bool paced) {
+            s.set_exact(ExactSpec{beta, range_of(layers), max_drafts, core, text, paced});
+          },
+          nb::kw_only(), nb::arg("beta") = ExactSpec{}.beta, nb::arg("layers") = nb::none(),
+          nb::arg("max_drafts") = ExactSpec{}.max_drafts, nb::arg("core") = true,
+          nb::arg("text") = true, nb::arg("paced") = true,
+          "From now on decode gives the dense weights' logits and uses core neurons to draft.")
+      .def("end_exact", [](Session& s) { s.set_exact(std::nullopt); })
+      .def_prop_ro("exact", &Session::exact)
+      .def_prop_ro("expected", &Session::expected,
+                   "The token that exact mode expects next and has looked at, or None.")
+      .def_prop_ro("pace", &pace_dict,
+                   "Exact mode: expected gain over dense decoding by source of drafts, or None.")
+      .def(
+          "replay",
+          [](Session& s, const std::optional<std::string>& statistic, double alpha) {
+            const auto spec = spec_of(statistic, alpha);
+            nb::gil_scoped_release release;
+            s.replay(spec, interrupted);
+          },
+          nb::kw_only(), nb::arg("statistic") = nb::none(), nb::arg("alpha") = 0.4,
+          "Reads again, dense, what was decoded with core weights.")
       .def(
           "verify",
           [](Session& s, const Tokens& tokens) { return rows_of(s, tokens, &Session::verify); },
@@ -245,7 +293,7 @@ void bind_session(nb::module_& m) {
           },
           nb::arg("sampler"), "Draws from the last logits; the sampler remembers the token.")
       .def("save_state",
-           [](const Session& s) {
+           [](Session& s) {
              const std::vector<std::byte> state = s.save_state();
              return nb::bytes(state.data(), state.size());
            })

@@ -8,6 +8,7 @@ void bind_testing(nb::module_& testing) {
   bind_testing_linear(testing);
   bind_testing_vector(testing);
   bind_testing_neurons(testing);
+  bind_testing_engine(testing);
   bind_testing_cuda(testing);
 }
 

@@ -197,6 +197,10 @@ class Session:
     def n_past(self) -> int: ...
 
     @property
+    def n_dense(self) -> int:
+        """Leading positions that dense weights wrote."""
+
+    @property
     def tokens(self) -> list[int]: ...
 
     def reusable(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], statistic: str | None = None, alpha: float = 0.4) -> int:
@@ -229,7 +233,31 @@ class Session:
     @property
     def decode_weight_bytes(self) -> int: ...
 
-    def decode(self, token: int) -> None: ...
+    def decode(self, token: int, sampler: Sampler | None = None) -> None:
+        """One token; in exact mode a copy of the sampler draws the drafts."""
+
+    def set_exact(self, *, beta: float = 0.4, layers: tuple[int, int] | None = None, max_drafts: int = 8, core: bool = True, text: bool = True, paced: bool = True) -> None:
+        """
+        From now on decode gives the dense weights' logits and uses core neurons to draft.
+        """
+
+    def end_exact(self) -> None: ...
+
+    @property
+    def exact(self) -> bool: ...
+
+    @property
+    def expected(self) -> int | None:
+        """The token that exact mode expects next and has looked at, or None."""
+
+    @property
+    def pace(self) -> dict | None:
+        """
+        Exact mode: expected gain over dense decoding by source of drafts, or None.
+        """
+
+    def replay(self, *, statistic: str | None = None, alpha: float = 0.4) -> None:
+        """Reads again, dense, what was decoded with core weights."""
 
     def verify(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> NDArray[numpy.float32]:
         """(n, n_vocab) float32 logits through the decode weights."""

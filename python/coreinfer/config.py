@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-CORE_MODES = ("off", "stable")
+CORE_MODES = ("off", "stable", "exact")
 STATISTICS = ("count", "count_gate", "count_abs", "flock")
 CACHE_TYPES = ("f32", "f16", "q8_0")
 
@@ -179,7 +179,8 @@ class CoreConfig(Checked):
 
     mode: str = parameter(
         "stable",
-        "decode dense (off) or with the prompt's own core neurons (stable)",
+        "decode dense (off), with the prompt's own core neurons (stable), or dense with core "
+        "neurons as a draft that the dense weights verify (exact: the text of off, never another)",
         "str",
         choices=CORE_MODES,
         flag="--core",
@@ -202,6 +203,18 @@ class CoreConfig(Checked):
     )
     statistic: str = parameter(
         "flock", "how neurons are ranked over the prompt", "str", choices=STATISTICS
+    )
+    refresh: int | None = parameter(
+        None,
+        "read every N generated tokens again, dense, and choose the neurons anew (default: never)",
+        "int",
+        low=1,
+        high=1 << 26,
+        optional=True,
+        metavar="N",
+    )
+    max_drafts: int = parameter(
+        8, "tokens that exact mode drafts at most before a verification", "int", low=0, high=15
     )
     layers: LayerRange | None = parameter(
         None,

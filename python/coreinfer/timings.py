@@ -13,6 +13,8 @@ class Timings:
 
     Prefill seconds include counting; selection and compaction come after it and before the first
     decoded token, so they belong to the time to first token of a generation with core neurons.
+    In exact mode drafts (made, and those that came true) are inside the decode seconds; replays of
+    `refresh` stand beside them.
     """
 
     load_seconds: float = 0.0
@@ -24,6 +26,12 @@ class Timings:
     compact_bytes: int = 0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    verifications: int = 0
+    draft_seconds: float = 0.0
+    replay_tokens: int = 0
+    replay_seconds: float = 0.0
     reused_tokens: int = 0
     dense_weight_bytes: int = 0
     decode_weight_bytes: int = 0
@@ -40,14 +48,20 @@ class Timings:
         return self.decode_tokens / self.decode_seconds if self.decode_seconds > 0 else 0.0
 
     @property
+    def acceptance(self) -> float | None:
+        """Share of the drafts of exact mode that came true; None if there were none."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else None
+
+    @property
     def decode_gb_per_second(self) -> float:
         """Weight bytes that decoding read a second, in 10^9 bytes."""
         return self.decode_weight_bytes * self.decode_tokens_per_second / 1e9
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float | None]:
         """Fields and rates, ready for JSON."""
         return {
             **dataclasses.asdict(self),
+            "acceptance": self.acceptance,
             "prefill_tokens_per_second": self.prefill_tokens_per_second,
             "decode_tokens_per_second": self.decode_tokens_per_second,
             "decode_gb_per_second": self.decode_gb_per_second,
@@ -63,6 +77,12 @@ COUNTERS = {
     "compact_seconds": float,
     "decode_tokens": int,
     "decode_seconds": float,
+    "drafted_tokens": int,
+    "accepted_tokens": int,
+    "verifications": int,
+    "draft_seconds": float,
+    "replay_tokens": int,
+    "replay_seconds": float,
 }
 
 

@@ -196,11 +196,20 @@ class TokenModel:
         self._open_session()
         return self._core_set
 
+    def _statistic(self) -> str | None:
+        """What a prefill counts; None where no neurons are chosen from it."""
+        return None if self._core.mode == "off" else self._core.statistic
+
     def _choose_core(self, session: _core.Session) -> None:
-        """Select from the prompt's statistics, and compact."""
+        """Select from the prompt's statistics, and compact; exact mode does so when it pays."""
         chosen: CoreSet | None = self._given
+        layers = self._core.layer_range(self._open_engine().n_layer)
+        if self._core.mode == "exact":
+            session.set_exact(beta=self._core.beta, layers=layers, max_drafts=self._core.max_drafts)
+            self._core_set = None
+            return
+        session.end_exact()
         if self._core.mode == "stable":
-            layers = self._core.layer_range(self._open_engine().n_layer)
             raw = session.select(beta=self._core.beta, layers=layers)
             chosen = CoreSet(
                 layers=raw.layers,
@@ -303,7 +312,7 @@ class TokenModel:
         """Make the cache hold exactly `ids`, dense, reusing what it can of the last text."""
         self._generation += 1
         self._timings_before = dict(session.timings)
-        statistic = self._core.statistic if self._core.mode == "stable" else None
+        statistic = self._statistic()
         self._reused = session.reusable(ids, statistic, self._core.alpha)
         session.keep(self._reused)
         session.prefill(
@@ -372,10 +381,19 @@ class TokenModel:
                     return False
                 extra = self.checked_ids([] if sent is None else sent)
                 self._check_room(session.n_past + 1 + extra.size)
-                session.decode(token)
+                session.decode(token, sampler)
                 for token in extra.tolist():
-                    session.decode(token)
+                    session.decode(token, sampler)
                     sampler.accept(token)
+                self._refresh(session)
+
+    def _refresh(self, session: _core.Session) -> None:
+        """Every `refresh` tokens decoded with core neurons: read them again, and choose anew."""
+        if self._core.refresh is None or self._core.mode != "stable":
+            return
+        if session.n_past - session.n_dense >= self._core.refresh:
+            session.replay(statistic=self._statistic(), alpha=self._core.alpha)
+            self._choose_core(session)
 
     def score(self, prompt_ids: Tokens, continuation_ids: Tokens) -> np.ndarray:
         """Log-probabilities of a continuation, computed as a generation would compute them.
@@ -407,6 +425,7 @@ class TokenModel:
         rows: list[tuple[float, TopLogprobs]] = []
         with self._computing() as session:
             self._generation += 1
+            session.end_exact()
             self._decode_with(session, None)
             session.keep(0)
             session.prefill(prompt[:1])
@@ -480,7 +499,7 @@ def _core_share(core: CoreConfig | CoreSet) -> float:
     """Share of the FFN weights that decoding will want beside the dense ones."""
     if isinstance(core, CoreSet):
         return core.kept
-    return core.beta if core.mode == "stable" else 0.0
+    return 0.0 if core.mode == "off" else core.beta
 
 
 def _to_core(core_set: CoreSet) -> Any:

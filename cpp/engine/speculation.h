@@ -1,0 +1,50 @@
+// Speculation: what exact mode remembers between tokens. Drafts are tokens that are expected to
+// follow the text; one pass of the dense weights has looked at all of them, and the logits behind
+// each are ready while the text takes just those tokens. It computes nothing; session_exact.cpp
+// does.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "engine/draft_pace.h"
+#include "forward/transformer.h"
+#include "neurons/core_set.h"
+#include "sampling/sampler.h"
+
+namespace coreinfer {
+
+// How exact mode drafts.
+struct ExactSpec {
+  double beta = 0.4;                 // share of neurons of the drafting core set
+  std::optional<LayerRange> layers;  // of the core set; none: all
+  int64_t max_drafts = 8;            // in one verification
+  bool core = true;                  // draft with the core neurons
+  bool text = true;                  // draft what followed an earlier place of the same text
+  bool paced = true;  // draft as many as pay; false: always max_drafts, for measurements
+};
+void check(const ExactSpec& spec);  // kValue naming the field
+
+struct Speculation {
+  ExactSpec spec;
+  DraftPace pace;
+
+  int64_t length(DraftPace::Source from, int64_t limit, double entry = 0.0) const {
+    return spec.paced ? pace.length(from, limit, entry) : limit;
+  }
+
+  // The present drafts; those before `taken` have become text.
+  std::vector<int32_t> drafts;
+  DraftPace::Source source = DraftPace::kCore;
+  size_t taken = 0;
+  bool looked = false;  // the transformer's logits belong to the drafts
+
+  KeptActivations kept;  // of verified tokens that are text but not counted yet: rows [0, n_kept)
+  int64_t n_kept = 0;
+  bool counting = false;  // the present verification's activations are kept
+  int64_t chosen_at = 0;  // tokens counted when the core set was chosen; 0: it is to be chosen
+  std::optional<Sampler> sampler;  // that draws the drafts
+};
+
+}  // namespace coreinfer

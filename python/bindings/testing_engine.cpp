@@ -1,0 +1,39 @@
+#include "bindings/arrays.h"
+#include "engine/draft_pace.h"
+#include "engine/text_drafts.h"
+
+namespace coreinfer::python {
+namespace {
+
+DraftPace::Source source_of(bool text) { return text ? DraftPace::kText : DraftPace::kCore; }
+
+}  // namespace
+
+void bind_testing_engine(nb::module_& testing) {
+  nb::class_<DraftPace>(testing, "DraftPace", "How many tokens exact mode drafts.")
+      .def(nb::init<>())
+      .def("verified", &DraftPace::verified, nb::arg("rows"), nb::arg("seconds"))
+      .def("drafted", &DraftPace::drafted, nb::arg("n"), nb::arg("seconds"))
+      .def(
+          "judged",
+          [](DraftPace& p, int64_t offered, int64_t accepted, bool text) {
+            p.judged(source_of(text), offered, accepted);
+          },
+          nb::arg("offered"), nb::arg("accepted"), nb::arg("text") = false)
+      .def(
+          "length",
+          [](const DraftPace& p, int64_t limit, double entry, bool text) {
+            return p.length(source_of(text), limit, entry);
+          },
+          nb::arg("limit"), nb::arg("entry") = 0.0, nb::arg("text") = false)
+      .def(
+          "gain", [](const DraftPace& p, bool text) { return p.gain(source_of(text)); },
+          nb::arg("text") = false);
+  testing.def(
+      "text_drafts",
+      [](const nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& tokens,
+         int64_t n) { return copy_array<int32_t>(text_drafts(span_of<int32_t>(tokens), n)); },
+      nb::arg("tokens").noconvert(), nb::arg("n"));
+}
+
+}  // namespace coreinfer::python
