@@ -114,11 +114,11 @@ __device__ void store_row(const KvPlane& plane, int head, int64_t head_dim, int6
   }
 }
 
-// grid: (parts of the heads, rows)
+// grid: (rows, parts of the heads)
 __global__ void __launch_bounds__(kThreads) rope_kernel(COREINFER_PARAMETER RopeArgs a) {
   begin_kernel();
   __shared__ float cos[kMaxPairs], sin[kMaxPairs];
-  const int64_t row = blockIdx.y;
+  const int64_t row = blockIdx.x;
   const int64_t position = (a.position != nullptr ? *a.position : a.first) + row;
   for (int i = static_cast<int>(threadIdx.x); i < a.pairs; i += kThreads) {
     // In double: at position 100,000 a float32 angle is off by hundredths of a radian.
@@ -127,8 +127,8 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(COREINFER_PARAMETER Rope
     sin[i] = static_cast<float>(::sin(angle)) * a.rope_scale;
   }
   __syncthreads();
-  const int warp = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarp;
-  const int n_warps = static_cast<int>(gridDim.x) * kWarps;
+  const int warp = static_cast<int>(blockIdx.y) * kWarps + static_cast<int>(threadIdx.x) / kWarp;
+  const int n_warps = static_cast<int>(gridDim.y) * kWarps;
   for (int head = warp; head < a.n_head + 2 * a.n_head_kv; head += n_warps) {
     if (head < a.n_head) {
       turn_head(a, a.q_norm, cos, sin, a.q + row * a.q_stride + head * a.head_dim);
@@ -334,11 +334,11 @@ struct MergeArgs {
   int32_t n_head, head_dim;
 };
 
-// grid: (heads, rows)
+// grid: (rows, heads)
 __global__ void merge_kernel(COREINFER_PARAMETER MergeArgs a) {
   begin_kernel();
-  const int64_t row = blockIdx.y;
-  const int head = static_cast<int>(blockIdx.x);
+  const int64_t row = blockIdx.x;
+  const int head = static_cast<int>(blockIdx.y);
   const int64_t position = (a.position != nullptr ? *a.position : a.first) + row;
   const int64_t last = position / kSpan;
   const int64_t oldest = a.window == 0 ? 0 : position + 1 - a.window;
@@ -409,7 +409,7 @@ void rope_and_store(Context& context, const AttentionSpec& spec, const Attention
   const int64_t heads = spec.n_head + 2 * spec.n_head_kv;
   const int64_t parts = c.q.n <= kExactRows ? divide_up<int64_t>(heads, kWarps)
                                             : divide_up<int64_t>(heads, 4 * kWarps);
-  context.launch(rope_kernel, dim3(static_cast<unsigned>(parts), static_cast<unsigned>(c.q.n)),
+  context.launch(rope_kernel, dim3(static_cast<unsigned>(c.q.n), static_cast<unsigned>(parts)),
                  dim3(kThreads), 0, a);
 }
 
@@ -438,7 +438,7 @@ void attend_rows(Context& context, const AttentionSpec& spec, const AttentionCal
     launch_spans<kMaxGroup>(context, a, c.q.n);
   }
   context.launch(merge_kernel,
-                 dim3(static_cast<unsigned>(spec.n_head), static_cast<unsigned>(c.q.n)), dim3(64),
+                 dim3(static_cast<unsigned>(c.q.n), static_cast<unsigned>(spec.n_head)), dim3(64),
                  0,
                  {c.partials, c.out.data, c.out.stride, c.position, c.first, spec.window, c.n_spans,
                   a.n_head, a.head_dim});

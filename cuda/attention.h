@@ -12,6 +12,8 @@ namespace coreinfer::cuda {
 
 // Positions of a span.
 inline constexpr int kSpan = 128;
+// Rows that one call of attend_rows takes: they are the third side of a grid.
+inline constexpr int64_t kMaxSpanRows = 65535;
 // Query heads of a key-value head that share a pass over its keys.
 inline constexpr int kMaxGroup = 8;
 

@@ -101,7 +101,9 @@ BackendInfo CudaBackend::info() const {
 }
 
 // Working memory that does not grow with a session's batches.
-size_t CudaBackend::own_memory() const { return kPartialBytes + (gemm_ ? Gemm::own_memory() : 0); }
+size_t CudaBackend::own_memory() const {
+  return kPartialBytes + kLoadPiece + (gemm_ ? Gemm::own_memory() : 0);
+}
 
 // ---- Memory
 
@@ -110,40 +112,47 @@ BufferPtr CudaBackend::allocate(int64_t n_floats) {
     throw_error(ErrorKind::kValue, "a buffer of %lld floats cannot be allocated",
                 static_cast<long long>(n_floats));
   }
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(context_->mutex());
   return std::make_shared<CudaBuffer>(context_, n_floats);
 }
 
 void CudaBackend::read(const float* from, float* to_host, int64_t n) {
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(context_->mutex());
   if (n > 0) context_->copy_out(to_host, from, static_cast<size_t>(n) * sizeof(float));
 }
 
 void CudaBackend::write(const float* from_host, float* to, int64_t n) {
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(context_->mutex());
   if (n > 0) context_->copy_in(to, from_host, static_cast<size_t>(n) * sizeof(float));
 }
 
+void CudaBackend::copy(const float* from, float* to, int64_t n) {
+  const std::lock_guard lock(context_->mutex());
+  if (n < 1) return;
+  COREINFER_CUDA_CHECK(cudaMemcpyAsync(to, from, static_cast<size_t>(n) * sizeof(float),
+                                       cudaMemcpyDeviceToDevice, context_->stream_for_copy()));
+}
+
 BufferPtr CudaBackend::load_vector(const Mat& mat) {
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(context_->mutex());
   auto buffer = std::make_shared<CudaBuffer>(context_, mat.rows * mat.cols);
-  raw_.ensure(context_, mat.bytes(), "loading");
+  const Memory raw(context_, mat.bytes(), "loading");
   context_->defer(false);
-  context_->copy_in(raw_.as<void>(), mat.data, mat.bytes());
-  dequantize_source(*context_, mat.type, raw_.as<uint8_t>(), mat.rows, mat.cols, 1.0f, false,
+  context_->copy_in(raw.as<void>(), mat.data, mat.bytes());
+  dequantize_source(*context_, mat.type, raw.as<uint8_t>(), mat.rows, mat.cols, 1.0f, false,
                     buffer->data(), mat.cols);
   return buffer;
 }
 
 WeightPtr CudaBackend::load(const Mat& mat) {
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(context_->mutex());
   auto weight = load_weight(context_, mat, &raw_);
   loaded_[mat.data] = weight;
   return weight;
 }
 
 KvCachePtr CudaBackend::make_kv_cache(const KvSpec& spec) {
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(context_->mutex());
   return std::make_unique<CudaKvCache>(context_, spec);
 }
 
@@ -174,7 +183,7 @@ void CudaBackend::embed(std::span<const int32_t> tokens, const Mat& table, float
                 static_cast<long long>(first_position + n - 1),
                 static_cast<long long>(positions.rows));
   }
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(context_->mutex());
   if (n == 0) return;
   // Rows as the file has them, tokens first: the tables themselves stay in host memory.
   const size_t row = table.stride();
@@ -201,7 +210,7 @@ void CudaBackend::embed(std::span<const int32_t> tokens, const Mat& table, float
 void CudaBackend::norm(Rows x, const Norm& norm, Rows out) {
   check_same_shape("norm", x, out);
   check_norm("norm", norm, x.width);
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(context_->mutex());
   if (x.n == 0) return;
   context_->defer(x.n <= kExactRows);
   PreparedRows to{};
@@ -213,7 +222,7 @@ void CudaBackend::norm(Rows x, const Norm& norm, Rows out) {
 void CudaBackend::add(Rows x, Rows y, const Norm& norm) {
   check_same_shape("add", x, y);
   check_norm("add", norm, y.width);
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(context_->mutex());
   if (x.n == 0) return;
   context_->defer(x.n <= kExactRows);
   add_rows(*context_, x, y, norm);
@@ -361,7 +370,7 @@ void CudaBackend::exact_linear(Rows x, const Norm& norm, std::span<const Linear>
 
 void CudaBackend::linear(Rows x, const Norm& norm, std::span<const Linear> linears) {
   check_norm("linear", norm, x.width);
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(context_->mutex());
   if (x.n == 0) return;
   if (x.n <= kExactRows) {
     context_->defer(true);
@@ -420,7 +429,7 @@ void CudaBackend::exact_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, 
 void CudaBackend::ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Activation act,
                              Rows h, Rows act_gate) {
   check_norm("ffn_hidden", norm, x.width);
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(context_->mutex());
   if (x.n == 0) return;
   if (x.n <= kExactRows) {
     context_->defer(true);
@@ -455,7 +464,7 @@ void CudaBackend::ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Ac
 void CudaBackend::attend(const AttentionSpec& spec, Rows q, Rows k, Rows v, KvCache& cache,
                          int64_t layer, int64_t first, Rows out) {
   check_attend(spec, cache.spec(), q, k, v, layer, first, out);
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(context_->mutex());
   if (q.n < 1) return;
   const auto& kv = static_cast<const CudaKvCache&>(cache);
   const bool exact = q.n <= kExactRows;
@@ -486,7 +495,8 @@ void CudaBackend::attend(const AttentionSpec& spec, Rows q, Rows k, Rows v, KvCa
   }
   const int64_t spans = spans_for(first + q.n);
   const int64_t row_bytes = partial_floats(spec, 1, spans) * static_cast<int64_t>(sizeof(float));
-  const int64_t rows = std::clamp<int64_t>(static_cast<int64_t>(kPartialBytes) / row_bytes, 1, q.n);
+  const int64_t rows = std::clamp<int64_t>(static_cast<int64_t>(kPartialBytes) / row_bytes, 1,
+                                           std::min(q.n, kMaxSpanRows));
   partials_.ensure(context_, static_cast<size_t>(rows * row_bytes), "attention");
   call.partials = partials_.as<float>();
   for (int64_t i = 0; i < q.n; i += rows) {

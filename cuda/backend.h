@@ -1,13 +1,12 @@
 // The Backend of one CUDA device (cpp/backend/backend.h): its operations as launches of the kernels
 // of this folder, on one stream. Up to kExactRows rows wait in a list that becomes a CUDA graph
-// (context.h); larger batches are issued at once. Only read, accumulate, select and KvCache::save
+// (context.h); larger batches are issued at once. Only read, select, compact and KvCache::save
 // wait for the device. One operation at a time: sessions that share a backend take turns.
 // Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #pragma once
 
 #include <map>
 #include <memory>
-#include <mutex>
 
 #include "backend/cuda_loader.h"
 #include "context.h"
@@ -26,6 +25,7 @@ class CudaBackend final : public Backend {
   BufferPtr allocate(int64_t n_floats) override;
   void read(const float* from, float* to_host, int64_t n) override;
   void write(const float* from_host, float* to, int64_t n) override;
+  void copy(const float* from, float* to, int64_t n) override;
   BufferPtr load_vector(const Mat& mat) override;
   WeightPtr load(const Mat& mat) override;
   KvCachePtr make_kv_cache(const KvSpec& spec) override;
@@ -40,8 +40,9 @@ class CudaBackend final : public Backend {
               int64_t first, Rows out) override;
   void add(Rows x, Rows y, const Norm& norm) override;
 
-  int64_t accumulate(Statistic statistic, double alpha, Rows h, float* scores) override;
-  std::vector<int32_t> select(std::span<const float> scores, int64_t k) override;
+  void accumulate(Statistic statistic, double alpha, Rows h, float* scores, int64_t first_row,
+                  float* bad) override;
+  std::vector<std::vector<int32_t>> select(Rows scores, int64_t k) override;
   CompactWeights compact(std::span<const CompactSource> layers) override;
 
  private:
@@ -58,7 +59,6 @@ class CudaBackend final : public Backend {
   const float* dense_values(Rows x, const Norm& norm, int64_t* stride);
 
   CudaOptions options_;
-  std::mutex mutex_;
   ContextPtr context_;
   std::unique_ptr<Gemm> gemm_;  // null: no cuBLAS
   std::string no_gemm_;         // why

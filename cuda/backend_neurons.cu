@@ -75,43 +75,38 @@ Target plan_rows(const Mat& from, int64_t n, size_t* offset) {
 
 }  // namespace
 
-int64_t CudaBackend::accumulate(Statistic statistic, double alpha, Rows h, float* scores) {
+void CudaBackend::accumulate(Statistic statistic, double alpha, Rows h, float* scores,
+                             int64_t first_row, float* bad) {
   if (!(alpha > 0.0 && alpha <= 1.0) && statistic != Statistic::kFlock) {
     throw_error(ErrorKind::kValue, "alpha is %g, expected a share in (0, 1]", alpha);
   }
-  if (h.n < 1 || h.width < 1) return -1;
-  const std::lock_guard lock(mutex_);
-  context_->defer(false);
-  const size_t choices = align(static_cast<size_t>(h.n) * sizeof(RowChoice));
-  choices_.ensure(context_, choices + sizeof(int32_t), "neuron counts");
-  auto* first_bad = reinterpret_cast<int32_t*>(choices_.as<unsigned char>() + choices);
-  accumulate_rows(*context_, statistic, alpha, h, scores, choices_.as<RowChoice>(), first_bad);
-  int32_t bad = 0;
-  context_->copy_out(&bad, first_bad, sizeof(bad));
-  return bad == INT32_MAX ? -1 : bad;
+  if (h.n < 1 || h.width < 1) return;
+  const std::lock_guard lock(context_->mutex());
+  context_->defer(h.n <= kExactRows);
+  choices_.ensure(context_, static_cast<size_t>(h.n) * sizeof(RowChoice), "neuron counts");
+  accumulate_rows(*context_, statistic, alpha, h, scores, choices_.as<RowChoice>(), first_row, bad);
 }
 
-std::vector<int32_t> CudaBackend::select(std::span<const float> scores, int64_t k) {
-  const auto n = static_cast<int64_t>(scores.size());
-  if (n < 1 || k < 1) return {};
-  const std::lock_guard lock(mutex_);
+std::vector<std::vector<int32_t>> CudaBackend::select(Rows scores, int64_t k) {
+  std::vector<std::vector<int32_t>> result(static_cast<size_t>(scores.n));
+  k = std::min(k, scores.width);
+  if (scores.n < 1 || k < 1) return result;
+  const std::lock_guard lock(context_->mutex());
   context_->defer(false);
-  // In the memory: the scores, the count, the first NaN, the neurons.
-  const size_t at_count = align(scores.size_bytes());
-  selected_.ensure(context_, at_count + static_cast<size_t>(2 + n) * sizeof(int32_t), "selection");
-  auto* device_scores = selected_.as<float>();
-  auto* count = reinterpret_cast<int32_t*>(selected_.as<unsigned char>() + at_count);
-  context_->copy_in(device_scores, scores.data(), scores.size_bytes());
-  select_neurons(*context_, device_scores, n, k, count + 2, count, count + 1);
-  std::vector<int32_t> result(static_cast<size_t>(std::min(k, n)) + 2);
-  context_->copy_out(result.data(), count, result.size() * sizeof(int32_t));
-  if (result[1] != INT32_MAX) {
-    throw_error(ErrorKind::kNumeric, "the score of neuron %d of %lld is NaN", result[1],
-                static_cast<long long>(n));
+  // Of each row: how many were found, the first NaN, then the neurons.
+  const int64_t stride = 2 + k;
+  std::vector<int32_t> found(static_cast<size_t>(scores.n * stride));
+  selected_.ensure(context_, found.size() * sizeof(int32_t), "selection");
+  select_neurons(*context_, scores, k, selected_.as<int32_t>(), stride);
+  context_->copy_out(found.data(), selected_.as<void>(), found.size() * sizeof(int32_t));
+  for (size_t i = 0; i < result.size(); ++i) {
+    const int32_t* row = found.data() + static_cast<int64_t>(i) * stride;
+    if (row[1] != INT32_MAX) {
+      throw_error(ErrorKind::kNumeric, "the score of neuron %d of %lld is NaN", row[1],
+                  static_cast<long long>(scores.width));
+    }
+    result[i].assign(row + 2, row + 2 + row[0]);
   }
-  const int32_t found = result[0];
-  result.erase(result.begin(), result.begin() + 2);
-  result.resize(static_cast<size_t>(found));
   return result;
 }
 
@@ -126,7 +121,7 @@ std::shared_ptr<const CudaWeight> CudaBackend::resident(const Mat& mat) {
 }
 
 CompactWeights CudaBackend::compact(std::span<const CompactSource> layers) {
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(context_->mutex());
   context_->defer(false);
   CompactWeights result;
   std::vector<Plan> plans(layers.size());

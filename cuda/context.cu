@@ -76,6 +76,8 @@ Context::Context(int device, size_t limit)
                 static_cast<double>(total) / 0x1p20);
   }
   COREINFER_CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  COREINFER_CUDA_CHECK(cudaStreamCreateWithFlags(&load_stream_, cudaStreamNonBlocking));
+  COREINFER_CUDA_CHECK(cudaEventCreateWithFlags(&released_, cudaEventDisableTiming));
   COREINFER_CUDA_CHECK(cudaEventCreateWithFlags(&positions_sent_, cudaEventDisableTiming));
   COREINFER_CUDA_CHECK(
       cudaMallocHost(reinterpret_cast<void**>(&host_positions_), kPositions * sizeof(int32_t)));
@@ -90,6 +92,7 @@ Context::Context(int device, size_t limit)
 
 Context::~Context() {
   cudaStreamSynchronize(stream_);
+  cudaStreamSynchronize(load_stream_);
   for (Graph& g : kept_) {
     if (g.exec != nullptr) cudaGraphExecDestroy(g.exec);
   }
@@ -101,7 +104,9 @@ Context::~Context() {
   if (device_positions_ != nullptr) cudaFree(device_positions_);
   for (const Block& b : spare_) cudaFree(b.p);
   if (positions_sent_ != nullptr) cudaEventDestroy(positions_sent_);
+  if (released_ != nullptr) cudaEventDestroy(released_);
   cudaStreamDestroy(stream_);
+  cudaStreamDestroy(load_stream_);
 }
 
 void* Context::allocate(size_t bytes, const char* what) {
@@ -137,13 +142,17 @@ void* Context::allocate(size_t bytes, const char* what) {
 }
 
 void Context::release(void* p, size_t bytes) noexcept {
+  const std::lock_guard lock(mutex_);
   bytes = std::max<size_t>(bytes, 1);
   used_ -= bytes;
   try {
     flush();  // launches that wait may use the memory
+    COREINFER_CUDA_CHECK(cudaEventRecord(released_, stream_));
+    after_kernel_ = false;
     spare_.push_back({p, bytes});
   } catch (...) {  // what went wrong shows again at the next call
     cudaStreamSynchronize(stream_);
+    cudaStreamSynchronize(load_stream_);
     cudaFree(p);
     taken_ -= bytes;
   }
@@ -151,6 +160,7 @@ void Context::release(void* p, size_t bytes) noexcept {
 
 void Context::free_spare() {
   synchronize();
+  finish_loads();
   for (const Block& b : spare_) {
     cudaFree(b.p);
     taken_ -= b.bytes;
@@ -180,26 +190,26 @@ void Context::add(const Launch& launch, const void* args) {
   list_.insert(list_.end(), bytes, bytes + launch.args_size);
 }
 
-void Context::issue(const Launch& launch, const void* args) {
+void Context::issue(const Launch& launch, const void* args, cudaStream_t stream,
+                    [[maybe_unused]] bool after_kernel) {
 #ifdef COREINFER_CUDA_HOST
   check(cuda_host_launch(launch.thunk, launch.kernel, args, launch.args_size, launch.grid,
-                         launch.block, launch.shared, stream_),
+                         launch.block, launch.shared, stream),
         "cuda_host_launch(");
 #else
   cudaLaunchConfig_t config{};
   config.gridDim = launch.grid;
   config.blockDim = launch.block;
   config.dynamicSmemBytes = launch.shared;
-  config.stream = stream_;
+  config.stream = stream;
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
-  config.numAttrs = overlap_ && after_kernel_ ? 1 : 0;
+  config.numAttrs = overlap_ && after_kernel ? 1 : 0;
   void* pointers[] = {const_cast<void*>(args)};
   COREINFER_CUDA_CHECK(cudaLaunchKernelExC(&config, launch.kernel, pointers));
 #endif
-  after_kernel_ = true;
 }
 
 void Context::issue_list() {
@@ -296,8 +306,7 @@ const int32_t* Context::position(int64_t value) {
   return device_positions_ + (found - positions_.begin());
 }
 
-void Context::copy_in(void* device, const void* host, size_t n) {
-  flush();
+void Context::stage(void* device, const void* host, size_t n, cudaStream_t stream) {
   auto* to = static_cast<unsigned char*>(device);
   const auto* from = static_cast<const unsigned char*>(host);
   for (size_t done = 0; done < n;) {
@@ -307,12 +316,40 @@ void Context::copy_in(void* device, const void* host, size_t n) {
     COREINFER_CUDA_CHECK(cudaEventSynchronize(staged_[i]));
     copy_shared(copiers_, staging_[i], from + done, count);
     COREINFER_CUDA_CHECK(
-        cudaMemcpyAsync(to + done, staging_[i], count, cudaMemcpyHostToDevice, stream_));
-    COREINFER_CUDA_CHECK(cudaEventRecord(staged_[i], stream_));
+        cudaMemcpyAsync(to + done, staging_[i], count, cudaMemcpyHostToDevice, stream));
+    COREINFER_CUDA_CHECK(cudaEventRecord(staged_[i], stream));
     done += count;
   }
+}
+
+void Context::copy_in(void* device, const void* host, size_t n) {
+  flush();
+  stage(device, host, n, stream_);
   after_kernel_ = false;
 }
+
+cudaStream_t Context::begin_load() {
+  flush();  // so that the device computes while the host copies
+  COREINFER_CUDA_CHECK(cudaStreamWaitEvent(load_stream_, released_, 0));
+  return load_stream_;
+}
+
+void Context::load_copy(void* device, const void* host, size_t n) {
+  stage(device, host, n, load_stream_);
+}
+
+EventPtr Context::end_load() {
+  auto event = std::make_unique<Event>();
+  COREINFER_CUDA_CHECK(cudaEventRecord(event->get(), load_stream_));
+  return event;
+}
+
+void Context::await(const Event& event) {
+  COREINFER_CUDA_CHECK(cudaStreamWaitEvent(stream_, event.get(), 0));
+  after_kernel_ = false;
+}
+
+void Context::finish_loads() { COREINFER_CUDA_CHECK(cudaStreamSynchronize(load_stream_)); }
 
 void Context::copy_out(void* host, const void* device, size_t n) {
   flush();

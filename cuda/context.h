@@ -4,11 +4,14 @@
 // Deferred launches wait in a list until flush(). A list that comes a second time, byte for byte,
 // is captured as a CUDA graph and from then on costs one launch; a decode step is such a list. What
 // differs from step to step (positions) is read by kernels from device memory, see position().
-// Callers hold the backend's mutex.
+// Weights come onto the device on a second stream, beside the work: begin_load to end_load, and who
+// uses them waits for the event that came out. Callers hold mutex(); what only gives memory back
+// need not.
 // Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <type_traits>
 #include <vector>
 
@@ -16,6 +19,20 @@
 #include "device_api.h"
 
 namespace coreinfer::cuda {
+
+// A point of a stream that others can wait for.
+class Event {
+ public:
+  Event() { COREINFER_CUDA_CHECK(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming)); }
+  ~Event() { cudaEventDestroy(event_); }
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  cudaEvent_t get() const { return event_; }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+using EventPtr = std::unique_ptr<Event>;
 
 class Context {
  public:
@@ -26,6 +43,8 @@ class Context {
   Context& operator=(const Context&) = delete;
 
   const cudaDeviceProp& properties() const { return properties_; }
+  // Recursive: memory may be given back by who holds it already.
+  std::recursive_mutex& mutex() { return mutex_; }
 
   // Throws kMemory saying what was wanted for `what`, what is in use and what the limit is. What
   // is released is kept for the next allocation of its size: there is one stream, so that work
@@ -40,13 +59,7 @@ class Context {
   template <typename Args>
   void launch(void (*kernel)(Args), dim3 grid, dim3 block, size_t shared,
               const std::type_identity_t<Args>& args) {
-    static_assert(std::is_trivially_copyable_v<Args> && sizeof(Args) <= 4000);
-    add({reinterpret_cast<const void*>(kernel),
-         [](const void* k, const void* a) {
-           reinterpret_cast<void (*)(Args)>(const_cast<void*>(k))(*static_cast<const Args*>(a));
-         },
-         grid, block, static_cast<uint32_t>(shared), static_cast<uint32_t>(sizeof(Args))},
-        &args);
+    add(describe(kernel, grid, block, shared), &args);
   }
   // Issues what waits.
   void flush();
@@ -60,6 +73,21 @@ class Context {
   // call returns.
   void copy_in(void* device, const void* host, size_t n);
   void copy_out(void* host, const void* device, size_t n);  // synchronizes
+
+  // Loading: between begin and end, copies and kernels on the second stream. They come after all
+  // work that was issued when memory was last given back, so they may write into any that is free.
+  cudaStream_t begin_load();
+  void load_copy(void* device, const void* host, size_t n);  // host memory as for copy_in
+  template <typename Args>
+  void load_launch(void (*kernel)(Args), dim3 grid, dim3 block,
+                   const std::type_identity_t<Args>& args) {
+    issue(describe(kernel, grid, block, 0), &args, load_stream_, false);
+  }
+  EventPtr end_load();
+  // Work issued from now on comes after the event.
+  void await(const Event& event);
+  void finish_loads();  // waits until the second stream is empty
+
   // For work put on the stream by others: flush first, and tell that the last work is no kernel.
   cudaStream_t stream_for_copy() {
     flush();
@@ -81,15 +109,32 @@ class Context {
   };
   static constexpr int kPositions = 64;
 
+  template <typename Args>
+  static Launch describe(void (*kernel)(Args), dim3 grid, dim3 block, size_t shared) {
+    return {reinterpret_cast<const void*>(kernel),
+            [](const void* k, const void* a) {
+              reinterpret_cast<void (*)(Args)>(const_cast<void*>(k))(*static_cast<const Args*>(a));
+            },
+            grid, block, static_cast<uint32_t>(shared), static_cast<uint32_t>(sizeof(Args))};
+  }
   void add(const Launch& launch, const void* args);
-  void issue(const Launch& launch, const void* args);
+  // after_kernel: the stream's last work is a kernel, which this one may overlap with.
+  void issue(const Launch& launch, const void* args, cudaStream_t stream, bool after_kernel);
+  void issue(const Launch& launch, const void* args) {
+    issue(launch, args, stream_, after_kernel_);
+    after_kernel_ = true;
+  }
+  void stage(void* device, const void* host, size_t n, cudaStream_t stream);
   void issue_list();
   void run_list();
   void remember_list();
   cudaGraphExec_t capture_list();
 
   cudaDeviceProp properties_{};
+  std::recursive_mutex mutex_;
   cudaStream_t stream_ = nullptr;
+  cudaStream_t load_stream_ = nullptr;
+  cudaEvent_t released_ = nullptr;  // on stream_, when memory was last given back
   cudaEvent_t positions_sent_ = nullptr;
   struct Block {
     void* p;

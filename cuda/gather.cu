@@ -45,17 +45,16 @@ struct ColumnsArgs {
   int64_t n_columns;
 };
 
-// grid: (parts of a row, rows)
+// grid: (rows, parts of a row)
 template <typename Element>
 __global__ void __launch_bounds__(kThreads) float_columns(COREINFER_PARAMETER ColumnsArgs a) {
   begin_kernel();
-  const int64_t row = blockIdx.y + static_cast<int64_t>(blockIdx.z) * gridDim.y;
-  if (row >= a.to.rows) return;
+  const int64_t row = blockIdx.x;
   const auto* from = reinterpret_cast<const Element*>(a.from.lo + row * a.from.lo_stride);
   auto* to = reinterpret_cast<Element*>(const_cast<uint8_t*>(a.to.lo) + row * a.to.lo_stride);
   const int64_t n = a.to.lo_stride / static_cast<int64_t>(sizeof(Element));
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < n;
-       i += static_cast<int64_t>(gridDim.x) * kThreads) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x; i < n;
+       i += static_cast<int64_t>(gridDim.y) * kThreads) {
     to[i] = i < a.n_columns ? from[a.columns[i]] : Element{};
   }
 }
@@ -118,11 +117,8 @@ void gather_columns(Context& context, const WeightView& from, const int32_t* col
                     int64_t n_columns, const WeightView& to) {
   const ColumnsArgs args{from, to, columns, n_columns};
   if (to.scales == Scales::kNone) {
-    // Rows beyond what a grid's second side can count go to its third.
-    const int64_t planes = divide_up<int64_t>(to.rows, 32768);
-    const dim3 grid(static_cast<unsigned>(divide_up<int64_t>(n_columns, 4 * kThreads)),
-                    static_cast<unsigned>(divide_up<int64_t>(to.rows, planes)),
-                    static_cast<unsigned>(planes));
+    const dim3 grid(static_cast<unsigned>(to.rows),
+                    static_cast<unsigned>(divide_up<int64_t>(n_columns, 4 * kThreads)));
     context.launch(to.codes == Codes::kF32 ? float_columns<uint32_t> : float_columns<uint16_t>,
                    grid, dim3(kThreads), 0, args);
     return;

@@ -16,13 +16,13 @@ struct ActivateArgs {
   int32_t unused;
 };
 
-// grid: (parts of a row, rows)
+// grid: (rows, parts of a row)
 __global__ void activate(COREINFER_PARAMETER ActivateArgs a) {
   begin_kernel();
-  const int64_t row = blockIdx.y;
+  const int64_t row = blockIdx.x;
   float* up = a.up + row * a.up_stride;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < a.width;
-       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x; i < a.width;
+       i += static_cast<int64_t>(gridDim.y) * blockDim.x) {
     const float act =
         activated(a.activation, a.gate != nullptr ? a.gate[row * a.gate_stride + i] : up[i]);
     if (a.act_gate != nullptr) a.act_gate[row * a.act_gate_stride + i] = act;
@@ -55,7 +55,7 @@ void activate_rows(Context& context, Epilogue activation, Rows up, const float* 
                    int64_t gate_stride, float* act_gate, int64_t act_gate_stride) {
   const auto parts = static_cast<unsigned>(divide_up<int64_t>(up.width, 4 * 256));
   context.launch(
-      activate, dim3(parts, static_cast<unsigned>(up.n)), dim3(256), 0,
+      activate, dim3(static_cast<unsigned>(up.n), parts), dim3(256), 0,
       {up.data, up.stride, gate, gate_stride, act_gate, act_gate_stride, up.width, activation, 0});
 }
 

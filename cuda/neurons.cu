@@ -130,9 +130,16 @@ struct ChooseArgs {
   int64_t width;
   double share;
   RowChoice* choices;
-  int32_t* first_bad;
+  float* bad;
+  int64_t first_row;
   int64_t magnitude;
 };
+
+// Row numbers are floats of zero and above, which are ordered as their bits are.
+__device__ void note_bad(const ChooseArgs& a, int64_t row) {
+  atomicMin(reinterpret_cast<int32_t*>(a.bad),
+            __float_as_int(static_cast<float>(a.first_row + row)));
+}
 
 // A block a row: its threshold.
 __global__ void __launch_bounds__(kThreads) choose_kernel(COREINFER_PARAMETER ChooseArgs a) {
@@ -150,7 +157,7 @@ __global__ void __launch_bounds__(kThreads) choose_kernel(COREINFER_PARAMETER Ch
   const int positive = all_bins(memory);
   RowChoice choice{0.0, kNoneChosen, 0};
   if (bad != 0) {
-    if (threadIdx.x == 0) atomicMin(a.first_bad, static_cast<int32_t>(row));
+    if (threadIdx.x == 0) note_bad(a, row);
   } else if (positive > 0) {
     // max(1, round(share * positive)), never over it; round(x) = floor(x + 0.5)
     int k = static_cast<int>(floor(a.share * static_cast<double>(positive) + 0.5));
@@ -174,7 +181,7 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(COREINFER_PARAMETER C
   }
   sum = block_sum(sum);
   if (threadIdx.x != 0) return;
-  if (!(sum < 1.7976931348623157e308)) atomicMin(a.first_bad, static_cast<int32_t>(row));
+  if (!(sum < 1.7976931348623157e308)) note_bad(a, row);
   a.choices[row] = {sum > 0 ? 1.0 / sum : 0.0, kNoneChosen, 0};
 }
 
@@ -184,7 +191,7 @@ struct ScoreArgs {
   int64_t width;
   int64_t n_rows;
   const RowChoice* choices;
-  const int32_t* first_bad;
+  const float* bad;
   float* scores;
   int32_t magnitude;
   int32_t flock;
@@ -194,7 +201,7 @@ struct ScoreArgs {
 __global__ void score_kernel(COREINFER_PARAMETER ScoreArgs a) {
   begin_kernel();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= a.width || *a.first_bad != INT32_MAX) return;
+  if (i >= a.width || *a.bad < kNoBadRow) return;
   float score = a.scores[i];
 #pragma unroll 8
   for (int64_t row = 0; row < a.n_rows; ++row) {
@@ -214,73 +221,70 @@ __global__ void score_kernel(COREINFER_PARAMETER ScoreArgs a) {
 
 struct SelectArgs {
   const float* scores;
+  int64_t stride;
   int64_t n;
   int64_t k;
-  int32_t* neurons;
-  int32_t* count;
-  int32_t* nan;
+  int32_t* found;  // of a row: how many, the first NaN (INT32_MAX: none), then the chosen
+  int64_t found_stride;
 };
 
-// One block: threshold, then the chosen in order.
+// A block a row: threshold, then the chosen in order.
 __global__ void __launch_bounds__(kThreads) select_kernel(COREINFER_PARAMETER SelectArgs a) {
   begin_kernel();
   __shared__ SelectMemory memory;
+  __shared__ int32_t first_nan;
+  const float* scores = a.scores + blockIdx.x * a.stride;
+  int32_t* found = a.found + blockIdx.x * a.found_stride;
+  if (threadIdx.x == 0) first_nan = INT32_MAX;
+  __syncthreads();
   for (int64_t i = threadIdx.x; i < a.n; i += kThreads) {
-    if (a.scores[i] != a.scores[i]) atomicMin(a.nan, static_cast<int32_t>(i));
+    if (scores[i] != scores[i]) atomicMin(&first_nan, static_cast<int32_t>(i));
   }
-  count_bins(memory, a.scores, a.n, false, 0, 20, 11);
+  count_bins(memory, scores, a.n, false, 0, 20, 11);
   const int positive = all_bins(memory);
   const int k = a.k < positive ? static_cast<int>(a.k) : positive;
-  if (threadIdx.x == 0) *a.count = k;
+  if (threadIdx.x == 0) {
+    found[0] = k;
+    found[1] = first_nan;
+  }
   if (k < 1) return;
   int32_t key;
   int ties;
   __syncthreads();
-  find_threshold(memory, a.scores, a.n, false, k, &key, &ties);
-  const int end = find_end(memory, a.scores, a.n, false, key, ties);
-  int written = 0;
+  find_threshold(memory, scores, a.n, false, k, &key, &ties);
+  const int end = find_end(memory, scores, a.n, false, key, ties);
+  int written = 2;
   for (int64_t first = 0; first < a.n; first += kThreads) {
     const int64_t i = first + threadIdx.x;
-    const int32_t mine = i < a.n ? key_of(a.scores[i], false) : 0;
+    const int32_t mine = i < a.n ? key_of(scores[i], false) : 0;
     const int chosen = mine > key || (mine == key && i < end) ? 1 : 0;
     int total;
     const int before = block_prefix(memory, chosen, &total);
-    if (chosen != 0) a.neurons[written + before] = static_cast<int32_t>(i);
+    if (chosen != 0) found[written + before] = static_cast<int32_t>(i);
     written += total;
   }
-}
-
-struct FillArgs {
-  int32_t* to;
-  int64_t value;
-};
-
-__global__ void fill_kernel(COREINFER_PARAMETER FillArgs a) {
-  begin_kernel();
-  *a.to = static_cast<int32_t>(a.value);
 }
 
 }  // namespace
 
 void accumulate_rows(Context& context, Statistic statistic, double share, Rows h, float* scores,
-                     RowChoice* choices, int32_t* first_bad) {
+                     RowChoice* choices, int64_t first_row, float* bad) {
   const int64_t magnitude = statistic == Statistic::kCountAbs ? 1 : 0;
   const bool flock = statistic == Statistic::kFlock;
-  context.launch(fill_kernel, dim3(1), dim3(1), 0, {first_bad, INT32_MAX});
   context.launch(flock ? squares_kernel : choose_kernel, dim3(static_cast<unsigned>(h.n)),
                  dim3(kThreads), 0,
-                 {h.data, h.stride, h.width, share, choices, first_bad, magnitude});
+                 {h.data, h.stride, h.width, share, choices, bad, first_row, magnitude});
   constexpr unsigned kBlock = 64;  // small blocks: all multiprocessors take part
   context.launch(score_kernel, dim3(static_cast<unsigned>(divide_up<int64_t>(h.width, kBlock))),
                  dim3(kBlock), 0,
-                 {h.data, h.stride, h.width, h.n, choices, first_bad, scores,
+                 {h.data, h.stride, h.width, h.n, choices, bad, scores,
                   static_cast<int32_t>(magnitude), flock ? 1 : 0});
 }
 
-void select_neurons(Context& context, const float* scores, int64_t n, int64_t k, int32_t* neurons,
-                    int32_t* count, int32_t* nan) {
-  context.launch(fill_kernel, dim3(1), dim3(1), 0, {nan, INT32_MAX});
-  context.launch(select_kernel, dim3(1), dim3(kThreads), 0, {scores, n, k, neurons, count, nan});
+void select_neurons(Context& context, Rows scores, int64_t k, int32_t* found,
+                    int64_t found_stride) {
+  context.launch(select_kernel, dim3(static_cast<unsigned>(scores.n)), dim3(kThreads), 0,
+                 {scores.data, scores.stride, scores.width, k, found, found_stride});
 }
 
 }  // namespace coreinfer::cuda

@@ -19,14 +19,15 @@ struct alignas(16) RowChoice {
   int32_t end;
 };
 
-// Adds the rows to scores (h.width). choices: device memory for h.n; first_bad: device int32, set
-// to the first row with NaN or Inf, or to INT32_MAX; then nothing is added.
+// Adds the rows to scores (h.width). choices: device memory for h.n. *bad, device memory, is
+// lowered to first_row + r for a row r with NaN or Inf; while it is below kNoBadRow nothing is
+// added.
 void accumulate_rows(Context& context, Statistic statistic, double share, Rows h, float* scores,
-                     RowChoice* choices, int32_t* first_bad);
+                     RowChoice* choices, int64_t first_row, float* bad);
 
-// The k largest positive entries of scores (n), ascending, to `neurons`; *count of them. *nan: the
-// first NaN, or INT32_MAX.
-void select_neurons(Context& context, const float* scores, int64_t n, int64_t k, int32_t* neurons,
-                    int32_t* count, int32_t* nan);
+// The k largest positive entries of each row of scores. `found`, device memory: of a row, from
+// `found_stride` on to the next, how many there are, the first NaN (INT32_MAX: none), then they,
+// ascending.
+void select_neurons(Context& context, Rows scores, int64_t k, int32_t* found, int64_t found_stride);
 
 }  // namespace coreinfer::cuda

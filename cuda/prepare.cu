@@ -5,6 +5,7 @@ namespace coreinfer::cuda {
 namespace {
 
 constexpr int kLanesPerChunk = 8;  // four elements each
+constexpr int kMaxThreads = 1024;
 
 struct NormArgs {
   const float* weight;  // null: no normalisation
@@ -61,16 +62,16 @@ struct PrepareArgs {
 // Larger of two, NaN if one is: it must show in the result and not vanish in the codes.
 __device__ float larger(float a, float b) { return !(a <= b) ? a : b != b ? b : (a > b ? a : b); }
 
-// grid: (parts of a row, rows)
-__global__ void prepare(COREINFER_PARAMETER PrepareArgs a) {
+// grid: (rows, parts of a row)
+__global__ void __launch_bounds__(kMaxThreads) prepare(COREINFER_PARAMETER PrepareArgs a) {
   begin_kernel();
-  const int64_t row = blockIdx.y;
+  const int64_t row = blockIdx.x;
   const float* x = a.x + row * a.stride;
   const Moments m = moments_of(a.norm, x, a.width);
   const int64_t n_chunks = divide_up<int64_t>(a.n_columns, kChunk);
-  const int64_t n_groups = static_cast<int64_t>(gridDim.x) * blockDim.x / kLanesPerChunk;
+  const int64_t n_groups = static_cast<int64_t>(gridDim.y) * blockDim.x / kLanesPerChunk;
   const int64_t group =
-      (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kLanesPerChunk;
+      (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) / kLanesPerChunk;
   const int lane = static_cast<int>(threadIdx.x) % kLanesPerChunk;
   // All lanes of a warp make the same number of turns.
   for (int64_t first = 0; first < n_chunks; first += n_groups) {
@@ -130,7 +131,7 @@ struct AddArgs {
   NormArgs norm;
 };
 
-__global__ void add_normalised(COREINFER_PARAMETER AddArgs a) {
+__global__ void __launch_bounds__(kMaxThreads) add_normalised(COREINFER_PARAMETER AddArgs a) {
   begin_kernel();
   float* x = a.x + static_cast<int64_t>(blockIdx.x) * a.x_stride;
   const float* y = a.y + static_cast<int64_t>(blockIdx.x) * a.y_stride;
@@ -141,7 +142,7 @@ __global__ void add_normalised(COREINFER_PARAMETER AddArgs a) {
 // Threads for a row: whole warps, four elements a thread.
 unsigned threads_for(int64_t width) {
   const int64_t threads = divide_up<int64_t>(divide_up<int64_t>(width, 4), kWarp) * kWarp;
-  return static_cast<unsigned>(threads > 1024 ? 1024 : threads);
+  return static_cast<unsigned>(threads > kMaxThreads ? kMaxThreads : threads);
 }
 
 }  // namespace
@@ -152,16 +153,9 @@ void prepare_rows(Context& context, Rows x, const Norm& norm, const int32_t* col
   const bool whole = norm.weight != nullptr;
   const unsigned threads = whole ? threads_for(x.width) : 128;
   const int64_t parts = whole ? 1 : divide_up<int64_t>(n_columns, 4 * 128);
-  for (int64_t first = 0; first < x.n; first += 65535) {
-    const int64_t n = x.n - first < 65535 ? x.n - first : 65535;
-    PreparedRows to = out;
-    if (to.values != nullptr) to.values += first * to.values_stride;
-    if (to.codes != nullptr) to.codes += first * to.codes_stride;
-    if (to.chunks != nullptr) to.chunks += first * to.chunks_stride;
-    context.launch(
-        prepare, dim3(static_cast<unsigned>(parts), static_cast<unsigned>(n)), dim3(threads), 0,
-        {x.data + first * x.stride, x.stride, x.width, norm_args(norm), columns, n_columns, to});
-  }
+  context.launch(prepare, dim3(static_cast<unsigned>(x.n), static_cast<unsigned>(parts)),
+                 dim3(threads), 0,
+                 {x.data, x.stride, x.width, norm_args(norm), columns, n_columns, out});
 }
 
 void add_rows(Context& context, Rows x, Rows y, const Norm& norm) {

@@ -8,8 +8,6 @@ namespace coreinfer::cuda {
 namespace {
 
 constexpr size_t kPlaneAlign = 256;
-// A matrix comes over in pieces of at most this size (16 MiB of file).
-constexpr size_t kPiece = size_t{16} << 20;
 constexpr int kThreads = 128;
 
 size_t align(size_t n) { return (n + kPlaneAlign - 1) / kPlaneAlign * kPlaneAlign; }
@@ -221,39 +219,74 @@ void place(const PlaneLayout& layout, unsigned char* base, WeightView* view) {
   view->super = super_bytes(view->scales) > 0 ? base + layout.super : nullptr;
 }
 
+CudaWeight::~CudaWeight() {
+  if (!loaded_) return;
+  const std::lock_guard lock(context_->mutex());
+  try {
+    await();  // or the memory would go to other work while it is written
+  } catch (const Error&) {  // the device is of no use any more, and says so at the next call
+  }
+}
+
+void CudaWeight::await() const {
+  context_->await(*loaded_);
+  loaded_.reset();
+}
+
+namespace {
+
+bool stays_as_it_is(const Mat& mat, const WeightView& view) {
+  return view.scales == Scales::kNone && static_cast<int64_t>(mat.stride()) == view.lo_stride;
+}
+
+void load_planes(Context& context, const Mat& mat, const WeightView& view, unsigned char* memory,
+                 Memory& raw, int64_t rows_a_piece) {
+  const size_t row = mat.stride();
+  cudaStream_t stream = context.begin_load();
+  if (stays_as_it_is(mat, view)) return context.load_copy(memory, mat.data, mat.bytes());
+  for (int64_t first = 0; first < mat.rows; first += rows_a_piece) {
+    const int64_t rows = std::min(rows_a_piece, mat.rows - first);
+    context.load_copy(raw.as<void>(), mat.row(first), static_cast<size_t>(rows) * row);
+    if (view.scales == Scales::kNone) {
+      unsigned char* to = memory + first * view.lo_stride;
+      const auto pitch = static_cast<size_t>(view.lo_stride);
+      COREINFER_CUDA_CHECK(cudaMemsetAsync(to, 0, pitch * static_cast<size_t>(rows), stream));
+      COREINFER_CUDA_CHECK(cudaMemcpy2DAsync(to, pitch, raw.as<void>(), row, row,
+                                             static_cast<size_t>(rows), cudaMemcpyDeviceToDevice,
+                                             stream));
+    } else {
+      context.load_launch(
+          repack, grid_of(rows * view.n_chunks), dim3(kThreads),
+          {raw.as<uint8_t>(), static_cast<int64_t>(row), first, rows, view, mat.type, 0});
+    }
+  }
+}
+
+}  // namespace
+
 std::shared_ptr<CudaWeight> load_weight(const ContextPtr& context, const Mat& mat, Memory* raw) {
   WeightView view;
   const PlaneLayout layout =
       layout_planes(mat.type, mat.rows, mat.cols, chunks_of(mat.type, mat.cols), 0, &view);
   auto memory = std::make_shared<Memory>(context, layout.end, "weights");
   place(layout, memory->as<unsigned char>(), &view);
-  const size_t row = mat.stride();
-  context->defer(false);
-  if (view.scales == Scales::kNone && static_cast<int64_t>(row) == view.lo_stride) {
-    context->copy_in(memory->as<void>(), mat.data, mat.bytes());
-  } else {
-    const auto rows_a_piece = static_cast<int64_t>(std::max<size_t>(1, kPiece / row));
-    raw->ensure(context, static_cast<size_t>(std::min(rows_a_piece, mat.rows)) * row, "loading");
-    for (int64_t first = 0; first < mat.rows; first += rows_a_piece) {
-      const int64_t rows = std::min(rows_a_piece, mat.rows - first);
-      context->copy_in(raw->as<void>(), mat.row(first), static_cast<size_t>(rows) * row);
-      if (view.scales == Scales::kNone) {
-        unsigned char* to = memory->as<unsigned char>() + first * view.lo_stride;
-        const auto pitch = static_cast<size_t>(view.lo_stride);
-        cudaStream_t stream = context->stream_for_copy();
-        COREINFER_CUDA_CHECK(cudaMemsetAsync(to, 0, pitch * static_cast<size_t>(rows), stream));
-        COREINFER_CUDA_CHECK(cudaMemcpy2DAsync(to, pitch, raw->as<void>(), row, row,
-                                               static_cast<size_t>(rows), cudaMemcpyDeviceToDevice,
-                                               stream));
-      } else {
-        context->launch(
-            repack, grid_of(rows * view.n_chunks), dim3(kThreads), 0,
-            {raw->as<uint8_t>(), static_cast<int64_t>(row), first, rows, view, mat.type, 0});
-      }
-    }
+  const auto rows_a_piece =
+      std::min(mat.rows, static_cast<int64_t>(std::max<size_t>(1, kLoadPiece / mat.stride())));
+  const size_t piece = static_cast<size_t>(rows_a_piece) * mat.stride();
+  if (!stays_as_it_is(mat, view) && raw->size() < piece) {
+    context->finish_loads();  // the smaller one may still be read
+    raw->ensure(context, std::max(piece, kLoadPiece), "loading");
   }
-  return std::make_shared<CudaWeight>(mat.type, mat.rows, mat.cols, layout.bytes, view,
-                                      std::move(memory));
+  try {
+    load_planes(*context, mat, view, memory->as<unsigned char>(), *raw, rows_a_piece);
+    auto weight = std::make_shared<CudaWeight>(mat.type, mat.rows, mat.cols, layout.bytes, view,
+                                               memory);
+    weight->set_loading(context, context->end_load());
+    return weight;
+  } catch (const Error&) {
+    context->finish_loads();
+    throw;
+  }
 }
 
 void dequantize_source(Context& context, DType type, const uint8_t* source, int64_t rows,

@@ -23,29 +23,45 @@ struct PickedColumns {
 // `group`: columns of the source that share a scale, 16 or 32; picks ascend.
 PickedColumns pick_columns(int group, std::span<const int32_t> picks);
 
+// A matrix comes over in pieces of about this size, where it has to be repacked.
+inline constexpr size_t kLoadPiece = size_t{16} << 20;
+
 class CudaWeight final : public Weight {
  public:
   CudaWeight(DType type, int64_t rows, int64_t cols, size_t bytes, const WeightView& view,
-             std::shared_ptr<const Memory> memory) {
+             std::shared_ptr<const void> owner) {
     type_ = type;
     rows_ = rows;
     cols_ = cols;
     bytes_ = bytes;
     view_ = view;
-    memory_ = std::move(memory);
+    owner_ = std::move(owner);
   }
+  ~CudaWeight() override;
 
-  const WeightView& view() const { return view_; }
+  // For use by work that is issued from now on: the stream waits for a load that is under way.
+  const WeightView& view() const {
+    if (loaded_) await();
+    return view_;
+  }
   bool quantized() const { return view_.scales != Scales::kNone; }
   // Picked columns of an input row: (n_chunks * 32) device int32, -1 for padding; null: all
   // columns.
   const int32_t* input_columns() const { return input_columns_; }
   void set_input_columns(const int32_t* columns) { input_columns_ = columns; }
+  void set_loading(const ContextPtr& context, EventPtr loaded) {
+    context_ = context;
+    loaded_ = std::move(loaded);
+  }
 
  private:
+  void await() const;
+
   WeightView view_{};
   const int32_t* input_columns_ = nullptr;
-  std::shared_ptr<const Memory> memory_;
+  std::shared_ptr<const void> owner_;  // of the memory
+  ContextPtr context_;
+  mutable EventPtr loaded_;  // null once the stream waits for it
 };
 
 // Where the planes of a matrix lie in a buffer. Columns are those stored.
@@ -62,7 +78,8 @@ void place(const PlaneLayout& layout, unsigned char* base, WeightView* view);
 
 int32_t chunks_of(DType type, int64_t cols);
 
-// Brings a matrix from host memory into device memory of its own.
+// Brings a matrix from host memory into device memory of its own, beside the work that is under
+// way. `raw` is for loads alone.
 std::shared_ptr<CudaWeight> load_weight(const ContextPtr& context, const Mat& mat, Memory* raw);
 
 // out (n, cols) float32 from rows of GGUF blocks that lie one after the other in device memory.

@@ -282,6 +282,19 @@ def test_a_bad_row_is_named_and_nothing_is_added(cuda, statistic, value):
     np.testing.assert_array_equal(scores[0], np.full(100, 2.0, np.float32))
 
 
+@pytest.mark.parametrize("statistic", ["count", "flock"])
+def test_a_bad_row_is_looked_up_after_many_calls(cuda, cpu, statistic):
+    """Rows before it count, it and what follows do not; the first one is named."""
+    h = rows_of("normal", (9, 70))
+    h[5, 3] = h[7, 0] = np.nan
+    zeros = np.zeros(70, np.float32)
+    expected, _ = cpu.accumulate(statistic, 0.4, h[:4], zeros)
+    for backend in (cuda, cpu):
+        scores, bad = backend.accumulate(statistic, 0.4, h, zeros, cuts=[0, 4, 6, 8])
+        assert bad == 5
+        np.testing.assert_allclose(scores, expected, rtol=8 * EPS)
+
+
 @pytest.mark.parametrize("kind", ["normal", "tied", "spread", "negative"])
 @pytest.mark.parametrize("n", [1, 33, 512, 513, 5000])
 def test_selection_equals_the_definition(cuda, kind, n):
@@ -289,14 +302,38 @@ def test_selection_equals_the_definition(cuda, kind, n):
     positive = int((scores > 0).sum())
     for k in {1, n // 5, n // 2, n}:
         expected = largest(scores, min(k, positive)) if positive else []
-        assert cuda.select(scores, k) == list(expected)
+        assert cuda.select(scores[None], k) == [list(expected)]
 
 
-def test_selection_refuses_nan(cuda):
-    scores = rows_of("normal", (1, 50))[0]
-    scores[7] = np.nan
-    with pytest.raises(ArithmeticError, match="neuron 7 of 50 is NaN"):
-        cuda.select(scores, 3)
+def test_all_layers_are_selected_at_once(cuda, cpu):
+    """As one by one, with a layer of few and one of no positive entries among them."""
+    scores = rows_of("normal", (7, 600))
+    scores[2] = np.minimum(scores[2], 0)
+    scores[4, 5:] = -1
+    together = cuda.select(scores, 100)
+    assert together == [cuda.select(row[None], 100)[0] for row in scores] == cpu.select(scores, 100)
+    assert [len(chosen) for chosen in together] == [
+        100,
+        100,
+        0,
+        100,
+        (scores[4] > 0).sum(),
+        100,
+        100,
+    ]
+
+
+def test_selection_refuses_nan(cuda, cpu):
+    scores = rows_of("normal", (3, 50))
+    scores[1, 7] = scores[1, 30] = np.nan
+    for backend in (cuda, cpu):
+        with pytest.raises(ArithmeticError, match="neuron 7 of 50 is NaN"):
+            backend.select(scores, 3)
+
+
+def test_a_copy_within_the_device_is_equal(cuda):
+    x = normal(3, 41)
+    np.testing.assert_array_equal(cuda.copy(x), x)
 
 
 # ---- Attention

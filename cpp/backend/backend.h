@@ -147,6 +147,9 @@ using KvCachePtr = std::unique_ptr<KvCache>;
 // How a token's activations become neuron scores; DESIGN of the statistics: neurons/statistic.h.
 enum class Statistic { kCount, kCountGate, kCountAbs, kFlock };
 
+// In place of the number of a row with NaN or Inf: there was none. Row numbers stay below 2^24.
+inline constexpr float kNoBadRow = 1e9f;
+
 // What compaction reads for one layer: matrices in the model file, never the repacked copies.
 struct CompactSource {
   Mat gate;  // (n_ff, n_embd); empty where there is no gate
@@ -183,6 +186,7 @@ class Backend {
   virtual BufferPtr allocate(int64_t n_floats) = 0;
   virtual void read(const float* from, float* to_host, int64_t n) = 0;
   virtual void write(const float* from_host, float* to, int64_t n) = 0;
+  virtual void copy(const float* from, float* to, int64_t n) = 0;  // both in backend memory
   virtual BufferPtr load_vector(const Mat& mat) = 0;  // float32 copy of a (1, n) tensor
   // Copies a matrix into the layout for computing; the Mat's memory is not needed any more.
   virtual WeightPtr load(const Mat& mat) = 0;
@@ -209,11 +213,14 @@ class Backend {
 
   // ---- neurons
   // Adds each row's score vector to scores (h.width floats). Rows are added in order, so the sum
-  // does not depend on chunking. Returns the first row with a NaN or Inf, or -1.
-  virtual int64_t accumulate(Statistic statistic, double alpha, Rows h, float* scores) = 0;
-  // The k entries of highest positive score, ties to the lower index, ascending; fewer when fewer
-  // are positive. `scores` is host memory here: (n).
-  virtual std::vector<int32_t> select(std::span<const float> scores, int64_t k) = 0;
+  // does not depend on chunking. Row r with a NaN or Inf lowers *bad, which is kNoBadRow before, to
+  // first_row + r; nothing is added then. Nobody waits for a device here: who wants to know reads
+  // *bad, once for many calls.
+  virtual void accumulate(Statistic statistic, double alpha, Rows h, float* scores,
+                          int64_t first_row, float* bad) = 0;
+  // Of each row of scores: the k entries of highest positive score, ties to the lower index,
+  // ascending; fewer when fewer are positive.
+  virtual std::vector<std::vector<int32_t>> select(Rows scores, int64_t k) = 0;
   // Copies the picked neurons of all layers into one contiguous buffer, values exactly kept.
   virtual CompactWeights compact(std::span<const CompactSource> layers) = 0;
 };

@@ -84,6 +84,8 @@ void CpuBackend::write(const float* from_host, float* to, int64_t n) {
   if (n > 0) std::memcpy(to, from_host, static_cast<size_t>(n) * sizeof(float));
 }
 
+void CpuBackend::copy(const float* from, float* to, int64_t n) { write(from, to, n); }
+
 BufferPtr CpuBackend::load_vector(const Mat& mat) {
   BufferPtr buffer = allocate(mat.rows * mat.cols);
   for (int64_t r = 0; r < mat.rows; ++r) {

@@ -50,6 +50,7 @@ class CpuBackend final : public Backend {
   BufferPtr allocate(int64_t n_floats) override;
   void read(const float* from, float* to_host, int64_t n) override;
   void write(const float* from_host, float* to, int64_t n) override;
+  void copy(const float* from, float* to, int64_t n) override;
   BufferPtr load_vector(const Mat& mat) override;
   WeightPtr load(const Mat& mat) override;
   KvCachePtr make_kv_cache(const KvSpec& spec) override;
@@ -64,8 +65,9 @@ class CpuBackend final : public Backend {
               int64_t first, Rows out) override;
   void add(Rows x, Rows y, const Norm& norm) override;
 
-  int64_t accumulate(Statistic statistic, double alpha, Rows h, float* scores) override;
-  std::vector<int32_t> select(std::span<const float> scores, int64_t k) override;
+  void accumulate(Statistic statistic, double alpha, Rows h, float* scores, int64_t first_row,
+                  float* bad) override;
+  std::vector<std::vector<int32_t>> select(Rows scores, int64_t k) override;
   CompactWeights compact(std::span<const CompactSource> layers) override;
 
  private:

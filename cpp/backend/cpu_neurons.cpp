@@ -28,12 +28,14 @@ constexpr int64_t kNeuronChunk = 1024;
 
 }  // namespace
 
-int64_t CpuBackend::accumulate(Statistic statistic, double alpha, Rows h, float* scores) {
+void CpuBackend::accumulate(Statistic statistic, double alpha, Rows h, float* scores,
+                            int64_t first_row, float* bad) {
   if (!(alpha > 0.0 && alpha <= 1.0) && statistic != Statistic::kFlock) {
     throw_error(ErrorKind::kValue, "alpha is %g, expected a share in (0, 1]", alpha);
   }
-  if (h.n < 1 || h.width < 1) return -1;
+  if (h.n < 1 || h.width < 1) return;
   const std::lock_guard<std::mutex> lock(mutex_);
+  if (*bad < kNoBadRow) return;
   if (!neuron_scratch_) neuron_scratch_ = std::make_shared<NeuronScratch>();
   NeuronScratch& s = *neuron_scratch_;
   const auto n_rows = static_cast<size_t>(h.n);
@@ -61,16 +63,17 @@ int64_t CpuBackend::accumulate(Statistic statistic, double alpha, Rows h, float*
       s.chosen[r] = kernels.threshold(row, h.width, magnitude, share_of(alpha, n), keys);
     }
   };
-  int64_t first_bad = -1;
   pool_.run([&](ThreadPool::Context& context) {
     int64_t begin, end;
     while (context.next(h.n, 1, &begin, &end)) {
       look_at_row(static_cast<size_t>(begin), s.keys[static_cast<size_t>(context.thread())]);
     }
     context.barrier();
-    const auto bad = std::find(s.finite.begin(), s.finite.end(), char{0});
-    if (bad != s.finite.end()) {
-      if (context.thread() == 0) first_bad = bad - s.finite.begin();
+    const auto not_finite = std::find(s.finite.begin(), s.finite.end(), char{0});
+    if (not_finite != s.finite.end()) {
+      if (context.thread() == 0) {
+        *bad = static_cast<float>(first_row + (not_finite - s.finite.begin()));
+      }
       return;
     }
     while (context.next(h.width, kNeuronChunk, &begin, &end)) {
@@ -84,34 +87,44 @@ int64_t CpuBackend::accumulate(Statistic statistic, double alpha, Rows h, float*
       }
     }
   });
-  return first_bad;
 }
 
-std::vector<int32_t> CpuBackend::select(std::span<const float> scores, int64_t k) {
-  const auto n = static_cast<int64_t>(scores.size());
-  for (int64_t i = 0; i < n; ++i) {
-    if (std::isnan(scores[static_cast<size_t>(i)])) {
-      throw_error(ErrorKind::kNumeric, "the score of neuron %lld of %lld is NaN",
-                  static_cast<long long>(i), static_cast<long long>(n));
-    }
-  }
+std::vector<std::vector<int32_t>> CpuBackend::select(Rows scores, int64_t k) {
+  const std::lock_guard<std::mutex> lock(mutex_);
   const CountKernels& kernels = count_kernels(isa_);
-  bool finite = true;  // an infinite score is simply the largest
-  const int64_t positive = kernels.positives(scores.data(), n, false, &finite);
-  k = std::min(k, positive);
-  std::vector<int32_t> neurons;
-  if (k < 1) return neurons;
-  std::vector<int32_t> keys;
-  const Threshold chosen = kernels.threshold(scores.data(), n, false, k, keys);
-  const float limit = std::bit_cast<float>(chosen.key);
-  neurons.reserve(static_cast<size_t>(k));
-  for (int64_t i = 0; i < n; ++i) {
-    const float score = scores[static_cast<size_t>(i)];
-    if (score > limit || (score == limit && i < chosen.end)) {
-      neurons.push_back(static_cast<int32_t>(i));
+  std::vector<std::vector<int32_t>> chosen(static_cast<size_t>(scores.n));
+  std::vector<int64_t> first_nan(static_cast<size_t>(scores.n), -1);
+  pool_.run([&](ThreadPool::Context& context) {
+    std::vector<int32_t> keys;
+    int64_t row, end;
+    while (context.next(scores.n, 1, &row, &end)) {
+      const float* s = scores.data + row * scores.stride;
+      const float* nan = std::find_if(s, s + scores.width, [](float v) { return std::isnan(v); });
+      if (nan != s + scores.width) {
+        first_nan[static_cast<size_t>(row)] = nan - s;
+        continue;
+      }
+      bool finite = true;  // an infinite score is simply the largest
+      const int64_t positive = kernels.positives(s, scores.width, false, &finite);
+      const int64_t wanted = std::min(k, positive);
+      if (wanted < 1) continue;
+      const Threshold threshold = kernels.threshold(s, scores.width, false, wanted, keys);
+      const float limit = std::bit_cast<float>(threshold.key);
+      std::vector<int32_t>& neurons = chosen[static_cast<size_t>(row)];
+      neurons.reserve(static_cast<size_t>(wanted));
+      for (int64_t i = 0; i < scores.width; ++i) {
+        if (s[i] > limit || (s[i] == limit && i < threshold.end)) {
+          neurons.push_back(static_cast<int32_t>(i));
+        }
+      }
     }
+  });
+  for (const int64_t i : first_nan) {
+    if (i < 0) continue;
+    throw_error(ErrorKind::kNumeric, "the score of neuron %lld of %lld is NaN",
+                static_cast<long long>(i), static_cast<long long>(scores.width));
   }
-  return neurons;
+  return chosen;
 }
 
 }  // namespace coreinfer

@@ -212,7 +212,7 @@ const NeuronCounts& Session::counted() {
 CoreSet Session::select(double beta, std::optional<LayerRange> layers) {
   const int64_t start = now_ns();
   const NeuronCounts& counts = counted();
-  CoreSet set = select_core(engine_->backend(), counts.now(), counts.spec(), beta, range(layers));
+  CoreSet set = select_core(engine_->backend(), counts, beta, range(layers));
   timings_.select_seconds += seconds_since(start);
   return set;
 }

@@ -34,7 +34,7 @@ KvType kv_type_from_name(const std::string& name);
 struct Timings {
   int64_t prefill_tokens = 0;
   double prefill_seconds = 0.0;  // counting included
-  double count_seconds = 0.0;
+  double count_seconds = 0.0;    // with a GPU: of handing it over
   double select_seconds = 0.0;
   double compact_seconds = 0.0;
   int64_t decode_tokens = 0;

@@ -64,18 +64,18 @@ class Reader {
   std::span<const std::byte> rest_;
 };
 
-void write(Writer& w, const NeuronCounts::Snapshot& s) {
+void write(Writer& w, const NeuronCounts::Scores& s) {
   w.value(s.n_tokens);
-  for (const std::vector<float>& scores : s.scores) w.array(scores);
+  for (const std::vector<float>& layer : s.layers) w.array(layer);
 }
 
-NeuronCounts::Snapshot read_snapshot(Reader& r, int64_t n_layer, int64_t n_ff, int64_t n_past) {
-  NeuronCounts::Snapshot s;
+NeuronCounts::Scores read_scores(Reader& r, int64_t n_layer, int64_t n_ff, int64_t n_past) {
+  NeuronCounts::Scores s;
   s.n_tokens = r.value<int64_t>();
   if (s.n_tokens < 1 || s.n_tokens > n_past) Reader::damaged("scores of more tokens than it has");
   for (int64_t i = 0; i < n_layer; ++i) {
-    s.scores.push_back(r.array<float>());
-    if (static_cast<int64_t>(s.scores.back().size()) != n_ff)
+    s.layers.push_back(r.array<float>());
+    if (static_cast<int64_t>(s.layers.back().size()) != n_ff)
       Reader::damaged("scores of another n_ff");
   }
   return s;
@@ -100,8 +100,8 @@ std::vector<std::byte> Session::save_state() {
     w.value(counts_->spec().statistic);
     w.value(counts_->spec().alpha);
     w.value(static_cast<uint64_t>(counts_->snapshots().size()));
-    for (const NeuronCounts::Snapshot& s : counts_->snapshots()) write(w, s);
-    write(w, counts_->now());
+    for (const NeuronCounts::Snapshot& s : counts_->snapshots()) write(w, counts_->read(s));
+    write(w, counts_->read(counts_->now()));
   }
   w.value(static_cast<uint8_t>(core_set_.has_value()));
   if (core_set_) {
@@ -157,11 +157,11 @@ void Session::load_state(std::span<const std::byte> state) {
     counts.emplace(engine_->backend(), spec, c.n_layer, c.n_ff);
     const auto n = r.value<uint64_t>();
     if (n > 64) Reader::damaged("too many score snapshots");
-    std::vector<NeuronCounts::Snapshot> snapshots;
+    std::vector<NeuronCounts::Scores> snapshots;
     for (uint64_t i = 0; i < n; ++i) {
-      snapshots.push_back(read_snapshot(r, c.n_layer, c.n_ff, n_past));
+      snapshots.push_back(read_scores(r, c.n_layer, c.n_ff, n_past));
     }
-    counts->restore(std::move(snapshots), read_snapshot(r, c.n_layer, c.n_ff, n_past));
+    counts->restore(snapshots, read_scores(r, c.n_layer, c.n_ff, n_past));
   }
   std::optional<CoreSet> set;
   if (r.value<uint8_t>() != 0) {

@@ -54,6 +54,7 @@ void Transformer::run(const Batch& batch, KvCache& cache) {
       feed_forward(w, batch.ffn[static_cast<size_t>(i)], i, x, batch);
     }
   }
+  if (batch.counts != nullptr) batch.counts->check_finite();
   head(x, batch.logits);
 }
 

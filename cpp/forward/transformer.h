@@ -58,7 +58,7 @@ class Transformer {
   // Bytes of working memory, which the backend's own share about doubles.
   size_t workspace_bytes() const;
 
-  // Seconds that run() has spent counting.
+  // Seconds that run() has spent counting; where a GPU does it, handing it over.
   double count_seconds() const { return count_seconds_; }
 
  private:

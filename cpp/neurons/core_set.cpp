@@ -21,6 +21,31 @@ void check_selection(double beta, LayerRange range, int64_t n_layer) {
   }
 }
 
+// The neurons alone.
+CoreSet pick(Backend& backend, const NeuronCounts::Snapshot& snapshot, double beta,
+             LayerRange range) {
+  const Rows scores = snapshot.rows();
+  check_selection(beta, range, scores.n);
+  CoreSet set;
+  set.n_ff = snapshot.n_ff;
+  set.beta = beta;
+  set.n_tokens = snapshot.n_tokens;
+  set.layers.resize(static_cast<size_t>(scores.n));
+  std::vector<std::vector<int32_t>> chosen = backend.select(
+      scores.slice(range.first, range.last - range.first), core_size(beta, set.n_ff));
+  for (int64_t i = range.first; i < range.last; ++i) {
+    std::vector<int32_t>& neurons = chosen[static_cast<size_t>(i - range.first)];
+    if (neurons.empty()) {
+      throw_error(ErrorKind::kNumeric,
+                  "no neuron of layer %lld was active in %lld prompt tokens, so it has no core "
+                  "set; leave the layer out (layers) or decode dense",
+                  static_cast<long long>(i), static_cast<long long>(snapshot.n_tokens));
+    }
+    set.layers[static_cast<size_t>(i)] = std::move(neurons);
+  }
+  return set;
+}
+
 }  // namespace
 
 void check(const CoreSet& set, int64_t n_layer, int64_t n_ff) {
@@ -52,29 +77,11 @@ int64_t core_size(double beta, int64_t n) {
   return std::clamp<int64_t>(k, 1, n);
 }
 
-CoreSet select_core(Backend& backend, const NeuronCounts::Snapshot& snapshot,
-                    const StatisticSpec& spec, double beta, LayerRange range) {
-  check_selection(beta, range, static_cast<int64_t>(snapshot.scores.size()));
-  CoreSet set;
-  set.n_ff = static_cast<int64_t>(snapshot.scores.front().size());
-  set.scores = snapshot.scores;
-  set.statistic = statistic_name(spec.statistic);
-  set.alpha = spec.alpha;
-  set.beta = beta;
-  set.n_tokens = snapshot.n_tokens;
-  set.layers.resize(snapshot.scores.size());
-  const int64_t k = core_size(beta, set.n_ff);
-  for (size_t i = 0; i < snapshot.scores.size(); ++i) {
-    if (!range.contains(static_cast<int64_t>(i))) continue;
-    std::vector<int32_t> neurons = backend.select(snapshot.scores[i], k);
-    if (neurons.empty()) {
-      throw_error(ErrorKind::kNumeric,
-                  "no neuron of layer %zu was active in %lld prompt tokens, so it has no core set; "
-                  "leave the layer out (layers) or decode dense",
-                  i, static_cast<long long>(snapshot.n_tokens));
-    }
-    set.layers[i] = std::move(neurons);
-  }
+CoreSet select_core(Backend& backend, const NeuronCounts& counts, double beta, LayerRange range) {
+  CoreSet set = pick(backend, counts.now(), beta, range);
+  set.scores = counts.read(counts.now()).layers;
+  set.statistic = statistic_name(counts.spec().statistic);
+  set.alpha = counts.spec().alpha;
   return set;
 }
 
@@ -102,13 +109,13 @@ std::optional<double> stability(Backend& backend, const NeuronCounts& counts, do
   if (early == nullptr) return std::nullopt;
   CoreSet a;
   try {
-    a = select_core(backend, *early, counts.spec(), beta, range);
+    a = pick(backend, *early, beta, range);
   } catch (const Error& e) {
     // A layer may still be silent after a few tokens: then there is nothing to compare with.
     if (e.kind() == ErrorKind::kNumeric) return std::nullopt;
     throw;
   }
-  const CoreSet b = select_core(backend, counts.now(), counts.spec(), beta, range);
+  const CoreSet b = pick(backend, counts.now(), beta, range);
   return (similarity(a, b) - beta) / (1.0 - beta);
 }
 

@@ -45,8 +45,7 @@ int64_t core_size(double beta, int64_t n);
 // The core_size(beta, n_ff) neurons of highest score in each layer of the range (Eq. 2, as its
 // prose: the top beta); ties to the lower index, neurons of score 0 never. Throws kValue for a bad
 // beta or range, kNumeric for a layer in which no neuron was ever active.
-CoreSet select_core(Backend& backend, const NeuronCounts::Snapshot& snapshot,
-                    const StatisticSpec& spec, double beta, LayerRange range);
+CoreSet select_core(Backend& backend, const NeuronCounts& counts, double beta, LayerRange range);
 
 // Shared neurons over the size of a set (of the larger one), averaged over the layers that both
 // have (Insight 2).

@@ -46,57 +46,64 @@ void check(const StatisticSpec& spec) {
 
 NeuronCounts::NeuronCounts(Backend& backend, const StatisticSpec& spec, int64_t n_layer,
                            int64_t n_ff)
-    : backend_(&backend), spec_(spec), n_ff_(n_ff) {
+    : backend_(&backend), spec_(spec), n_layer_(n_layer) {
   check(spec);
-  const std::vector<float> zeros(static_cast<size_t>(n_ff), 0.0f);
-  for (int64_t i = 0; i < n_layer; ++i) {
-    scores_.push_back(backend.allocate(n_ff));
-    backend.write(zeros.data(), scores_.back()->data(), n_ff);
-  }
+  now_.n_ff = n_ff;
+  now_ = make(0);
+  const std::vector<float> zeros(static_cast<size_t>(n_layer * n_ff), 0.0f);
+  backend.write(zeros.data(), now_.scores->data(), n_layer * n_ff);
+  const std::vector<float> none(static_cast<size_t>(n_layer), kNoBadRow);
+  bad_ = backend.allocate(n_layer);
+  backend.write(none.data(), bad_->data(), n_layer);
+}
+
+NeuronCounts::Snapshot NeuronCounts::make(int64_t n_tokens) const {
+  return {n_tokens, now_.n_ff, backend_->allocate(n_layer_ * now_.n_ff)};
 }
 
 void NeuronCounts::add(int64_t layer, Rows h) {
-  float* scores = scores_[static_cast<size_t>(layer)]->data();
+  float* const scores = row(now_, layer);
   // In pieces that end where a snapshot is due, so that snapshots do not depend on the batches.
   for (int64_t done = 0; done < h.n;) {
-    const int64_t position = n_tokens_ + done;
+    const int64_t position = n_tokens() + done;
     const auto due = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(position) + 1));
     const int64_t count = std::min(h.n - done, due - position);
-    const int64_t bad =
-        backend_->accumulate(spec_.statistic, spec_.alpha, h.slice(done, count), scores);
-    if (bad >= 0) {
-      throw_error(
-          ErrorKind::kNumeric,
-          "NaN or Inf in the FFN activations of layer %lld at prompt token %lld: the weights "
-          "are damaged or overflow",
-          static_cast<long long>(layer), static_cast<long long>(position + bad));
-    }
+    backend_->accumulate(spec_.statistic, spec_.alpha, h.slice(done, count), scores, done,
+                         bad_->data() + layer);
     done += count;
-    if (n_tokens_ + done == due) {
-      if (layer == 0) snapshots_.push_back({due, {}});
-      for (Snapshot& s : snapshots_) {
-        if (s.n_tokens != due) continue;
-        s.scores.emplace_back(static_cast<size_t>(n_ff_));
-        backend_->read(scores, s.scores.back().data(), n_ff_);
-      }
+    if (n_tokens() + done != due) continue;
+    if (layer == 0) snapshots_.push_back(make(due));
+    for (const Snapshot& s : snapshots_) {
+      if (s.n_tokens == due) backend_->copy(scores, row(s, layer), n_ff());
     }
   }
 }
 
-void NeuronCounts::advance(int64_t n_rows) { n_tokens_ += n_rows; }
+void NeuronCounts::check_finite() const {
+  std::vector<float> bad(static_cast<size_t>(n_layer_));
+  backend_->read(bad_->data(), bad.data(), n_layer_);
+  const auto first = std::find_if(bad.begin(), bad.end(), [](float r) { return r < kNoBadRow; });
+  if (first == bad.end()) return;
+  throw_error(ErrorKind::kNumeric,
+              "NaN or Inf in the FFN activations of layer %lld at prompt token %lld: the weights "
+              "are damaged or overflow",
+              static_cast<long long>(first - bad.begin()),
+              static_cast<long long>(n_tokens() + static_cast<int64_t>(*first)));
+}
 
-NeuronCounts::Snapshot NeuronCounts::now() const {
-  Snapshot s;
-  s.n_tokens = n_tokens_;
-  for (const BufferPtr& buffer : scores_) {
-    s.scores.emplace_back(static_cast<size_t>(n_ff_));
-    backend_->read(buffer->data(), s.scores.back().data(), n_ff_);
+NeuronCounts::Scores NeuronCounts::read(const Snapshot& snapshot) const {
+  std::vector<float> all(static_cast<size_t>(snapshot.scores->size()));
+  backend_->read(snapshot.scores->data(), all.data(), snapshot.scores->size());
+  Scores scores;
+  scores.n_tokens = snapshot.n_tokens;
+  for (auto at = all.begin(); at != all.end(); at += n_ff()) {
+    scores.layers.emplace_back(at, at + n_ff());
   }
-  return s;
+  return scores;
 }
 
 int64_t NeuronCounts::known_at_most(int64_t n) const {
-  if (n >= n_tokens_) return n_tokens_;
+  if (n >= n_tokens()) return n_tokens();
   int64_t best = 0;
   for (const Snapshot& s : snapshots_) {
     if (s.n_tokens <= n) best = std::max(best, s.n_tokens);
@@ -112,26 +119,37 @@ const NeuronCounts::Snapshot* NeuronCounts::snapshot(int64_t n) const {
 }
 
 void NeuronCounts::keep(int64_t n) {
-  if (n == n_tokens_) return;
+  if (n == n_tokens()) return;
   std::erase_if(snapshots_, [n](const Snapshot& s) { return s.n_tokens > n; });
-  const std::vector<float> zeros(static_cast<size_t>(n_ff_), 0.0f);
   const Snapshot* found = snapshot(n);
   if (n != 0 && found == nullptr) {
     throw_error(ErrorKind::kState, "no neuron scores are known for the first %lld tokens",
                 static_cast<long long>(n));
   }
-  for (size_t i = 0; i < scores_.size(); ++i) {
-    backend_->write(found ? found->scores[i].data() : zeros.data(), scores_[i]->data(), n_ff_);
+  const int64_t size = now_.scores->size();
+  if (found != nullptr) {
+    backend_->copy(found->scores->data(), now_.scores->data(), size);
+  } else {
+    const std::vector<float> zeros(static_cast<size_t>(size), 0.0f);
+    backend_->write(zeros.data(), now_.scores->data(), size);
   }
-  n_tokens_ = n;
+  now_.n_tokens = n;
 }
 
-void NeuronCounts::restore(std::vector<Snapshot> snapshots, const Snapshot& now) {
-  for (size_t i = 0; i < scores_.size(); ++i) {
-    backend_->write(now.scores[i].data(), scores_[i]->data(), n_ff_);
+void NeuronCounts::write(const Scores& scores, Snapshot& to) const {
+  for (int64_t i = 0; i < n_layer_; ++i) {
+    backend_->write(scores.layers[static_cast<size_t>(i)].data(), row(to, i), n_ff());
   }
-  n_tokens_ = now.n_tokens;
-  snapshots_ = std::move(snapshots);
+  to.n_tokens = scores.n_tokens;
+}
+
+void NeuronCounts::restore(const std::vector<Scores>& snapshots, const Scores& now) {
+  write(now, now_);
+  snapshots_.clear();
+  for (const Scores& s : snapshots) {
+    snapshots_.push_back(make(s.n_tokens));
+    write(s, snapshots_.back());
+  }
 }
 
 }  // namespace coreinfer

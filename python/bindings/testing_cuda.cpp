@@ -148,17 +148,34 @@ class AnyBackend {
     return result;
   }
 
+  // Scores after adding the rows of h in pieces that begin at `cuts`, and the first row with NaN or
+  // Inf (-1: none).
   std::pair<Array<float>, int64_t> accumulate(const std::string& statistic, double alpha, Matrix h,
-                                              FloatVector scores) {
+                                              FloatVector scores,
+                                              const std::vector<int64_t>& cuts) {
     const Block in = block(h);
     const Block s = block(scores.data(), 1, static_cast<int64_t>(scores.size()));
-    const int64_t bad =
-        backend_->accumulate(statistic_from_name(statistic), alpha, in.rows, s.rows.data);
-    return {array(s.rows), bad};
+    const Block bad = block(&kNoBadRow, 1, 1);
+    for (size_t i = 0; i < cuts.size(); ++i) {
+      const int64_t end = i + 1 < cuts.size() ? cuts[i + 1] : in.rows.n;
+      backend_->accumulate(statistic_from_name(statistic), alpha,
+                           in.rows.slice(cuts[i], end - cuts[i]), s.rows.data, cuts[i],
+                           bad.rows.data);
+    }
+    float first = 0.0f;
+    backend_->read(bad.rows.data, &first, 1);
+    return {array(s.rows), first < kNoBadRow ? static_cast<int64_t>(first) : -1};
   }
 
-  std::vector<int32_t> select(FloatVector scores, int64_t k) {
-    return backend_->select({scores.data(), scores.size()}, k);
+  std::vector<std::vector<int32_t>> select(Matrix scores, int64_t k) {
+    return backend_->select(block(scores).rows, k);
+  }
+
+  Array<float> copy(Matrix x) {
+    const Block from = block(x);
+    const BufferPtr to = backend_->allocate(from.buffer->size());
+    backend_->copy(from.rows.data, to->data(), to->size());
+    return array(to->rows(from.rows.n, from.rows.width));
   }
 
   AnyCache cache(const std::string& type_k, const std::string& type_v, int64_t n_layer,
@@ -265,8 +282,9 @@ void bind_testing_cuda(nb::module_& testing) {
       .def("compact", &AnyBackend::compact, nb::arg("gate").none(), nb::arg("up"), nb::arg("down"),
            nb::arg("neurons"), nb::arg("up_bias") = nb::none())
       .def("accumulate", &AnyBackend::accumulate, nb::arg("statistic"), nb::arg("alpha"),
-           nb::arg("h"), nb::arg("scores"))
+           nb::arg("h"), nb::arg("scores"), nb::arg("cuts") = std::vector<int64_t>{0})
       .def("select", &AnyBackend::select, nb::arg("scores"), nb::arg("k"))
+      .def("copy", &AnyBackend::copy, nb::arg("x"))
       .def("cache", &AnyBackend::cache, nb::arg("type_k"), nb::arg("type_v"), nb::arg("n_layer"),
            nb::arg("n_ctx"), nb::arg("n_head_kv"), nb::arg("head_dim"))
       .def("attend", &AnyBackend::attend, nb::arg("cache"), nb::arg("layer"), nb::arg("first"),

@@ -267,19 +267,19 @@ class TestVectorBackend {
                                               FloatVector scores) {
     Array<float> sums = copy(scores);
     BufferPtr rows = buffer(h);
-    int64_t bad = 0;
+    float bad = kNoBadRow;
     {
       nb::gil_scoped_release release;
-      bad =
-          backend_.accumulate(statistic(name), alpha,
-                              rows->rows(static_cast<int64_t>(h.shape(0)), width(h)), sums.data());
+      backend_.accumulate(statistic(name), alpha,
+                          rows->rows(static_cast<int64_t>(h.shape(0)), width(h)), sums.data(), 0,
+                          &bad);
     }
-    return {sums, bad};
+    return {sums, bad < kNoBadRow ? static_cast<int64_t>(bad) : -1};
   }
 
   Array<int32_t> select(FloatVector scores, int64_t k) {
-    const std::vector<int32_t> chosen = backend_.select({scores.data(), scores.size()}, k);
-    return copy_array<int32_t>(chosen);
+    const BufferPtr row = buffer(scores);
+    return copy_array<int32_t>(backend_.select(row->rows(1, row->size()), k)[0]);
   }
 
  private:

@@ -1,5 +1,7 @@
 // The few functions of cuBLAS that cuda/gemm.cu calls, on the host and plainly: what it passes is
 // what is tested, not speed. A library of its own, named by COREINFER_CUBLAS_LIBRARY.
+#include <cuda_runtime.h>
+
 #include <cstddef>
 #include <cstdint>
 
@@ -22,25 +24,30 @@ bool known(int type) { return type == 0 || type == 2 || type == 14; }
 }  // namespace
 
 EXPORT int cublasCreate_v2(void** handle) {
-  *handle = new char;
+  *handle = new cudaStream_t{};
   return kSuccess;
 }
 EXPORT int cublasDestroy_v2(void* handle) {
-  delete static_cast<char*>(handle);
+  delete static_cast<cudaStream_t*>(handle);
   return kSuccess;
 }
-EXPORT int cublasSetStream_v2(void*, void*) { return kSuccess; }
+EXPORT int cublasSetStream_v2(void* handle, cudaStream_t stream) {
+  *static_cast<cudaStream_t*>(handle) = stream;
+  return kSuccess;
+}
 EXPORT int cublasSetWorkspace_v2(void*, void*, size_t) { return kSuccess; }
 // Only scalars in device memory.
 EXPORT int cublasSetPointerMode_v2(void*, int mode) { return mode == 1 ? kSuccess : kNotSupported; }
 
 // c (m, n) = alpha a^T b + beta c, column-major: a (k, m), b (k, n).
-EXPORT int cublasGemmEx(void*, int transa, int transb, int m, int n, int k, const void* alpha,
+EXPORT int cublasGemmEx(void* handle, int transa, int transb, int m, int n, int k, const void* alpha,
                         const void* a, int a_type, int lda, const void* b, int b_type, int ldb,
                         const void* beta, void* c, int c_type, int ldc, int compute_type, int) {
   if (transa != 1 || transb != 0 || c_type != 0 || compute_type != 68) return kNotSupported;
   if (a_type != b_type || !known(a_type)) return kNotSupported;
   if (lda < k || ldb < k || ldc < m) return kInvalidValue;
+  cudaStream_t stream = *static_cast<cudaStream_t*>(handle);
+  stream->finish(stream);
   const float scale = *static_cast<const float*>(alpha), keep = *static_cast<const float*>(beta);
   for (int j = 0; j < n; ++j) {
     for (int i = 0; i < m; ++i) {

@@ -1,35 +1,69 @@
-// The runtime calls of cuda_runtime.h on the host: memory is malloc's, poisoned; everything is done
-// at once; a captured graph keeps what was called and does it again when launched.
+// The runtime calls of cuda_runtime.h on the host: memory is malloc's, poisoned; what is put on a
+// stream waits there until somebody waits for it, so that a wait that is missing shows; a captured
+// graph keeps what was called and does it again when launched.
 #include <cuda_runtime.h>
 #include <sys/mman.h>
 
 #include <atomic>
 #include <cstdlib>
+#include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
+#include <set>
 #include <vector>
 
+using Step = std::function<void()>;
+
 struct CudaHostGraph {
-  std::vector<std::function<void()>> steps;
+  std::vector<Step> steps;
 };
-struct CudaHostStream {
+struct QueuedStream : CudaHostStream {
   CudaHostGraph* capturing = nullptr;
+  std::deque<Step> waiting;
+  uint64_t issued = 0, done = 0;
 };
-struct CudaHostEvent {};
+// The stream's first `issued` steps; no stream: never recorded, nothing to wait for.
+struct CudaHostEvent {
+  QueuedStream* stream = nullptr;
+  uint64_t issued = 0;
+};
 
 namespace {
 
 constexpr size_t kPage = 4096;
+std::recursive_mutex queues_mutex;  // guards the streams
+std::set<QueuedStream*> streams;
 std::mutex sizes_mutex;
 std::map<void*, size_t> sizes;
 std::atomic<long> graph_launches{0};
 
-cudaError_t issue(cudaStream_t stream, std::function<void()> step) {
-  if (stream != nullptr && stream->capturing != nullptr) {
+void carry_out(QueuedStream& stream, uint64_t until) {
+  const std::lock_guard lock(queues_mutex);
+  while (stream.done < until && !stream.waiting.empty()) {
+    const Step step = std::move(stream.waiting.front());
+    stream.waiting.pop_front();
+    ++stream.done;
+    step();
+  }
+}
+void carry_out(const CudaHostEvent& event) {
+  const std::lock_guard lock(queues_mutex);
+  if (event.stream != nullptr && streams.count(event.stream) != 0) {
+    carry_out(*event.stream, event.issued);
+  }
+}
+void carry_out_all(CudaHostStream* stream) { carry_out(*static_cast<QueuedStream*>(stream), ~0ull); }
+
+cudaError_t issue(cudaStream_t to, Step step) {
+  const std::lock_guard lock(queues_mutex);
+  auto* stream = static_cast<QueuedStream*>(to);
+  if (stream->capturing != nullptr) {
     stream->capturing->steps.push_back(std::move(step));
   } else {
-    step();
+    stream->waiting.push_back(std::move(step));
+    ++stream->issued;
   }
   return cudaSuccess;
 }
@@ -77,6 +111,10 @@ cudaError_t cudaMalloc(void** p, size_t bytes) {
 }
 cudaError_t cudaFree(void* p) {
   if (p == nullptr) return cudaSuccess;
+  {
+    const std::lock_guard lock(queues_mutex);
+    for (QueuedStream* stream : streams) carry_out_all(stream);
+  }
   const std::lock_guard lock(sizes_mutex);
   const auto found = sizes.find(p);
   if (found == sizes.end()) return cudaErrorInvalidValue;
@@ -103,23 +141,39 @@ cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_
 cudaError_t cudaMemsetAsync(void* to, int value, size_t n, cudaStream_t s) {
   return issue(s, [=] { std::memset(to, value, n); });
 }
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-  return *stream = new CudaHostStream, cudaSuccess;
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* to, unsigned) {
+  const std::lock_guard lock(queues_mutex);
+  auto* stream = new QueuedStream;
+  stream->finish = carry_out_all;
+  streams.insert(stream);
+  return *to = stream, cudaSuccess;
 }
-cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete stream, cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  const std::lock_guard lock(queues_mutex);
+  carry_out_all(stream);
+  streams.erase(static_cast<QueuedStream*>(stream));
+  return delete static_cast<QueuedStream*>(stream), cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return carry_out_all(stream), cudaSuccess; }
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  return issue(stream, [point = *event] { carry_out(point); });
+}
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   return *event = new CudaHostEvent, cudaSuccess;
 }
 cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t on) {
+  const std::lock_guard lock(queues_mutex);
+  auto* stream = static_cast<QueuedStream*>(on);
+  return *event = {stream, stream->issued}, cudaSuccess;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event) { return carry_out(*event), cudaSuccess; }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
-  return stream->capturing = new CudaHostGraph, cudaSuccess;
+  return static_cast<QueuedStream*>(stream)->capturing = new CudaHostGraph, cudaSuccess;
 }
-cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+cudaError_t cudaStreamEndCapture(cudaStream_t on, cudaGraph_t* graph) {
+  auto* stream = static_cast<QueuedStream*>(on);
   *graph = stream->capturing;
   return stream->capturing = nullptr, cudaSuccess;
 }
@@ -130,9 +184,9 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsig
 extern "C" __attribute__((visibility("default"))) long cuda_host_graph_launches() {
   return graph_launches;
 }
-cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
   ++graph_launches;
-  for (const auto& step : exec->steps) step();
+  for (const Step& step : exec->steps) issue(stream, step);
   return cudaSuccess;
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }

@@ -1,8 +1,8 @@
 // The CUDA runtime as far as cuda/ uses it, carried out on the host: a grid's blocks one after the
 // other, the threads of a block as fibers that take turns at barriers and warp operations. It
 // stands in for <cuda_runtime.h> when the tests compile cuda/ with the C++ compiler. One thread at
-// a time may launch. It says nothing about speed and finds no data races; it stops at divergent
-// barriers.
+// a time may launch. It says nothing about speed and finds no data races within a grid; it stops at
+// divergent barriers, and what is used before it was waited for is not there yet.
 #pragma once
 
 #include <bit>
@@ -147,7 +147,7 @@ T __ldg(const T* p) {
   return *p;
 }
 
-// ---- The runtime: one device, host memory, everything done at once.
+// ---- The runtime: one device, host memory; streams do their work when somebody waits for it.
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2 };
 enum cudaMemcpyKind {
@@ -159,7 +159,9 @@ enum cudaMemcpyKind {
 enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocDefault = 0 };
 enum { cudaHostRegisterDefault = 0, cudaHostRegisterMapped = 2, cudaHostRegisterReadOnly = 8 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
-struct CudaHostStream;
+struct CudaHostStream {
+  void (*finish)(CudaHostStream*);  // does all that waits in it
+};
 struct CudaHostEvent;
 struct CudaHostGraph;
 using cudaStream_t = CudaHostStream*;
