@@ -97,7 +97,15 @@ BackendInfo CudaBackend::info() const {
                                    static_cast<double>(context_->limit()) / 0x1p30,
                                    options_.f32_activations ? ", float32 activations" : "");
   if (!gemm_) text += "; without cuBLAS, prompts run 16 tokens at a time (" + no_gemm_ + ")";
-  return {"CUDA", isa, 0, text, context_->limit() - std::min(context_->limit(), own_memory())};
+  BackendInfo info;
+  info.name = "CUDA";
+  info.isa = isa;
+  info.description = text;
+  info.device_memory = context_->limit() - std::min(context_->limit(), own_memory());
+  info.loads_ahead = true;
+  info.device = p.name;
+  info.device_peak = context_->peak();
+  return info;
 }
 
 // Working memory that does not grow with a session's batches.
@@ -112,29 +120,29 @@ BufferPtr CudaBackend::allocate(int64_t n_floats) {
     throw_error(ErrorKind::kValue, "a buffer of %lld floats cannot be allocated",
                 static_cast<long long>(n_floats));
   }
-  const std::lock_guard lock(context_->mutex());
+  const Context::Lock lock(*context_);
   return std::make_shared<CudaBuffer>(context_, n_floats);
 }
 
 void CudaBackend::read(const float* from, float* to_host, int64_t n) {
-  const std::lock_guard lock(context_->mutex());
+  const Context::Lock lock(*context_);
   if (n > 0) context_->copy_out(to_host, from, static_cast<size_t>(n) * sizeof(float));
 }
 
 void CudaBackend::write(const float* from_host, float* to, int64_t n) {
-  const std::lock_guard lock(context_->mutex());
+  const Context::Lock lock(*context_);
   if (n > 0) context_->copy_in(to, from_host, static_cast<size_t>(n) * sizeof(float));
 }
 
 void CudaBackend::copy(const float* from, float* to, int64_t n) {
-  const std::lock_guard lock(context_->mutex());
+  const Context::Lock lock(*context_);
   if (n < 1) return;
   COREINFER_CUDA_CHECK(cudaMemcpyAsync(to, from, static_cast<size_t>(n) * sizeof(float),
                                        cudaMemcpyDeviceToDevice, context_->stream_for_copy()));
 }
 
 BufferPtr CudaBackend::load_vector(const Mat& mat) {
-  const std::lock_guard lock(context_->mutex());
+  const Context::Lock lock(*context_);
   auto buffer = std::make_shared<CudaBuffer>(context_, mat.rows * mat.cols);
   const Memory raw(context_, mat.bytes(), "loading");
   context_->defer(false);
@@ -145,14 +153,14 @@ BufferPtr CudaBackend::load_vector(const Mat& mat) {
 }
 
 WeightPtr CudaBackend::load(const Mat& mat) {
-  const std::lock_guard lock(context_->mutex());
+  const Context::Lock lock(*context_);
   auto weight = load_weight(context_, mat, &raw_);
   loaded_[mat.data] = weight;
   return weight;
 }
 
 KvCachePtr CudaBackend::make_kv_cache(const KvSpec& spec) {
-  const std::lock_guard lock(context_->mutex());
+  const Context::Lock lock(*context_);
   return std::make_unique<CudaKvCache>(context_, spec);
 }
 
@@ -183,7 +191,7 @@ void CudaBackend::embed(std::span<const int32_t> tokens, const Mat& table, float
                 static_cast<long long>(first_position + n - 1),
                 static_cast<long long>(positions.rows));
   }
-  const std::lock_guard lock(context_->mutex());
+  const Context::Lock lock(*context_);
   if (n == 0) return;
   // Rows as the file has them, tokens first: the tables themselves stay in host memory.
   const size_t row = table.stride();
@@ -210,7 +218,7 @@ void CudaBackend::embed(std::span<const int32_t> tokens, const Mat& table, float
 void CudaBackend::norm(Rows x, const Norm& norm, Rows out) {
   check_same_shape("norm", x, out);
   check_norm("norm", norm, x.width);
-  const std::lock_guard lock(context_->mutex());
+  const Context::Lock lock(*context_);
   if (x.n == 0) return;
   context_->defer(x.n <= kExactRows);
   PreparedRows to{};
@@ -222,7 +230,7 @@ void CudaBackend::norm(Rows x, const Norm& norm, Rows out) {
 void CudaBackend::add(Rows x, Rows y, const Norm& norm) {
   check_same_shape("add", x, y);
   check_norm("add", norm, y.width);
-  const std::lock_guard lock(context_->mutex());
+  const Context::Lock lock(*context_);
   if (x.n == 0) return;
   context_->defer(x.n <= kExactRows);
   add_rows(*context_, x, y, norm);
@@ -370,7 +378,7 @@ void CudaBackend::exact_linear(Rows x, const Norm& norm, std::span<const Linear>
 
 void CudaBackend::linear(Rows x, const Norm& norm, std::span<const Linear> linears) {
   check_norm("linear", norm, x.width);
-  const std::lock_guard lock(context_->mutex());
+  const Context::Lock lock(*context_);
   if (x.n == 0) return;
   if (x.n <= kExactRows) {
     context_->defer(true);
@@ -429,7 +437,7 @@ void CudaBackend::exact_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, 
 void CudaBackend::ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Activation act,
                              Rows h, Rows act_gate) {
   check_norm("ffn_hidden", norm, x.width);
-  const std::lock_guard lock(context_->mutex());
+  const Context::Lock lock(*context_);
   if (x.n == 0) return;
   if (x.n <= kExactRows) {
     context_->defer(true);
@@ -464,7 +472,7 @@ void CudaBackend::ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Ac
 void CudaBackend::attend(const AttentionSpec& spec, Rows q, Rows k, Rows v, KvCache& cache,
                          int64_t layer, int64_t first, Rows out) {
   check_attend(spec, cache.spec(), q, k, v, layer, first, out);
-  const std::lock_guard lock(context_->mutex());
+  const Context::Lock lock(*context_);
   if (q.n < 1) return;
   const auto& kv = static_cast<const CudaKvCache&>(cache);
   const bool exact = q.n <= kExactRows;

@@ -43,7 +43,7 @@ class CudaBackend final : public Backend {
   void accumulate(Statistic statistic, double alpha, Rows h, float* scores, int64_t first_row,
                   float* bad) override;
   std::vector<std::vector<int32_t>> select(Rows scores, int64_t k) override;
-  CompactWeights compact(std::span<const CompactSource> layers) override;
+  CompactWeights compact(std::span<const CompactSource> layers, Room* room) override;
 
  private:
   // Rows prepared for weights of one kind of input; made at most once an operation.

@@ -14,14 +14,14 @@ namespace {
 // Floats of a layer's core, in the buffer of all of them.
 class SharedFloats final : public Buffer {
  public:
-  SharedFloats(std::shared_ptr<const Memory> memory, float* data, int64_t n)
-      : memory_(std::move(memory)) {
+  SharedFloats(std::shared_ptr<const void> owner, float* data, int64_t n)
+      : owner_(std::move(owner)) {
     data_ = data;
     size_ = n;
   }
 
  private:
-  std::shared_ptr<const Memory> memory_;
+  std::shared_ptr<const void> owner_;
 };
 
 // A matrix to be made.
@@ -81,7 +81,7 @@ void CudaBackend::accumulate(Statistic statistic, double alpha, Rows h, float* s
     throw_error(ErrorKind::kValue, "alpha is %g, expected a share in (0, 1]", alpha);
   }
   if (h.n < 1 || h.width < 1) return;
-  const std::lock_guard lock(context_->mutex());
+  const Context::Lock lock(*context_);
   context_->defer(h.n <= kExactRows);
   choices_.ensure(context_, static_cast<size_t>(h.n) * sizeof(RowChoice), "neuron counts");
   accumulate_rows(*context_, statistic, alpha, h, scores, choices_.as<RowChoice>(), first_row, bad);
@@ -91,7 +91,7 @@ std::vector<std::vector<int32_t>> CudaBackend::select(Rows scores, int64_t k) {
   std::vector<std::vector<int32_t>> result(static_cast<size_t>(scores.n));
   k = std::min(k, scores.width);
   if (scores.n < 1 || k < 1) return result;
-  const std::lock_guard lock(context_->mutex());
+  const Context::Lock lock(*context_);
   context_->defer(false);
   // Of each row: how many were found, the first NaN, then the neurons.
   const int64_t stride = 2 + k;
@@ -120,8 +120,8 @@ std::shared_ptr<const CudaWeight> CudaBackend::resident(const Mat& mat) {
   return load_weight(context_, mat, &raw_);
 }
 
-CompactWeights CudaBackend::compact(std::span<const CompactSource> layers) {
-  const std::lock_guard lock(context_->mutex());
+CompactWeights CudaBackend::compact(std::span<const CompactSource> layers, Room* room) {
+  const Context::Lock lock(*context_);
   context_->defer(false);
   CompactWeights result;
   std::vector<Plan> plans(layers.size());
@@ -159,10 +159,19 @@ CompactWeights CudaBackend::compact(std::span<const CompactSource> layers) {
       if (!mat->empty()) result.source_bytes += mat->stride() * source.neurons.size();
     }
   }
-  result.buffer_bytes = offset;
+  result.buffer_bytes = offset;  // a multiple of 256, so that the next layer can follow
 
-  auto memory = std::make_shared<Memory>(context_, offset, "core-neuron weights");
-  auto* base = memory->as<unsigned char>();
+  std::shared_ptr<const void> memory;
+  unsigned char* base;
+  if (room != nullptr && room->left() >= offset) {
+    memory = room->buffer;
+    base = reinterpret_cast<unsigned char*>(room->buffer->data()) + room->used;
+    room->used += offset;
+  } else {
+    const auto own = std::make_shared<Memory>(context_, offset, "core-neuron weights");
+    base = own->as<unsigned char>();
+    memory = own;
+  }
   context_->copy_in(base, tables.data(), tables.size());
   for (size_t i = 0; i < layers.size(); ++i) {
     const CompactSource& source = layers[i];
@@ -199,7 +208,7 @@ CompactWeights CudaBackend::compact(std::span<const CompactSource> layers) {
     result.layers.push_back(std::move(ffn));
     if (source.finished) source.finished();
   }
-  context_->synchronize();
+  if (room == nullptr) context_->synchronize();  // a prefill that goes on does not wait
   return result;
 }
 

@@ -51,7 +51,7 @@ void check(cudaError_t status, const char* call) {
 }
 
 Context::Context(int device, size_t limit)
-    : copiers_(std::min(kMaxCopiers, ThreadPool::default_threads())) {
+    : device_(device), copiers_(std::min(kMaxCopiers, ThreadPool::default_threads())) {
   int n = 0;
   const cudaError_t status = cudaGetDeviceCount(&n);
   if (status != cudaSuccess || n == 0) {
@@ -91,6 +91,7 @@ Context::Context(int device, size_t limit)
 }
 
 Context::~Context() {
+  cudaSetDevice(device_);
   cudaStreamSynchronize(stream_);
   cudaStreamSynchronize(load_stream_);
   for (Graph& g : kept_) {
@@ -142,7 +143,7 @@ void* Context::allocate(size_t bytes, const char* what) {
 }
 
 void Context::release(void* p, size_t bytes) noexcept {
-  const std::lock_guard lock(mutex_);
+  const Lock lock(*this);
   bytes = std::max<size_t>(bytes, 1);
   used_ -= bytes;
   try {

@@ -5,7 +5,7 @@
 // is captured as a CUDA graph and from then on costs one launch; a decode step is such a list. What
 // differs from step to step (positions) is read by kernels from device memory, see position().
 // Weights come onto the device on a second stream, beside the work: begin_load to end_load, and who
-// uses them waits for the event that came out. Callers hold mutex(); what only gives memory back
+// uses them waits for the event that came out. Callers hold a Lock; what only gives memory back
 // need not.
 // Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #pragma once
@@ -43,8 +43,15 @@ class Context {
   Context& operator=(const Context&) = delete;
 
   const cudaDeviceProp& properties() const { return properties_; }
-  // Recursive: memory may be given back by who holds it already.
-  std::recursive_mutex& mutex() { return mutex_; }
+  // Held by who uses the context, and makes its device that of the thread. A thread may hold
+  // several: memory is given back by who uses the context, too.
+  class Lock {
+   public:
+    explicit Lock(Context& context) : lock_(context.mutex_) { cudaSetDevice(context.device_); }
+
+   private:
+    std::lock_guard<std::recursive_mutex> lock_;
+  };
 
   // Throws kMemory saying what was wanted for `what`, what is in use and what the limit is. What
   // is released is kept for the next allocation of its size: there is one stream, so that work
@@ -115,7 +122,10 @@ class Context {
             [](const void* k, const void* a) {
               reinterpret_cast<void (*)(Args)>(const_cast<void*>(k))(*static_cast<const Args*>(a));
             },
-            grid, block, static_cast<uint32_t>(shared), static_cast<uint32_t>(sizeof(Args))};
+            grid,
+            block,
+            static_cast<uint32_t>(shared),
+            static_cast<uint32_t>(sizeof(Args))};
   }
   void add(const Launch& launch, const void* args);
   // after_kernel: the stream's last work is a kernel, which this one may overlap with.
@@ -131,6 +141,7 @@ class Context {
   cudaGraphExec_t capture_list();
 
   cudaDeviceProp properties_{};
+  int device_;
   std::recursive_mutex mutex_;
   cudaStream_t stream_ = nullptr;
   cudaStream_t load_stream_ = nullptr;

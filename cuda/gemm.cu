@@ -163,7 +163,9 @@ void Gemm::multiply(const CudaWeight& weight, const float* x, int64_t x_stride, 
                     bool accumulate, bool exact) {
   const WeightView& w = weight.view();
   const int64_t cols = weight.cols();
-  const bool floats = exact || w.codes == Codes::kF32;
+  // bfloat16 products came with sm_80.
+  const bool floats = exact || w.codes == Codes::kF32 ||
+                      (w.codes == Codes::kBF16 && context_->properties().major < 8);
   const bool brain = !floats && w.codes == Codes::kBF16;
   const bool in_place = !floats ? w.codes == Codes::kF16 || brain : w.codes == Codes::kF32;
   const int type = floats ? kType32F : brain ? kType16BF : kType16F;

@@ -86,7 +86,7 @@ void CudaKvCache::each_row_plane(int64_t n, const Move& move) const {
 }
 
 std::vector<std::byte> CudaKvCache::save(int64_t n) const {
-  const std::lock_guard lock(context_->mutex());
+  const Context::Lock lock(*context_);
   std::vector<std::byte> out;
   const auto count = static_cast<size_t>(n);
   std::vector<std::byte> rows, scales;
@@ -114,7 +114,7 @@ void CudaKvCache::restore(std::span<const std::byte> bytes, int64_t n) {
     throw_error(ErrorKind::kValue, "%zu bytes for %lld positions of a KV cache, expected %zu",
                 bytes.size(), static_cast<long long>(n), expected);
   }
-  const std::lock_guard lock(context_->mutex());
+  const Context::Lock lock(*context_);
   std::vector<std::byte> rows, scales;
   size_t at = 0;
   each_row_plane(n, [&](unsigned char* to, unsigned char* to_scales, int side) {

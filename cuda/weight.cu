@@ -221,10 +221,11 @@ void place(const PlaneLayout& layout, unsigned char* base, WeightView* view) {
 
 CudaWeight::~CudaWeight() {
   if (!loaded_) return;
-  const std::lock_guard lock(context_->mutex());
+  const Context::Lock lock(*context_);
   try {
     await();  // or the memory would go to other work while it is written
-  } catch (const Error&) {  // the device is of no use any more, and says so at the next call
+  } catch (const Error&) {
+    // The device is of no use any more, and says so at the next call.
   }
 }
 
@@ -279,8 +280,8 @@ std::shared_ptr<CudaWeight> load_weight(const ContextPtr& context, const Mat& ma
   }
   try {
     load_planes(*context, mat, view, memory->as<unsigned char>(), *raw, rows_a_piece);
-    auto weight = std::make_shared<CudaWeight>(mat.type, mat.rows, mat.cols, layout.bytes, view,
-                                               memory);
+    auto weight =
+        std::make_shared<CudaWeight>(mat.type, mat.rows, mat.cols, layout.bytes, view, memory);
     weight->set_loading(context, context->end_load());
     return weight;
   } catch (const Error&) {

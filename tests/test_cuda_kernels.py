@@ -203,6 +203,17 @@ def test_compaction_keeps_every_value(cuda, f32, type_name, share):
         assert bytes_of <= 1.75 * share  # codes in steps of 4, scales of all groups
 
 
+def test_picked_columns_take_batches_of_any_size(cuda):
+    up, _ = stored("Q4_K", 512, 256, seed=1)
+    down, _ = stored("Q4_K", 256, 512, seed=2)
+    loaded = [cuda.load("Q4_K", up, 512, 256), cuda.load("Q4_K", down, 256, 512)]
+    core = cuda.compact(None, *loaded, list(range(0, 512, 5)))
+    h = normal(37, 103)
+    (together,) = cuda.linear(h, core.weights[1:])
+    alone = np.concatenate([cuda.linear(row[None], core.weights[1:])[0] for row in h])
+    np.testing.assert_array_equal(together, alone)
+
+
 def stored_order(neurons: np.ndarray, group: int) -> np.ndarray:
     """Which pick stands in each stored column: groups in steps of 4, chunks of 32; -1: none."""
     order: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -99,3 +100,48 @@ def test_dense_decoding_works_a_layer_at_a_time(model):
         session.decode(5)
         logits.append(session.logits())
     np.testing.assert_array_equal(*logits)
+
+
+def small_limit(path: str) -> _core.Engine:
+    engine = _core.Engine(path, memory_limit=_core.memory()["rss"] + 140 * MIB)
+    assert not engine.ffn_resident
+    return engine
+
+
+@pytest.mark.parametrize("layers", [None, (1, 6)], ids=["all", "some"])
+def test_core_weights_gathered_in_the_last_batch_are_those_gathered_later(model, layers):
+    tokens = np.arange(100, 140, dtype=np.int32)
+    results = []
+    for engine, beta in [(_core.Engine(model), None), (small_limit(model), 0.1)]:
+        session = _core.Session(engine, n_ctx=64, n_batch=16)
+        session.prefill(tokens, statistic="flock", beta=beta, layers=layers)
+        session.set_core(session.select(beta=0.1, layers=layers))
+        results.append(session.score(tokens[:5]))
+    np.testing.assert_array_equal(*results)
+
+
+def test_weights_that_passed_by_are_not_read_again(model, tmp_path):
+    """With the file gone, only a set that was gathered on the way can still be made."""
+    tokens = np.arange(20, dtype=np.int32)
+    for beta, chosen, fits in [(0.1, 0.1, True), (0.1, 0.15, False), (None, 0.1, False)]:
+        path = tmp_path / f"{beta}-{chosen}.gguf"
+        shutil.copy(model, path)
+        session = _core.Session(small_limit(str(path)), n_ctx=64, n_batch=16)
+        session.prefill(tokens, statistic="flock", beta=beta)
+        with open(path, "r+b") as file:
+            file.truncate(4096)
+        core = session.select(beta=chosen)
+        if fits:
+            session.set_core(core)
+            assert session.core_set.same_neurons(core)
+        else:
+            with pytest.raises(OSError, match="gguf"):
+                session.set_core(core)
+
+
+def test_an_expected_core_that_does_not_fit_is_refused_when_it_is_asked_for(model):
+    session = _core.Session(small_limit(model), n_ctx=64, n_batch=16)
+    session.prefill(np.arange(16, dtype=np.int32), statistic="flock", beta=0.95)
+    with pytest.raises(MemoryError, match="lower beta"):
+        session.set_core(session.select(beta=0.95))
+    session.decode(3)

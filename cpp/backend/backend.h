@@ -161,6 +161,15 @@ struct CompactSource {
   std::function<void()> finished;    // called, if given, once the matrices have been read
 };
 
+// Memory that compaction takes piece by piece, so that layers that are gathered one at a time lie
+// in one contiguous buffer too.
+struct Room {
+  BufferPtr buffer;
+  size_t used = 0;  // bytes
+
+  size_t left() const { return static_cast<size_t>(buffer->size()) * sizeof(float) - used; }
+};
+
 // The core-neuron weights of all layers, in one contiguous buffer.
 struct CompactWeights {
   std::vector<FfnWeights> layers;
@@ -175,6 +184,10 @@ struct BackendInfo {
   std::string description;  // one line for people
   // Bytes of the device's own memory for weights, caches and the work of sessions; 0: host memory.
   uint64_t device_memory = 0;
+  // load() comes back while the copy is under way, beside what was issued before.
+  bool loads_ahead = false;
+  std::string device;        // the GPU's name; "" for the CPU
+  uint64_t device_peak = 0;  // bytes of its memory that were taken at one time, at most
 };
 
 class Backend {
@@ -221,8 +234,9 @@ class Backend {
   // Of each row of scores: the k entries of highest positive score, ties to the lower index,
   // ascending; fewer when fewer are positive.
   virtual std::vector<std::vector<int32_t>> select(Rows scores, int64_t k) = 0;
-  // Copies the picked neurons of all layers into one contiguous buffer, values exactly kept.
-  virtual CompactWeights compact(std::span<const CompactSource> layers) = 0;
+  // Copies the picked neurons of the layers into one contiguous buffer, values exactly kept: into
+  // `room`, where one is given that suffices, else into memory of their own.
+  virtual CompactWeights compact(std::span<const CompactSource> layers, Room* room) = 0;
 };
 
 struct CpuOptions {

@@ -68,7 +68,7 @@ class CpuBackend final : public Backend {
   void accumulate(Statistic statistic, double alpha, Rows h, float* scores, int64_t first_row,
                   float* bad) override;
   std::vector<std::vector<int32_t>> select(Rows scores, int64_t k) override;
-  CompactWeights compact(std::span<const CompactSource> layers) override;
+  CompactWeights compact(std::span<const CompactSource> layers, Room* room) override;
 
  private:
   CpuOptions options_;

@@ -86,7 +86,7 @@ void check(const CompactSource& source) {
 
 }  // namespace
 
-CompactWeights CpuBackend::compact(std::span<const CompactSource> layers) {
+CompactWeights CpuBackend::compact(std::span<const CompactSource> layers, Room* room) {
   const std::lock_guard lock(mutex_);
   const auto copy_layer = [&](std::span<const Target> matrices) {
     int64_t units = 0;
@@ -119,10 +119,21 @@ CompactWeights CpuBackend::compact(std::span<const CompactSource> layers) {
         t.columns.empty() ? t.from->stride() * static_cast<size_t>(t.n_rows()) : t.from->bytes();
   }
 
-  auto memory = std::make_shared<AlignedBuffer>(result.buffer_bytes + kPackedSlack);
+  const size_t needed = result.buffer_bytes + kPackedSlack;
+  std::shared_ptr<const void> memory;
+  std::byte* base;
+  if (room != nullptr && room->left() >= needed) {
+    memory = room->buffer;
+    base = reinterpret_cast<std::byte*>(room->buffer->data()) + room->used;
+    room->used += result.buffer_bytes;
+  } else {
+    const auto own = std::make_shared<AlignedBuffer>(needed);
+    base = own->as<std::byte>();
+    memory = own;
+  }
   for (Target& t : targets) {
-    t.strips.data = memory->as<std::byte>() + t.offset;
-    t.plain.data = memory->as<std::byte>() + t.offset;
+    t.strips.data = base + t.offset;
+    t.plain.data = base + t.offset;
     if (t.groups) t.packer = std::make_shared<StripPacker>(isa_, *t.from, t.rows, t.strips);
   }
   // A layer after the other, so that the file's pages of each can be given back.

@@ -18,7 +18,7 @@ struct CudaOptions {
 
 // The library and this header must be of one build: raised with every change of backend.h or of
 // the options.
-inline constexpr int kCudaInterface = 2;
+inline constexpr int kCudaInterface = 3;
 
 // What the library exports, as coreinfer_make_cuda_backend. Null where it failed: then *kind is the
 // ErrorKind and `message` (size bytes) says why.
@@ -26,8 +26,8 @@ using MakeCudaBackend = Backend* (*)(int interface, const CudaOptions* options, 
                                      char* message, size_t size);
 
 // Looked for: $COREINFER_CUDA_LIBRARY, else libcoreinfer_cuda.so beside the file that holds this
-// code. Throws kState where it is not there (built without CUDA), does not open, or finds no usable
-// device or driver.
+// code, or in the folder above. Throws kState where it is not there (built without CUDA), does not
+// open, or finds no usable device or driver.
 std::unique_ptr<Backend> make_cuda_backend(const CudaOptions& options);
 
 }  // namespace coreinfer

@@ -52,10 +52,20 @@ void MemoryPlan::check_session(uint64_t cache_bytes, uint64_t workspace_bytes) c
           "this context: lower n_ctx or n_batch, or use a smaller cache type");
 }
 
+uint64_t MemoryPlan::with_core(uint64_t cache_bytes, uint64_t workspace_bytes,
+                               uint64_t core_bytes) const {
+  const uint64_t ffn = ffn_resident_ ? ffn_bytes_ : staging_bytes_;
+  return process_bytes_ + other_bytes_ + ffn + cache_bytes + workspace_bytes + core_bytes;
+}
+
+bool MemoryPlan::fits_core(uint64_t cache_bytes, uint64_t workspace_bytes,
+                           uint64_t core_bytes) const {
+  return limit_ == 0 || with_core(cache_bytes, workspace_bytes, core_bytes) <= limit_;
+}
+
 void MemoryPlan::check_core(uint64_t cache_bytes, uint64_t workspace_bytes,
                             uint64_t core_bytes) const {
-  const uint64_t ffn = ffn_resident_ ? ffn_bytes_ : staging_bytes_;
-  require(process_bytes_ + other_bytes_ + ffn + cache_bytes + workspace_bytes + core_bytes,
+  require(with_core(cache_bytes, workspace_bytes, core_bytes),
           "this core set: lower beta or n_ctx");
 }
 

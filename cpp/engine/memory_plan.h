@@ -24,10 +24,13 @@ class MemoryPlan {
 
   // Throws kMemory unless a session of this cache and working memory fits beside the weights.
   void check_session(uint64_t cache_bytes, uint64_t workspace_bytes) const;
-  // Throws kMemory unless core weights of these bytes fit, too, also while the next prompt is read.
+  // Whether core weights of these bytes fit, too, also while the next prompt is read.
+  bool fits_core(uint64_t cache_bytes, uint64_t workspace_bytes, uint64_t core_bytes) const;
+  // Throws kMemory unless they do.
   void check_core(uint64_t cache_bytes, uint64_t workspace_bytes, uint64_t core_bytes) const;
 
  private:
+  uint64_t with_core(uint64_t cache_bytes, uint64_t workspace_bytes, uint64_t core_bytes) const;
   void require(uint64_t needed, const char* for_what) const;
 
   uint64_t limit_ = 0;

@@ -120,7 +120,8 @@ void Session::keep(int64_t n) {
 
 void Session::prefill(std::span<const int32_t> tokens, const std::optional<StatisticSpec>& spec,
                       const std::function<void(int64_t, int64_t)>& progress,
-                      const std::function<bool()>& cancelled) {
+                      const std::function<bool()>& cancelled,
+                      const std::optional<CoreShare>& expected) {
   if (tokens.empty()) {
     throw_error(ErrorKind::kValue, "the prompt has no tokens, expected at least one");
   }
@@ -148,6 +149,7 @@ void Session::prefill(std::span<const int32_t> tokens, const std::optional<Stati
     counts_.reset();
   }
   if (exact()) speculation_->chosen_at = 0;  // another text may want another set
+  passing_.reset();
   const int64_t start = now_ns();
   const double count_before = transformer_->count_seconds();
   const auto total = static_cast<int64_t>(tokens.size());
@@ -161,6 +163,11 @@ void Session::prefill(std::span<const int32_t> tokens, const std::optional<Stati
       batch.counts = spec ? &*counts_ : nullptr;
       batch.logits = done + n == total ? WantLogits::kLast : WantLogits::kNone;
       batch.cancelled = cancelled ? &cancelled : nullptr;
+      if (spec && expected && done + n == total) expect(*expected);
+      const std::function<void(const FfnWeights&)> passing = [this](const FfnWeights& dense) {
+        passing_->layer(dense);
+      };
+      batch.passing = passing_ ? &passing : nullptr;
       transformer_->run(batch, *cache_);
       if (spec) counts_->advance(n);
       tokens_.insert(tokens_.end(), batch.tokens.begin(), batch.tokens.end());
@@ -171,6 +178,7 @@ void Session::prefill(std::span<const int32_t> tokens, const std::optional<Stati
     engine_->file().check_unchanged();
   } catch (...) {
     reset();
+    passing_.reset();
     counts_.reset();
     throw;
   }
@@ -221,8 +229,29 @@ std::optional<double> Session::stability(double beta, std::optional<LayerRange> 
   return coreinfer::stability(engine_->backend(), counted(), beta, range(layers));
 }
 
+// Gathers what the share will pick while the next batch runs, if the weights do not stay and the
+// core fits; where it does not, set_core says so.
+void Session::expect(const CoreShare& share) {
+  if (engine_->weights().ffn_resident || !(share.beta > 0.0 && share.beta < 1.0)) return;
+  const LayerRange picked = range(share.layers);
+  const int64_t n_ff = engine_->config().n_ff;
+  const int64_t k = core_size(share.beta, n_ff);
+  const auto bytes_with = [&](int64_t others) {
+    return estimated_bytes(
+        [&](size_t i) { return picked.contains(static_cast<int64_t>(i)) ? k : others; });
+  };
+  const MemoryPlan& memory = engine_->memory();
+  if (!memory.fits_core(kv_capacity_bytes(), workspace_bytes(), bytes_with(n_ff))) return;
+  core_set_.reset();
+  compact_ = {};
+  // Layers that stay dense are kept as they were brought in.
+  passing_.emplace(engine_->backend(), engine_->weights(), *counts_, share.beta, picked,
+                   bytes_with(0));
+}
+
 void Session::set_core(std::optional<CoreSet> set) {
   if (!set) {
+    passing_.reset();
     core_set_.reset();
     compact_ = {};
     return;
@@ -234,12 +263,19 @@ void Session::set_core(std::optional<CoreSet> set) {
     // The old buffer goes first: two at once would double the memory.
     core_set_.reset();
     compact_ = {};
-    engine_->memory().check_core(kv_capacity_bytes(), workspace_bytes(), estimated_bytes(*set));
-    engine_->file().check_unchanged();
-    CompactWeights compacted = compact(engine_->backend(), engine_->weights(), *set);
-    engine_->file().check_unchanged();
-    compact_ = std::move(compacted);
+    if (!passing_ || !passing_->take(*set, &compact_)) {
+      passing_.reset();
+      engine_->memory().check_core(
+          kv_capacity_bytes(), workspace_bytes(), estimated_bytes([&](size_t i) {
+            return set->layers[i] ? static_cast<int64_t>(set->layers[i]->size()) : set->n_ff;
+          }));
+      engine_->file().check_unchanged();
+      CompactWeights compacted = compact(engine_->backend(), engine_->weights(), *set);
+      engine_->file().check_unchanged();
+      compact_ = std::move(compacted);
+    }
   }
+  passing_.reset();
   core_set_ = std::move(set);
   timings_.compact_seconds += seconds_since(start);
 }
@@ -252,17 +288,17 @@ size_t Session::decode_weight_bytes() const {
   return bytes;
 }
 
-// Weight bytes of a core set, before it is made: rows of gate and up are exact, columns of a
-// quantised down projection keep their groups' scales, for which a fifth of its dense bytes is
-// allowed.
-size_t Session::estimated_bytes(const CoreSet& set) const {
+// Weight bytes of a core set, before it is made, by the neurons kept of each layer: rows of gate
+// and up are exact, columns of a quantised down projection keep their groups' scales, for which a
+// fifth of its dense bytes is allowed.
+size_t Session::estimated_bytes(const std::function<int64_t(size_t)>& kept) const {
+  const int64_t n_ff = engine_->config().n_ff;
   double bytes = 0.0;
-  for (size_t i = 0; i < set.layers.size(); ++i) {
-    if (!set.layers[i] && engine_->weights().ffn_resident) continue;  // shared, not copied
+  for (size_t i = 0; i < engine_->weights().layers.size(); ++i) {
+    const int64_t k = kept(i);
+    if (k == 0 || (k == n_ff && engine_->weights().ffn_resident)) continue;  // nothing is copied
     const CompactSource& s = engine_->weights().layers[i].source;
-    const auto k =
-        static_cast<double>(set.layers[i] ? set.layers[i]->size() : static_cast<size_t>(set.n_ff));
-    const double share = k / static_cast<double>(set.n_ff);
+    const double share = static_cast<double>(k) / static_cast<double>(n_ff);
     const auto rows = static_cast<double>(s.gate.bytes() + s.up.bytes());
     const auto down = static_cast<double>(s.down.bytes());
     const double scales = traits(s.down.type).quantized ? 0.2 : 0.0;

@@ -31,12 +31,18 @@ struct SessionOptions {
 };
 KvType kv_type_from_name(const std::string& name);
 
+// What select() will be asked for after a prefill.
+struct CoreShare {
+  double beta = 0.0;
+  std::optional<LayerRange> layers;  // nothing: all
+};
+
 struct Timings {
   int64_t prefill_tokens = 0;
   double prefill_seconds = 0.0;  // counting included
   double count_seconds = 0.0;    // with a GPU: of handing it over
   double select_seconds = 0.0;
-  double compact_seconds = 0.0;
+  double compact_seconds = 0.0;  // of set_core; what was gathered on the way is in the prefill's
   int64_t decode_tokens = 0;
   double decode_seconds = 0.0;
   // Of exact mode, inside decode_seconds: drafts made, those that were right, and verifications.
@@ -70,9 +76,13 @@ class Session {
 
   // Appends tokens with the dense weights; the logits of the last are then available. With a
   // statistic their activations are counted. After an exception the cache is empty.
+  // `expected`: where dense FFN weights are not resident, their core is gathered as they pass by in
+  // the last batch, in place of the present core set, and set_core(select(...)) with the same
+  // values need not bring them in again.
   void prefill(std::span<const int32_t> tokens, const std::optional<StatisticSpec>& spec,
                const std::function<void(int64_t, int64_t)>& progress = {},
-               const std::function<bool()>& cancelled = {});
+               const std::function<bool()>& cancelled = {},
+               const std::optional<CoreShare>& expected = {});
 
   // Core set, and stability, of the counted prefix. kState when nothing has been counted.
   CoreSet select(double beta, std::optional<LayerRange> layers);
@@ -131,7 +141,8 @@ class Session {
   void check_room(size_t n) const;
   void run_decode(std::span<const int32_t> tokens, WantLogits want,
                   const std::function<bool()>& cancelled);
-  size_t estimated_bytes(const CoreSet& set) const;
+  size_t estimated_bytes(const std::function<int64_t(size_t)>& kept) const;
+  void expect(const CoreShare& share);
   LayerRange range(std::optional<LayerRange> layers) const;
   const NeuronCounts& counted();
   bool decodes_dense() const { return !core_set_ || exact(); }
@@ -156,6 +167,7 @@ class Session {
   std::optional<NeuronCounts> counts_;  // of the first counts_->n_tokens() positions
   std::optional<CoreSet> core_set_;
   CompactWeights compact_;                    // layers empty: decode dense
+  std::optional<PassingCompact> passing_;     // of the last prompt, where it was gathered on the way
   std::vector<float> logits_;                 // of the last position; empty: none
   std::unique_ptr<Speculation> speculation_;  // in exact mode
   Timings timings_;

@@ -41,6 +41,10 @@ void Transformer::run(const Batch& batch, KvCache& cache) {
   const int64_t offset = std::max<int64_t>(config_.position_offset, 0);
   backend_.embed(batch.tokens, weights_.token_embd, config_.embedding_scale, weights_.position_embd,
                  batch.first + offset, x);
+  // Dense weights that are not resident come in a layer at a time; the next one while this one
+  // computes, where the backend can do both.
+  FfnWeights staged, ahead;
+  const bool loads_ahead = !weights_.ffn_resident && backend_.info().loads_ahead;
   for (int64_t i = 0; i < config_.n_layer; ++i) {
     if (batch.cancelled != nullptr && (*batch.cancelled)()) {
       throw_error(ErrorKind::kCancelled, "stopped in layer %lld", static_cast<long long>(i));
@@ -48,7 +52,14 @@ void Transformer::run(const Batch& batch, KvCache& cache) {
     const LayerWeights& w = weights_.layers[static_cast<size_t>(i)];
     attention(w, i, batch.first, x, cache);
     if (batch.ffn.empty()) {
-      feed_forward(w, weights_.stage_ffn(static_cast<size_t>(i)), i, x, batch);
+      staged = ahead.up ? std::move(ahead) : weights_.stage_ffn(static_cast<size_t>(i));
+      feed_forward(w, staged, i, x, batch);
+      ahead = {};
+      if (loads_ahead && i + 1 < config_.n_layer) {
+        ahead = weights_.stage_ffn(static_cast<size_t>(i + 1));
+      }
+      if (batch.passing != nullptr) (*batch.passing)(staged);
+      staged = {};
       if (!weights_.ffn_resident) weights_.drop_ffn_pages(static_cast<size_t>(i));
     } else {
       feed_forward(w, batch.ffn[static_cast<size_t>(i)], i, x, batch);

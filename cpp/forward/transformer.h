@@ -37,6 +37,8 @@ struct Batch {
   NeuronCounts* counts = nullptr;   // receives every FFN activation of the batch
   KeptActivations* kept = nullptr;  // receives them, too, to be counted later; dense FFN only
   WantLogits logits = WantLogits::kLast;
+  // Told of each layer when its counts are complete, while its dense weights are at hand.
+  const std::function<void(const FfnWeights&)>* passing = nullptr;
   // Asked before each layer on the calling thread; true stops with kCancelled.
   const std::function<bool()>* cancelled = nullptr;
 };

@@ -43,7 +43,8 @@ struct ModelWeights {
   // The dense FFN of a layer: the resident one, or a copy made from the file now, whose memory goes
   // when the returned value does.
   FfnWeights stage_ffn(size_t layer) const;
-  // Mapped FFN pages that staging or compaction has read need not stay resident.
+  // Mapped FFN pages that staging or compaction has read need not stay resident, where that is host
+  // memory which counts; for a GPU they may.
   void drop_ffn_pages(size_t layer) const;
 
   const GgufFile* file = nullptr;  // not an owner

@@ -1,6 +1,11 @@
 #include "neurons/compact.h"
 
 namespace coreinfer {
+namespace {
+
+constexpr int64_t kTablesOfALayer = 8192;  // what does not grow with the neurons
+
+}  // namespace
 
 CompactWeights compact(Backend& backend, const ModelWeights& weights, const CoreSet& set) {
   std::vector<CompactSource> sources;
@@ -14,7 +19,7 @@ CompactWeights compact(Backend& backend, const ModelWeights& weights, const Core
     picked.push_back(i);
   }
   CompactWeights result;
-  if (!sources.empty()) result = backend.compact(sources);
+  if (!sources.empty()) result = backend.compact(sources, nullptr);
   std::vector<FfnWeights> layers;
   for (size_t i = 0, j = 0; i < weights.layers.size(); ++i) {
     const bool is_picked = j < picked.size() && picked[j] == i;
@@ -22,6 +27,41 @@ CompactWeights compact(Backend& backend, const ModelWeights& weights, const Core
   }
   result.layers = std::move(layers);
   return result;
+}
+
+PassingCompact::PassingCompact(Backend& backend, const ModelWeights& weights,
+                               const NeuronCounts& counts, double beta, LayerRange range,
+                               size_t room_bytes)
+    : backend_(backend), weights_(weights), counts_(counts), beta_(beta), range_(range) {
+  // A backend may put tables of the picked neurons beside the weights.
+  const auto tables = weights.layers.size() *
+                      static_cast<size_t>(16 * core_size(beta, counts.n_ff()) + kTablesOfALayer);
+  room_.buffer = backend.allocate(static_cast<int64_t>((room_bytes + tables) / sizeof(float)));
+  set_.n_ff = counts.n_ff();
+}
+
+void PassingCompact::layer(const FfnWeights& dense) {
+  const size_t i = set_.layers.size();
+  set_.layers.emplace_back();
+  made_.layers.push_back(dense);
+  if (!range_.contains(static_cast<int64_t>(i))) return;
+  const Rows scores = counts_.now().rows().slice(static_cast<int64_t>(i), 1);
+  // Without any, select_core will say so; until then the layer is as good as dense.
+  set_.layers[i] = std::move(backend_.select(scores, core_size(beta_, set_.n_ff))[0]);
+  const auto k = static_cast<int64_t>(set_.layers[i]->size());
+  if (k == 0 || k == set_.n_ff) return;
+  CompactSource source = weights_.layers[i].source;
+  source.neurons = *set_.layers[i];
+  CompactWeights one = backend_.compact({&source, 1}, &room_);
+  made_.layers[i] = std::move(one.layers[0]);
+  made_.buffer_bytes += one.buffer_bytes;
+  made_.source_bytes += one.source_bytes;
+}
+
+bool PassingCompact::take(const CoreSet& set, CompactWeights* to) {
+  if (!set_.same_neurons(set)) return false;
+  *to = std::move(made_);
+  return true;
 }
 
 }  // namespace coreinfer

@@ -10,4 +10,30 @@ namespace coreinfer {
 
 CompactWeights compact(Backend& backend, const ModelWeights& weights, const CoreSet& set);
 
+// The same a layer at a time, for dense weights that are not resident: each layer is selected and
+// gathered while the last batch of a prompt has it at hand, so that it need not be brought in
+// again.
+class PassingCompact {
+ public:
+  // `counts` is completed by the batch, layer by layer. room_bytes: about what the layers of the
+  // range will take.
+  PassingCompact(Backend& backend, const ModelWeights& weights, const NeuronCounts& counts,
+                 double beta, LayerRange range, size_t room_bytes);
+
+  // The next layer, whose counts are complete and whose dense weights these are.
+  void layer(const FfnWeights& dense);
+  // The weights for this set, if its neurons are those of all layers; else nothing has changed.
+  bool take(const CoreSet& set, CompactWeights* to);
+
+ private:
+  Backend& backend_;
+  const ModelWeights& weights_;
+  const NeuronCounts& counts_;
+  double beta_;
+  LayerRange range_;
+  Room room_;
+  CoreSet set_;  // layers so far
+  CompactWeights made_;
+};
+
 }  // namespace coreinfer

@@ -48,6 +48,7 @@ nb::dict backend_dict(const Engine& engine) {
   d["n_threads"] = info.n_threads;
   d["description"] = info.description;
   d["device_memory"] = info.device_memory;
+  d["device_peak"] = info.device_peak;
   return d;
 }
 

@@ -113,7 +113,8 @@ bool interrupted() {
 }
 
 void prefill(Session& s, const Tokens& tokens, const std::optional<std::string>& statistic,
-             double alpha, const std::function<void(int64_t, int64_t)>& progress) {
+             double alpha, const std::function<void(int64_t, int64_t)>& progress,
+             std::optional<double> beta, const Layers& layers) {
   const auto spec = spec_of(statistic, alpha);
   const auto ids = span_of<int32_t>(tokens);
   std::function<void(int64_t, int64_t)> report;
@@ -123,8 +124,10 @@ void prefill(Session& s, const Tokens& tokens, const std::optional<std::string>&
       progress(done, total);
     };
   }
+  std::optional<CoreShare> expected;
+  if (beta) expected = CoreShare{*beta, range_of(layers)};
   nb::gil_scoped_release release;
-  s.prefill(ids, spec, report, interrupted);
+  s.prefill(ids, spec, report, interrupted, expected);
 }
 
 Array<float> rows_of(Session& s, const Tokens& tokens,
@@ -211,8 +214,11 @@ void bind_session(nb::module_& m) {
       .def("reset", &Session::reset)
       .def("prefill", &prefill, nb::arg("tokens").noconvert(), nb::kw_only(),
            nb::arg("statistic") = nb::none(), nb::arg("alpha") = 0.4,
-           nb::arg("progress") = nb::none(),
-           "Appends int32 tokens with the dense weights, counting for the statistic if given.")
+           nb::arg("progress") = nb::none(), nb::arg("beta") = nb::none(),
+           nb::arg("layers") = nb::none(),
+           "Appends int32 tokens with the dense weights, counting for the statistic if given. With "
+           "the beta and layers of the select that follows, weights that are not resident are "
+           "gathered as they pass by.")
       .def(
           "select",
           [](Session& s, double beta, const Layers& layers) {

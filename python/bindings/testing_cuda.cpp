@@ -134,7 +134,7 @@ class AnyBackend {
     s.down = down.mat;
     if (up_bias) s.up_bias = buffer(up_bias->data(), up_bias->size());
     s.neurons = neurons;
-    CompactWeights made = backend_->compact({&s, 1});
+    CompactWeights made = backend_->compact({&s, 1}, nullptr);
     const FfnWeights& ffn = made.layers[0];
     AnyCompact result;
     if (ffn.gate) result.weights.push_back({{}, {}, ffn.gate});

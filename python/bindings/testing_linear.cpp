@@ -166,7 +166,7 @@ class TestBackend {
       s.neurons = layer.neurons;
       sources.push_back(s);
     }
-    CompactWeights made = backend_.compact(sources);
+    CompactWeights made = backend_.compact(sources, nullptr);
     TestCompact result;
     result.buffer_bytes = made.buffer_bytes;
     result.source_bytes = made.source_bytes;

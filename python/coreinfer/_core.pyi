@@ -213,9 +213,9 @@ class Session:
 
     def reset(self) -> None: ...
 
-    def prefill(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], *, statistic: str | None = None, alpha: float = 0.4, progress: Callable[[int, int], None] | None = None) -> None:
+    def prefill(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], *, statistic: str | None = None, alpha: float = 0.4, progress: Callable[[int, int], None] | None = None, beta: float | None = None, layers: tuple[int, int] | None = None) -> None:
         """
-        Appends int32 tokens with the dense weights, counting for the statistic if given.
+        Appends int32 tokens with the dense weights, counting for the statistic if given. With the beta and layers of the select that follows, weights that are not resident are gathered as they pass by.
         """
 
     def select(self, *, beta: float, layers: tuple[int, int] | None = None) -> CoreSet: ...

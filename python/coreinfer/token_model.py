@@ -313,6 +313,7 @@ class TokenModel:
         self._generation += 1
         self._timings_before = dict(session.timings)
         statistic = self._statistic()
+        stable = self._core.mode == "stable"
         self._reused = session.reusable(ids, statistic, self._core.alpha)
         session.keep(self._reused)
         session.prefill(
@@ -320,6 +321,8 @@ class TokenModel:
             statistic=statistic,
             alpha=self._core.alpha,
             progress=self.prefill_progress,
+            beta=self._core.beta if stable else None,
+            layers=self._core.layer_range(self._open_engine().n_layer) if stable else None,
         )
 
     def _sampler(

@@ -40,9 +40,10 @@ EXPORT int cublasSetWorkspace_v2(void*, void*, size_t) { return kSuccess; }
 EXPORT int cublasSetPointerMode_v2(void*, int mode) { return mode == 1 ? kSuccess : kNotSupported; }
 
 // c (m, n) = alpha a^T b + beta c, column-major: a (k, m), b (k, n).
-EXPORT int cublasGemmEx(void* handle, int transa, int transb, int m, int n, int k, const void* alpha,
-                        const void* a, int a_type, int lda, const void* b, int b_type, int ldb,
-                        const void* beta, void* c, int c_type, int ldc, int compute_type, int) {
+EXPORT int cublasGemmEx(void* handle, int transa, int transb, int m, int n, int k,
+                        const void* alpha, const void* a, int a_type, int lda, const void* b,
+                        int b_type, int ldb, const void* beta, void* c, int c_type, int ldc,
+                        int compute_type, int) {
   if (transa != 1 || transb != 0 || c_type != 0 || compute_type != 68) return kNotSupported;
   if (a_type != b_type || !known(a_type)) return kNotSupported;
   if (lda < k || ldb < k || ldc < m) return kInvalidValue;

@@ -54,7 +54,9 @@ void carry_out(const CudaHostEvent& event) {
     carry_out(*event.stream, event.issued);
   }
 }
-void carry_out_all(CudaHostStream* stream) { carry_out(*static_cast<QueuedStream*>(stream), ~0ull); }
+void carry_out_all(CudaHostStream* stream) {
+  carry_out(*static_cast<QueuedStream*>(stream), ~0ull);
+}
 
 cudaError_t issue(cudaStream_t to, Step step) {
   const std::lock_guard lock(queues_mutex);
@@ -154,7 +156,9 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   streams.erase(static_cast<QueuedStream*>(stream));
   return delete static_cast<QueuedStream*>(stream), cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return carry_out_all(stream), cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return carry_out_all(stream), cudaSuccess;
+}
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   return issue(stream, [point = *event] { carry_out(point); });
 }
