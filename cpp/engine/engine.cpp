@@ -1,6 +1,9 @@
 #include "engine/engine.h"
 
+#include <cstdio>
+
 #include "backend/cuda_loader.h"
+#include "backend/split_backend.h"
 #include "base/clock.h"
 #include "base/error.h"
 #include "base/memory_use.h"
@@ -9,20 +12,36 @@
 namespace coreinfer {
 namespace {
 
-std::unique_ptr<Backend> make_backend(const EngineOptions& options, int64_t n_layer) {
+// The last n layers, as llama.cpp splits a model.
+GpuPart last_layers(const GgufFile& file, int64_t n_layer, int64_t n) {
+  GpuPart part;
+  part.first_layer = n_layer - n;
+  for (const TensorInfo& info : file.tensors()) {
+    long long layer = -1;
+    if (std::sscanf(info.name.c_str(), "blk.%lld.", &layer) == 1 && layer >= part.first_layer) {
+      part.matrices.insert(file.mat(info).data);
+    }
+  }
+  return part;
+}
+
+std::unique_ptr<Backend> make_backend(const EngineOptions& options, const GgufFile& file,
+                                      int64_t n_layer) {
   const int64_t n = options.n_gpu_layers;
-  if (n == 0) return make_cpu_backend(options.cpu);
-  if (n < -1 || (n > 0 && n < n_layer)) {
+  if (n < -1) {
     throw_error(ErrorKind::kValue,
-                "n_gpu_layers is %lld, expected 0 (CPU) or -1 (all %lld layers on the GPU): layers "
-                "cannot be split between the two; vram_limit fits a larger model onto a GPU",
+                "n_gpu_layers is %lld, expected 0 (CPU), a number of layers, or -1 (all %lld)",
                 static_cast<long long>(n), static_cast<long long>(n_layer));
   }
+  if (n == 0) return make_cpu_backend(options.cpu);
   CudaOptions cuda;
   cuda.device = options.main_gpu;
   cuda.f32_activations = options.cpu.f32_activations;
   cuda.memory_limit = options.vram_limit;
-  return make_cuda_backend(cuda);
+  std::unique_ptr<Backend> gpu = make_cuda_backend(cuda);
+  if (n < 0 || n >= n_layer) return gpu;
+  return make_split_backend(make_cpu_backend(options.cpu), std::move(gpu),
+                            last_layers(file, n_layer, n));
 }
 
 }  // namespace
@@ -32,7 +51,7 @@ std::shared_ptr<const Engine> Engine::load(const std::string& path, const Engine
   std::shared_ptr<Engine> engine(new Engine());
   engine->file_ = GgufFile::open(path);
   engine->config_ = read_config(*engine->file_);
-  engine->backend_ = make_backend(options, engine->config_.n_layer);
+  engine->backend_ = make_backend(options, *engine->file_, engine->config_.n_layer);
   // A GPU has memory of its own; what the process holds on the host does not count there.
   const uint64_t device = engine->backend_->info().device_memory;
   engine->memory_ = std::make_unique<MemoryPlan>(

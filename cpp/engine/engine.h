@@ -17,7 +17,8 @@ namespace coreinfer {
 
 struct EngineOptions {
   CpuOptions cpu;
-  int64_t n_gpu_layers = 0;   // 0: on the CPU; -1, or all of the model's layers and more: on a GPU
+  int64_t n_gpu_layers = 0;   // 0: on the CPU; -1, or all of the model's and more: on a GPU; else
+                              // the last so many layers on a GPU, the rest on the CPU
   int main_gpu = 0;           // which one
   uint64_t vram_limit = 0;    // bytes of its memory that may be used; 0: what is free
   uint64_t memory_limit = 0;  // bytes that this process may hold resident; 0: no limit

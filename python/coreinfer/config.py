@@ -340,7 +340,8 @@ class LoadConfig(Checked):
     )
     n_gpu_layers: int = parameter(
         0,
-        "-1 computes on the GPU (which needs a build with CUDA), 0 on the CPU",
+        "-1 computes on the GPU (which needs a build with CUDA), 0 on the CPU, N the last N "
+        "layers on the GPU",
         "int",
         low=-1,
         high=1 << 31,
