@@ -17,10 +17,21 @@ constexpr const char* kSymbol = "coreinfer_make_cuda_backend";
 std::string folder_of_this_code() {
   Dl_info info;
   static const int here = 0;
-  if (dladdr(&here, &info) == 0 || info.dli_fname == nullptr) return ".";
-  const std::string path(info.dli_fname);
+  std::string path;
+  if (dladdr(&here, &info) != 0 && info.dli_fname != nullptr) path = info.dli_fname;
+  if (path.find('/') == std::string::npos) {  // a program that was found in PATH
+    char program[4096];
+    const ssize_t n = readlink("/proc/self/exe", program, sizeof(program));
+    path.assign(program, n > 0 ? static_cast<size_t>(n) : 0);
+  }
   const size_t slash = path.rfind('/');
   return slash == std::string::npos ? "." : path.substr(0, slash);
+}
+
+std::string library_path() {
+  const std::string folder = folder_of_this_code();
+  const std::string above = folder + "/../" + kLibrary;  // of coreinfer/bin
+  return access(above.c_str(), F_OK) == 0 ? above : folder + "/" + kLibrary;
 }
 
 }  // namespace
@@ -28,7 +39,7 @@ std::string folder_of_this_code() {
 std::unique_ptr<Backend> make_cuda_backend(const CudaOptions& options) {
   const char* given = std::getenv("COREINFER_CUDA_LIBRARY");
   const bool is_given = given != nullptr && *given != '\0';
-  const std::string path = is_given ? given : folder_of_this_code() + "/" + kLibrary;
+  const std::string path = is_given ? given : library_path();
   if (!is_given && access(path.c_str(), F_OK) != 0) {
     throw_error(ErrorKind::kState,
                 "this build has no CUDA backend (%s is not there): build with COREINFER_CUDA=ON, "

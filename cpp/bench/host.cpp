@@ -3,6 +3,7 @@
 #include <ctime>
 #include <fstream>
 
+#include "backend/cuda_loader.h"
 #include "base/error.h"
 #include "base/memory_use.h"
 #include "base/thread_pool.h"
@@ -45,9 +46,17 @@ std::string cpu_name() {
 }
 
 std::vector<std::string> devices() {
-  return {format_string("CPU: %s (%d threads; %s, uses %s)", cpu_name().c_str(),
-                        ThreadPool::default_threads(), available_isa_names().c_str(),
-                        std::string(isa_name(best_isa())).c_str())};
+  std::vector<std::string> lines = {format_string(
+      "CPU: %s (%d threads; %s, uses %s)", cpu_name().c_str(), ThreadPool::default_threads(),
+      available_isa_names().c_str(), std::string(isa_name(best_isa())).c_str())};
+  for (CudaOptions gpu;; ++gpu.device) {
+    try {
+      lines.push_back(format_string("CUDA%d: %s", gpu.device,
+                                    make_cuda_backend(gpu)->info().description.c_str()));
+    } catch (const Error&) {
+      return lines;  // no more, or none
+    }
+  }
 }
 
 void reset_peak_rss() {

@@ -1,5 +1,6 @@
 // coreinfer-bench: the command line. Results to stdout, everything else to stderr; exit status 1
 // for any failure, with the rows measured so far already written.
+#include <algorithm>
 #include <clocale>
 #include <cstdio>
 #include <exception>
@@ -7,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "backend/cuda_loader.h"
 #include "bench/bandwidth.h"
 #include "bench/host.h"
 #include "bench/params.h"
@@ -21,7 +23,8 @@ namespace {
 // Before any engine: the measurement needs a process without threads.
 std::map<int, ReadBandwidth> measure_bandwidths(const BenchParams& params) {
   std::map<int, ReadBandwidth> measured;
-  if (params.bandwidth_gib <= 0.0) return measured;
+  const bool on_cpu = std::count(params.n_gpu_layers.begin(), params.n_gpu_layers.end(), 0) > 0;
+  if (params.bandwidth_gib <= 0.0 || !on_cpu) return measured;
   const double gib = static_cast<double>(uint64_t{1} << 30);
   const auto wanted = static_cast<uint64_t>(params.bandwidth_gib * gib);
   const uint64_t bytes = bandwidth_bytes(wanted);
@@ -47,6 +50,19 @@ std::map<int, ReadBandwidth> measure_bandwidths(const BenchParams& params) {
   return measured;
 }
 
+// Before anything is printed: throws where a GPU is asked for that cannot be used.
+void check_gpus(const BenchParams& params) {
+  if (std::all_of(params.n_gpu_layers.begin(), params.n_gpu_layers.end(),
+                  [](int64_t n) { return n == 0; })) {
+    return;
+  }
+  for (const int64_t gpu : params.main_gpu) {
+    CudaOptions options;
+    options.device = static_cast<int>(gpu);
+    make_cuda_backend(options);
+  }
+}
+
 void run(const BenchParams& params) {
   for (const std::string& warning : build_warnings()) {
     std::fprintf(stderr, "coreinfer-bench: warning: %s\n", warning.c_str());
@@ -60,6 +76,7 @@ void run(const BenchParams& params) {
   const TokenSource tokens(params.tokens_file, params.seed);
   for (const Group& group : plan) tokens.require(group.test.n_tokens());
   Runner runner(params, tokens, measure_bandwidths(params));
+  check_gpus(params);
   std::vector<std::unique_ptr<Printer>> printers;
   printers.push_back(make_printer(params.output, stdout, plan));
   if (params.output_err != "none") {

@@ -41,6 +41,8 @@ class MarkdownPrinter final : public Printer {
     add("backend", -10, [](const Row& r) { return r.backend; });
     add("threads", 7, [](const Row& r) { return std::to_string(r.group.n_threads); });
     const BenchParams defaults;
+    setting(plan, "ngl", 3, &Group::n_gpu_layers, defaults.n_gpu_layers[0]);
+    setting(plan, "main_gpu", 8, &Group::main_gpu, defaults.main_gpu[0]);
     setting(plan, "n_batch", 7, &Group::n_batch, defaults.n_batch[0]);
     setting(plan, "n_ubatch", 8, &Group::n_ubatch, defaults.n_ubatch[0]);
     setting(plan, "type_k", 6, &Group::type_k, defaults.type_k[0]);

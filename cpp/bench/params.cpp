@@ -18,6 +18,8 @@ namespace {
 constexpr int64_t kMaxTokens = int64_t{1} << 26;
 constexpr int64_t kMaxBatch = 65536;
 constexpr int64_t kMaxThreads = 1024;
+constexpr int64_t kMaxLayers = 65536;
+constexpr int64_t kMaxGpus = 1023;
 constexpr int64_t kMaxVerify = kExactRows;  // tokens that one decode step can take
 
 std::string one_of(const std::string& flag, const std::string& text,
@@ -66,14 +68,6 @@ LayerRange parse_layers(const std::string& flag, const std::string& text) {
               flag.c_str(), text.c_str());
 }
 
-void check_no_gpu(const std::string& flag, const std::string& text) {
-  for (const std::string& member : split_list(flag, text, ',')) {
-    if (member == "0") continue;
-    throw_error(ErrorKind::kValue, "%s is %s, but this build computes on the CPU only: expected 0",
-                flag.c_str(), member.c_str());
-  }
-}
-
 class Parser {
  public:
   Parser() {
@@ -100,7 +94,8 @@ class Parser {
       params_.n_pg.emplace_back(parse_integer(flag, pair[0], 1, kMaxTokens),
                                 parse_integer(flag, pair[1], 1, kMaxTokens));
     });
-    option({"-ngl", "--n-gpu-layers"}, check_no_gpu);
+    integers({"-ngl", "--n-gpu-layers"}, params_.n_gpu_layers, kMaxLayers);
+    integers({"-mg", "--main-gpu"}, params_.main_gpu, kMaxGpus);
     integer({"-r", "--repetitions"}, params_.repetitions, 1, 1000000);
     integer({"--delay"}, params_.delay_seconds, 0, 3600);
     integer({"--seed"}, params_.seed, 0, INT64_MAX);

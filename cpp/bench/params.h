@@ -33,7 +33,9 @@ struct BenchParams {
   std::vector<int64_t> n_depth = {0};
   std::vector<int64_t> n_batch = {2048};
   std::vector<int64_t> n_ubatch = {512};
-  std::vector<int64_t> n_threads;  // default: the cores that this process may use
+  std::vector<int64_t> n_threads;           // default: the cores that this process may use
+  std::vector<int64_t> n_gpu_layers = {0};  // 0: on the CPU
+  std::vector<int64_t> main_gpu = {0};
   std::vector<std::string> type_k = {"f16"};
   std::vector<std::string> type_v = {"f16"};
   std::vector<std::string> core = {"off"};  // "off", "stable"

@@ -60,6 +60,29 @@ void check_prompt(const Test& test) {
               test.name().c_str());
 }
 
+// The group with every session and test.
+void add_sessions(const BenchParams& params, Group group, bool prompted, std::vector<Group>* plan) {
+  for (const int64_t n_batch : params.n_batch) {
+    for (const int64_t n_ubatch : params.n_ubatch) {
+      for (const std::string& type_k : params.type_k) {
+        for (const std::string& type_v : params.type_v) {
+          for (const int64_t depth : params.n_depth) {
+            for (const Test& test : tests_at(params, depth, prompted)) {
+              if (prompted) check_prompt(test);
+              group.n_batch = n_batch;
+              group.n_ubatch = n_ubatch;
+              group.type_k = type_k;
+              group.type_v = type_v;
+              group.test = test;
+              plan->push_back(group);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 std::string Test::name() const {
@@ -101,22 +124,18 @@ std::vector<Group> make_plan(const BenchParams& params) {
   const std::vector<CoreSetting> settings = core_settings(params);
   const bool prompted = settings.size() > 1;
   std::vector<Group> plan;
-  // Model and threads outermost: they decide which engine is loaded.
+  // Model, threads and GPU outermost: they decide which engine is loaded.
   for (const std::string& model : params.models) {
     for (const int64_t n_threads : params.n_threads) {
-      for (const int64_t n_batch : params.n_batch) {
-        for (const int64_t n_ubatch : params.n_ubatch) {
-          for (const std::string& type_k : params.type_k) {
-            for (const std::string& type_v : params.type_v) {
-              for (const int64_t depth : params.n_depth) {
-                for (const Test& test : tests_at(params, depth, prompted)) {
-                  if (prompted) check_prompt(test);
-                  plan.push_back({model, static_cast<int>(n_threads), n_batch, n_ubatch, type_k,
-                                  type_v, test, settings});
-                }
-              }
-            }
-          }
+      for (const int64_t n_gpu_layers : params.n_gpu_layers) {
+        for (const int64_t main_gpu : params.main_gpu) {
+          Group group;
+          group.model = model;
+          group.n_threads = static_cast<int>(n_threads);
+          group.n_gpu_layers = n_gpu_layers;
+          group.main_gpu = main_gpu;
+          group.settings = settings;
+          add_sessions(params, group, prompted, &plan);
         }
       }
     }

@@ -38,6 +38,8 @@ struct Group {
   int n_threads = 0;
   int64_t n_batch = 0;
   int64_t n_ubatch = 0;
+  int64_t n_gpu_layers = 0;
+  int64_t main_gpu = 0;
   std::string type_k;
   std::string type_v;
   Test test;

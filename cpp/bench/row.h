@@ -20,7 +20,8 @@ struct Row {
   LayerRange layers;  // of the setting, its open end resolved
   ModelFacts model;
   std::string cpu;
-  std::string backend;  // "CPU"
+  std::string gpu;      // "": on the CPU
+  std::string backend;  // "CPU", "CUDA"
   std::string isa;      // that computed
   std::string test_time;
   ReadBandwidth bandwidth;

@@ -16,15 +16,18 @@ Runner::Runner(const BenchParams& params, const TokenSource& tokens,
     : params_(params), tokens_(tokens), bandwidth_(std::move(bandwidth)), cpu_(cpu_name()) {}
 
 const Engine& Runner::engine_for(const Group& group) {
-  if (engine_ && engine_model_ == group.model &&
-      engine_->backend().info().n_threads == group.n_threads) {
+  if (engine_ && engine_group_.model == group.model && engine_group_.n_threads == group.n_threads &&
+      engine_group_.n_gpu_layers == group.n_gpu_layers &&
+      engine_group_.main_gpu == group.main_gpu) {
     return *engine_;
   }
   engine_.reset();  // before the next one: two at once would double the memory
   EngineOptions options;
   options.cpu.n_threads = group.n_threads;
+  options.n_gpu_layers = group.n_gpu_layers;
+  options.main_gpu = static_cast<int>(group.main_gpu);
   engine_ = Engine::load(group.model, options);
-  engine_model_ = group.model;
+  engine_group_ = group;
   facts_ = model_facts(engine_->file());
   if (params_.verbose) {
     std::fprintf(stderr, "coreinfer-bench: %s: %s, %.1f MiB, loaded in %.2f s on %s\n",
@@ -61,11 +64,14 @@ Row Runner::measure(const Group& group, const CoreSetting& setting, const char* 
   row.model = facts_;
   row.cpu = cpu_;
   const BackendInfo info = engine.backend().info();
+  row.gpu = info.device;
   row.backend = info.name;
   row.isa = info.isa;
   row.load_ns = std::llround(engine.load_seconds() * 1e9);
   row.test_time = utc_now();
-  if (const auto found = bandwidth_.find(group.n_threads); found != bandwidth_.end()) {
+  // It is that of the host's memory.
+  const auto found = bandwidth_.find(group.n_threads);
+  if (found != bandwidth_.end() && info.device_memory == 0) {
     row.bandwidth = found->second;
   }
   const std::vector<int32_t> ids = tokens_.first(group.test.n_tokens(), engine.config().n_vocab);

@@ -34,8 +34,8 @@ class Runner {
   std::map<int, ReadBandwidth> bandwidth_;
   std::string cpu_;
   std::shared_ptr<const Engine> engine_;
-  std::string engine_model_;
-  ModelFacts facts_;  // of the engine's model
+  Group engine_group_;  // that it was loaded for
+  ModelFacts facts_;    // of the engine's model
 };
 
 }  // namespace coreinfer::bench

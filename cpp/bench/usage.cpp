@@ -21,10 +21,10 @@ const Reason kMeaningless[] = {
     {{"--prio"}, "start it under nice instead"},
     {{"--poll"}, "how the threads wait is fixed"},
     {{"-ncmoe", "--n-cpu-moe"}, "there are no mixture-of-experts models"},
-    {{"-dev", "--device", "-sm", "--split-mode", "-mg", "--main-gpu", "-ts", "--tensor-split",
-      "-ot", "--override-tensor", "-nkvo", "--no-kv-offload", "-nopo", "--no-op-offload",
-      "--no-host", "-fitt", "--fit-target", "-fitc", "--fit-ctx"},
-     "everything is computed by the CPU"},
+    {{"-dev", "--device", "-sm", "--split-mode", "-ts", "--tensor-split", "-ot",
+      "--override-tensor", "-nkvo", "--no-kv-offload", "-nopo", "--no-op-offload", "--no-host",
+      "-fitt", "--fit-target", "-fitc", "--fit-ctx"},
+     "everything is computed by the CPU or by one GPU (-ngl, -mg)"},
     {{"-fa", "--flash-attn"}, "there is one way to compute attention"},
     {{"-embd", "--embeddings"}, "embeddings are not computed"},
     {{"-lm", "--load-mode", "-lzm", "--lazy-mode", "-mmp", "--mmap", "-dio", "--direct-io"},
@@ -69,7 +69,9 @@ tests, as lists; every combination is run:
   -ctk, --cache-type-k T    f16, f32 or q8_0 (default: f16)
   -ctv, --cache-type-v T    f16, f32 or q8_0 (default: f16)
   -t, --threads N           (default: %d)
-  -ngl, --n-gpu-layers 0    only 0: everything is computed by the CPU
+  -ngl, --n-gpu-layers N    0: on the CPU; the model's number of layers or more: on a GPU; fewer:
+                            the last N layers on a GPU (default: 0)
+  -mg, --main-gpu N         which GPU (default: 0)
   --core MODE               off: dense weights; stable: the core neurons of the prompt
                             (default: off)
   --statistic S             count, count_gate, count_abs or flock (default: flock)
