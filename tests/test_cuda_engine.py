@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import subprocess
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from coreinfer import _core
+from coreinfer.bench import binary_path
 from cuda_host.build import cublas_library
 from cuda_host.target import HAS_DEVICE, target  # noqa: F401  (a fixture)
 from make_synthetic_model import make_tiny_model
@@ -30,7 +33,8 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda")
 
     def get(arch: str, dtype: str = "F32", **overrides) -> str:
-        path = folder / f"{arch}_{dtype}_{len(overrides)}.gguf"
+        made = "_".join(f"{key}{value}" for key, value in overrides.items())
+        path = folder / f"{arch}_{dtype}_{made}.gguf"
         if not path.exists():
             make_tiny_model(path, arch, dtype, **overrides)
         return str(path)
@@ -88,7 +92,7 @@ def test_fast_activations_stay_close_to_the_oracle(batches, models, dtype):
 
 
 @pytest.mark.parametrize("arch", ["llama", "opt"])
-def test_core_sets_and_scores_through_them_equal_the_oracle(target, models, arch):  # noqa: F811
+def test_core_sets_and_scores_through_them_equal_the_oracle(batches, models, arch):
     path = models(arch)
     engine = on_gpu(path, f32_activations=True)
     reference = ReferenceModel(path)
@@ -160,16 +164,148 @@ def test_a_limit_below_the_model_streams_it_and_changes_no_bit(target, models): 
         on_gpu(path, vram_limit=own + resident.ffn_bytes // 4)
 
 
+@pytest.mark.parametrize(("dtype", "layers"), [("F16", None), ("Q4_K", (1, 4))])
+def test_layers_gathered_on_the_way_are_those_gathered_from_resident_ones(
+    batches, models, dtype, layers
+):
+    """Three batches under a limit, each layer copied while another computes: not a bit differs."""
+    path = models("llama", dtype, n_ff=1024, n_layer=6)
+    tokens = tokens_of(47, 320)
+    resident = on_gpu(path, vram_limit=1 << 30)
+    own = (1 << 30) - resident.backend["device_memory"]
+    limit = own + resident.weight_bytes
+    limited = on_gpu(path, vram_limit=limit)
+    assert resident.ffn_resident and not limited.ffn_resident
+    results, compact_bytes = [], []
+    for engine, options in [(resident, {}), (limited, {}), (limited, {"beta": 0.1})]:
+        session = _core.Session(engine, n_ctx=64, n_batch=20)
+        session.prefill(tokens[:44], statistic="flock", layers=layers, **options)
+        session.set_core(session.select(beta=0.1, layers=layers))
+        compact_bytes.append(session.timings["compact_bytes"])
+        results.append(np.concatenate([session.logits()[None], session.score(tokens[44:])]))
+    np.testing.assert_array_equal(results[1], results[0])
+    np.testing.assert_array_equal(results[2], results[0])
+    # Tables of each layer are rounded up by themselves.
+    assert compact_bytes[0] == compact_bytes[1] <= compact_bytes[2] < 1.1 * compact_bytes[0]
+    assert limited.backend["device_peak"] <= limit
+
+
+def test_sessions_of_one_engine_in_two_threads_do_not_disturb_each_other(target, models):  # noqa: F811
+    """Core weights are given back by one while the other computes."""
+    import threading
+
+    engine = on_gpu(models("llama", "Q4_0"))
+
+    def run(seed: int, rows: list) -> None:
+        session = _core.Session(engine, n_ctx=64)
+        for i in range(5):
+            session.reset()
+            session.prefill(tokens_of(12, 320, seed + i), statistic="flock")
+            session.set_core(session.select(beta=0.3))
+            session.decode(1)
+            rows.append(session.logits())
+
+    alone: list = []
+    run(0, alone)
+    both: list[list] = [[], []]
+    threads = [threading.Thread(target=run, args=(0, rows)) for rows in both]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for rows in both:
+        np.testing.assert_array_equal(rows, alone)
+
+
+def test_the_bench_measures_on_a_gpu_and_says_which(target, models):  # noqa: F811
+    command = [str(binary_path()), "-m", models("llama", "Q4_0"), "-ngl", "99", "-o", "json"]
+    command += ["-p", "8", "-n", "3", "-r", "1", "--core", "stable"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert len(rows) == 4
+    for row in rows:
+        assert (row["backends"], row["n_gpu_layers"], row["main_gpu"]) == ("CUDA", 99, 0)
+        assert row["gpu_info"] != ""
+        assert row["read_bw_gbs"] is None  # that of the host says nothing here
+    missing = os.environ | {"COREINFER_CUDA_LIBRARY": "missing.so"}
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=300, env=missing)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "the CUDA backend cannot be opened" in refused.stderr
+
+
 def test_the_device_takes_part():
     if not HAS_DEVICE:
         pytest.skip("no NVIDIA device on this machine: the CUDA kernels ran on the host alone")
     assert "without cuBLAS" not in _core.testing.AnyBackend("CUDA").description
 
 
-def test_partial_layers_and_unknown_devices_are_refused(target, models):  # noqa: F811
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "opt"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_last_layers_on_the_gpu_and_the_others_on_the_cpu_give_the_oracles_logits(
+    target,  # noqa: F811
+    models,
+    arch,
+    n,
+):
+    path = models(arch)
+    engine = _core.Engine(path, n_gpu_layers=n, f32_activations=True)
+    assert engine.backend["name"] == "CUDA+CPU"
+    assert f"layers from {engine.n_layer - n} on: CUDA" in engine.backend["description"]
+    tokens = tokens_of(25, engine.n_vocab)
+    expected = ReferenceModel(path).forward(tokens).logits
+    session = _core.Session(engine, type_k="f32", type_v="f32")
+    session.prefill(tokens[:21])
+    tolerance = 3e-4 * expected.std()  # as on one device
+    np.testing.assert_allclose(session.logits(), expected[20], atol=tolerance)
+    for i in range(21, 25):
+        session.decode(int(tokens[i]))
+        np.testing.assert_allclose(session.logits(), expected[i], atol=tolerance)
+
+
+def test_core_neurons_and_saved_states_work_across_both_devices(target, models):  # noqa: F811
+    for arch in ("llama", "opt"):
+        path = models(arch)
+        tokens = tokens_of(24, 320, seed=2)
+        engine = _core.Engine(path, n_gpu_layers=2, f32_activations=True)
+        session = _core.Session(engine, type_k="f32", type_v="q8_0")
+        session.prefill(tokens[:20], statistic="flock")
+        core = session.select(beta=0.3)
+        session.set_core(core)
+        state = session.save_state()
+        got = session.score(tokens[20:])
+        other = _core.Session(engine, type_k="f32", type_v="q8_0")
+        other.load_state(state)
+        np.testing.assert_array_equal(other.score(tokens[20:]), got)
+        on_cpu = _core.Session(
+            _core.Engine(path, f32_activations=True), type_k="f32", type_v="q8_0"
+        )
+        on_cpu.prefill(tokens[:20])
+        on_cpu.set_core(core)
+        # 8-bit values: one that rounds the other way is 1/127 of the largest of 32.
+        np.testing.assert_allclose(got, on_cpu.score(tokens[20:]), atol=0.02)
+
+
+def test_a_limit_of_host_memory_holds_with_layers_on_the_gpu(target, models):  # noqa: F811
+    """Staged layers and their core, gathered on the way, end up on their own device."""
+    path = models("llama", "Q8_0", n_ff=1024, n_layer=6)
+    tokens = tokens_of(30, 320)
+    free = _core.Engine(path, n_gpu_layers=2)
+    results = []
+    for limit, beta in [(0, None), (_core.memory()["rss"] + free.ffn_bytes, 0.1)]:
+        engine = _core.Engine(path, n_gpu_layers=2, memory_limit=limit)
+        assert engine.ffn_resident == (limit == 0)
+        session = _core.Session(engine, n_ctx=32, n_batch=12)
+        session.prefill(tokens[:24], statistic="flock", beta=beta)
+        session.set_core(session.select(beta=0.1))
+        results.append(session.score(tokens[24:]))
+    np.testing.assert_array_equal(*results)
+
+
+def test_unknown_numbers_of_layers_and_devices_are_refused(target, models):  # noqa: F811
     path = models("llama", "Q4_0")
-    with pytest.raises(ValueError, match="n_gpu_layers is 1, expected 0 .* or -1"):
-        _core.Engine(path, n_gpu_layers=1)
+    with pytest.raises(ValueError, match="n_gpu_layers is -2, expected 0 .* or -1"):
+        _core.Engine(path, n_gpu_layers=-2)
     with pytest.raises(ValueError, match="main_gpu is 99, expected 0 to"):
         on_gpu(path, main_gpu=99)
     with pytest.raises(MemoryError, match="but the device .* has"):
