@@ -1,6 +1,6 @@
-"""One measurement on a GPU, printed as a line of JSON: the device's own limits, a model of ours, or
-the same shape in Transformers. device_report.py runs it, a process a measurement, so that one
-that fails or runs out of memory does not end the others.
+"""One measurement on a GPU, printed as a line of JSON: the device's own limits, a real model
+against its golden file, a model of ours, or the same shape in Transformers. device_report.py runs
+it, a process a measurement, so that one that fails or runs out of memory does not end the others.
 
 Written without a GPU at hand: its figures have not been read yet.
 """
@@ -63,6 +63,22 @@ def ceilings() -> dict[str, Any]:
     }
 
 
+def golden(args: argparse.Namespace) -> dict[str, Any]:
+    """Dense decoding against a golden file: as close to float32 as llama.cpp's, or an error."""
+    from measure_fidelity import Fidelity
+
+    fidelity = Fidelity(args.model, args.golden, n_gpu_layers=-1)
+    figures = fidelity.dense_figures()
+    kl_bar = 1.1 * fidelity.golden["llama_cpp_mean_kl20"]
+    agreement_bar = fidelity.golden["llama_cpp_top1_agreement"] - 0.005
+    if figures["kl20"] > kl_bar or figures["agreement"] < agreement_bar:
+        raise SystemExit(
+            f"KL20 is {figures['kl20']:.5f}, agreement {figures['agreement']:.4f}; expected at "
+            f"most {kl_bar:.5f} and at least {agreement_bar:.4f}"
+        )
+    return figures | {"kl20_bar": kl_bar, "agreement_bar": agreement_bar}
+
+
 def ours(args: argparse.Namespace) -> dict[str, Any]:
     """Prefill, counting, selecting, compacting, and decoding dense and with core neurons."""
     from coreinfer import _core
@@ -80,6 +96,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
         "ffn_bytes": engine.ffn_bytes,
         "ffn_resident": engine.ffn_resident,
         "prompt": args.prompt,
+        "n_layer": engine.n_layer,
         "core": [],
     }
     session = _core.Session(engine, n_ctx=args.n_ctx, n_batch=args.prompt)
@@ -113,7 +130,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     for beta in betas:
         session.reset()
         start = time.perf_counter()
-        session.prefill(prompt, statistic="flock")
+        session.prefill(prompt, statistic="flock", beta=beta)
         prefilled = time.perf_counter()
         core = session.select(beta=beta)
         selected = time.perf_counter()
@@ -133,6 +150,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
             }
         )
         session.set_core(None)
+    result["peak_device_bytes"] = engine.backend["device_peak"]
     return result
 
 
@@ -168,6 +186,8 @@ def transformers(args: argparse.Namespace) -> dict[str, Any]:
         cls = LlamaForCausalLM
     torch.set_default_dtype(torch.float16)
     if args.vram_limit > 0:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.vram_limit * 2**30 / total))
         from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
 
         with init_empty_weights():
@@ -207,8 +227,9 @@ def transformers(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     """Runs one measurement; its JSON is the last line of stdout."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["ceilings", "ours", "transformers"])
-    parser.add_argument("--model", default="", help="GGUF file, for ours")
+    parser.add_argument("what", choices=["ceilings", "golden", "ours", "transformers"])
+    parser.add_argument("--model", default="", help="GGUF file, for golden and ours")
+    parser.add_argument("--golden", default="", help="JSON file of the model, for golden")
     parser.add_argument("--shape", default="", help="a shape of synthetic_shapes.py")
     parser.add_argument("--beta", default="", help="shares of neurons, separated by commas")
     parser.add_argument("--prompt", type=int, default=512)
@@ -216,7 +237,12 @@ def main() -> int:
     parser.add_argument("--n-ctx", type=int, default=1024)
     parser.add_argument("--vram-limit", type=float, default=0.0, help="GiB; 0: none")
     args = parser.parse_args()
-    run = {"ceilings": lambda _: ceilings(), "ours": ours, "transformers": transformers}
+    run = {
+        "ceilings": lambda _: ceilings(),
+        "golden": golden,
+        "ours": ours,
+        "transformers": transformers,
+    }
     print(json.dumps(run[args.what](args)))
     return 0
 

@@ -2,10 +2,13 @@
 errors and races, makes models of the paper's sizes, measures ours and the peers that are there.
 
     python tools/device_report.py --out report [--wheels DIR] [--llama-bench FILE]
+        [--model PART PART --golden FILE]
 
 Needs Python, nvcc, CMake, nanobind and scikit-build-core, and PyTorch for the limits of the device;
-no network. Each stage reports its failure and the next one runs; what would not end in time is
-left out and said so. Writes OUT/report.json and OUT/report.md.
+no network. --model names a real model's file, or the parts of one that are joined in order, and
+--golden the float32 reference that its decoding is held against. Each stage has a time limit and
+reports its failure, and the next one runs; what would not end in time is left out and said so.
+Writes OUT/report.json and OUT/report.md. Without a GPU it says so and ends.
 
 Written without a GPU at hand: it has not run to its end yet.
 """
@@ -25,9 +28,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import device_targets
+
 ROOT = Path(__file__).resolve().parent.parent
 SITE = "device-site"  # under the work folder: what is installed for the report
-GIB = 2.0**30
+# The paper's own figures (arXiv 2410.18311), tok/s: to be read beside ours.
+PAPER = """
+The paper's own, input of about 64 tokens: OPT-6.7B on a 12 GB TITAN XP: Transformers 1.92, DejaVu
+2.73, PowerInfer 7.32, CoreInfer 19.83 (7.28 GB). A100: Llama-2-7B 57.2; Llama-2-70B 17.2.
+"""
 
 
 @dataclass
@@ -71,7 +82,7 @@ class Report:
         return self.deadline - time.monotonic()
 
     def run(self, name: str, command: list[str], limit: float, cwd: Path = ROOT) -> Stage:
-        """Runs a command for at most `limit` seconds; its last line may be JSON."""
+        """Runs a command for at most `limit` seconds; lines of JSON at its end are its data."""
         limit = min(limit, self.left())
         start = time.monotonic()
         if limit < 5:
@@ -98,8 +109,9 @@ class Report:
         (self.out / f"{name}.log".replace("/", "_").replace(" ", "_")).write_text(text)
         lines = text.strip().splitlines()
         stage = Stage(name, ok, time.monotonic() - start, note)
-        if ok and lines and lines[-1].startswith("{"):
-            stage.data = json.loads(lines[-1])
+        found = [json.loads(line) for line in lines if line.startswith("{")] if ok else []
+        if found:
+            stage.data = found[0] if len(found) == 1 else {"rows": found}
         else:
             stage.note = "; ".join(s for s in [note, " | ".join(lines[-3:])[-600:]] if s)
         return self.add(stage)
@@ -110,6 +122,29 @@ class Report:
         print(f"{stage.name}: {mark}, {stage.seconds:.1f} s {stage.note}", flush=True)
         (self.out / "report.json").write_text(json.dumps(list(map(asdict, self.stages)), indent=1))
         return stage
+
+
+def find_device(report: Report) -> bool:
+    """Whether there is a GPU, by its driver's own word."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    return report.run("device", query, 30).ok
+
+
+def joined(report: Report, parts: list[Path]) -> Path | None:
+    """The model's file, its parts joined in the work folder where there are several."""
+    if len(parts) == 1:
+        return parts[0]
+    start = time.monotonic()
+    path = report.work / "joined.gguf"
+    try:
+        with open(path, "wb") as out:
+            for part in parts:
+                with open(part, "rb") as file:
+                    shutil.copyfileobj(file, out)
+    except OSError as error:
+        report.add(Stage("join model", False, time.monotonic() - start, str(error)))
+        return None
+    return path
 
 
 def build(report: Report, wheels: Path | None) -> bool:
@@ -160,14 +195,14 @@ def make_model(report: Report, shape: str, dtype: str) -> Path | None:
 
 
 def measure(report: Report, llama_bench: Path | None) -> None:
-    """The models one after the other, each deleted before the next is made."""
+    """The models one after the other, each deleted before the next is made; the targets' first."""
     for shape, dtype, limits in [
         ("llama2-7b", "f16", []),
-        ("llama2-7b", "q4_0", []),
         ("opt-6.7b", "f16", [8.0]),
+        ("opt-13b", "f16", [14.0]),
+        ("llama2-7b", "q4_0", []),
         ("llama2-7b", "q8_0", []),
         ("llama2-7b", "q4_k", []),
-        ("opt-13b", "f16", [14.0]),
     ]:
         name = f"{shape} {dtype}"
         if report.left() < 45:
@@ -181,7 +216,7 @@ def measure(report: Report, llama_bench: Path | None) -> None:
             options = {"model": path, "beta": "0.2", "prompt": 64, "vram_limit": limit}
             bench(report, "ours", f"{name} in {limit:g} GiB", 90, **options)
         if llama_bench is not None and not limits:
-            command = [str(llama_bench), "-m", str(path), "-ngl", "99", "-o", "json", "-r", "3"]
+            command = [str(llama_bench), "-m", str(path), "-ngl", "99", "-o", "jsonl", "-r", "3"]
             report.run(f"{name} llama-bench", [*command, "-p", "512", "-n", "64"], 90)
         path.unlink(missing_ok=True)
         if dtype == "f16" and shape != "opt-13b":
@@ -224,6 +259,10 @@ def table(stages: list[Stage]) -> str:
         if "transformers" in name and "seconds_a_token" in d:
             first = f"{d['time_to_first_token']:.2f}"
             lines.append(row(name, "dense", d["seconds_a_token"], 0.0, "", first))
+    lines += [PAPER, "| target | wanted | found |", "| --- | --- | --- |"]
+    lines += [
+        f"| {what} | {wanted} | {found} |" for what, wanted, found in device_targets.rows(data)
+    ]
     lines += ["", "| stage | result | seconds | note |", "| --- | --- | --- | --- |"]
     for s in stages:
         note = s.note.replace("|", "/").replace("\n", " ")[:200]
@@ -239,6 +278,10 @@ def main() -> int:
         "--work", type=Path, default=Path(tempfile.gettempdir()) / "coreinfer-device"
     )
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install first (gguf)")
+    parser.add_argument(
+        "--model", type=Path, nargs="*", default=[], help="a real GGUF file, or its parts in order"
+    )
+    parser.add_argument("--golden", type=Path, help="golden file of that model")
     parser.add_argument("--llama-bench", type=Path, help="a llama-bench built with CUDA")
     parser.add_argument(
         "--seconds", type=float, default=470.0, help="deadline (default: %(default)s)"
@@ -247,10 +290,17 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     args.work.mkdir(parents=True, exist_ok=True)
     report = Report(args.out.resolve(), args.work.resolve(), args.seconds)
-    bench(report, "ceilings", "ceilings", 60)
-    if build(report, args.wheels.resolve() if args.wheels else None):
-        test(report)
-        measure(report, args.llama_bench.resolve() if args.llama_bench else None)
+    if find_device(report):
+        bench(report, "ceilings", "ceilings", 60)
+        if build(report, args.wheels.resolve() if args.wheels else None):
+            test(report)
+            model = joined(report, [part.resolve() for part in args.model]) if args.model else None
+            if model is not None and args.golden:
+                options = {"model": model, "golden": args.golden.resolve()}
+                bench(report, "golden", "golden", 60, **options)
+            measure(report, args.llama_bench.resolve() if args.llama_bench else None)
+    else:
+        print("no NVIDIA GPU that its driver can see: nothing was measured")
     (report.out / "report.md").write_text(table(report.stages))
     print((report.out / "report.md").read_text())
     return 0 if all(s.ok for s in report.stages) else 1

@@ -43,8 +43,18 @@ def agreement(a: np.ndarray, b: np.ndarray) -> float:
 class Fidelity:
     """One model and one golden file; measures dense once and core sets against it."""
 
-    def __init__(self, model: str, golden: str, *, n_threads: int = 0, f32: bool = False) -> None:
-        self.engine = _core.Engine(model, n_threads=n_threads, f32_activations=f32)
+    def __init__(
+        self,
+        model: str,
+        golden: str,
+        *,
+        n_threads: int = 0,
+        f32: bool = False,
+        n_gpu_layers: int = 0,
+    ) -> None:
+        self.engine = _core.Engine(
+            model, n_threads=n_threads, f32_activations=f32, n_gpu_layers=n_gpu_layers
+        )
         self.golden = json.loads(Path(golden).read_text())
         self.session = _core.Session(self.engine)
         self.texts = [
