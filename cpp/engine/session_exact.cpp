@@ -212,6 +212,7 @@ void Session::count_kept() {
   for (int64_t i = 0; i < engine_->config().n_layer; ++i) {
     counts_->add(i, s.kept.rows(i, 0, s.n_kept));
   }
+  counts_->check_finite();
   counts_->advance(s.n_kept);
   s.n_kept = 0;
 }
