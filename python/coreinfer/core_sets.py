@@ -7,28 +7,19 @@ JSON header with the model's fingerprint. Every index is checked when a file is 
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 import os
-import re
-import tempfile
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from . import sidecar
 from .config import STATISTICS
+from .sidecar import MAX_FF, MAX_LAYERS, Archive, fingerprint_of, number, whole
 
 FORMAT_NAME = "coreinfer core set"
 FORMAT_VERSION = 1
-_MAX_LAYERS = 4096
-_MAX_FF = 1 << 24
-_MAX_HEADER_BYTES = 1 << 20
 _MAX_FILE_BYTES = 1 << 30
 
 
@@ -67,10 +58,10 @@ class CoreSet:
     fingerprint: int | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.layers) <= _MAX_LAYERS:
+        if not 1 <= len(self.layers) <= MAX_LAYERS:
             raise ValueError(f"a core set has {len(self.layers)} layers; expected 1 to 4096")
-        if not 1 <= int(self.n_ff) <= _MAX_FF:
-            raise ValueError(f"n_ff is {self.n_ff}; expected 1 to {_MAX_FF}")
+        if not 1 <= int(self.n_ff) <= MAX_FF:
+            raise ValueError(f"n_ff is {self.n_ff}; expected 1 to {MAX_FF}")
         layers = [_checked_layer(i, layer, self.n_ff) for i, layer in enumerate(self.layers)]
         if len(self.scores) not in (0, len(layers)):
             raise ValueError(
@@ -80,8 +71,8 @@ class CoreSet:
         scores = [_checked_scores(i, score, self.n_ff) for i, score in enumerate(self.scores)]
         # What cannot be read back from a file cannot be made either.
         given = vars(self)
-        _number(given, "alpha", 0, 1)
-        _number(given, "beta", 0, 1)
+        number(given, "alpha", 0, 1)
+        number(given, "beta", 0, 1)
         _statistic(given)
         if self.fingerprint is not None and not 0 <= self.fingerprint < 1 << 64:
             raise ValueError(f"fingerprint is {self.fingerprint}; expected 0 to 2**64 - 1")
@@ -140,20 +131,14 @@ class CoreSet:
 
         Raises OSError if the system refuses (disk full, no permission); the old file then stays.
         """
-        path = Path(path)
-        arrays = {"header": np.frombuffer(json.dumps(self._header()).encode(), dtype=np.uint8)}
+        arrays = {}
         for i, layer in enumerate(self.layers):
             if layer is not None:
                 arrays[f"layer_{i}"] = layer
         for i, score in enumerate(self.scores):
             if score is not None:
                 arrays[f"scores_{i}"] = score
-        try:
-            _write_replacing(path, arrays)
-        except OSError as error:
-            kept = "; the file that was there is unchanged" if path.exists() else ""
-            reason = f"cannot save the core set: {error.strerror or error}{kept}"
-            raise OSError(error.errno, reason, str(path)) from error
+        sidecar.save(path, "core set", self._header(), arrays)
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -181,30 +166,7 @@ class CoreSet:
         OSError
             The file cannot be opened or read.
         """
-        with open(path, "rb") as file:
-            data = file.read(_MAX_FILE_BYTES + 1)
-        try:
-            if len(data) > _MAX_FILE_BYTES:
-                raise ValueError(f"it has more than {_MAX_FILE_BYTES} bytes")
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                return _read(archive)
-        except _DAMAGE as error:
-            raise ValueError(f"{os.fspath(path)}: not a valid core set: {error}") from error
-
-
-# What zipfile, zlib, json and our own checks raise on bytes that are not what they should be.
-_DAMAGE = (
-    ValueError,
-    TypeError,
-    KeyError,
-    EOFError,
-    zipfile.BadZipFile,
-    zlib.error,
-    NotImplementedError,
-    RuntimeError,
-    OverflowError,
-    RecursionError,
-)
+        return sidecar.load(path, "core set", _read, max_bytes=_MAX_FILE_BYTES)
 
 
 def _checked_layer(i: int, layer: Any, n_ff: int) -> np.ndarray | None:
@@ -236,77 +198,12 @@ def _checked_scores(i: int, score: Any, n_ff: int) -> np.ndarray | None:
     return values
 
 
-def _write_replacing(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def _member(
-    archive: zipfile.ZipFile, name: str, kind: str, max_count: int, dtype: type
-) -> np.ndarray:
-    """One 1-D array of the archive, its size checked before anything is allocated for it."""
-    try:
-        info = archive.getinfo(f"{name}.npy")
-    except KeyError:
-        raise ValueError(f"the array {name} is missing") from None
-    limit = max_count * np.dtype(dtype).itemsize
-    if info.file_size > limit + 4096:
-        raise ValueError(f"the array {name} has {info.file_size} bytes; expected at most {limit}")
-    stream = io.BytesIO(archive.read(info))
-    major, _ = np.lib.format.read_magic(stream)
-    if major != 1:
-        raise ValueError(f"the array {name} has npy version {major}; expected 1")
-    shape, _, found = np.lib.format.read_array_header_1_0(stream)
-    if len(shape) != 1 or found != np.dtype(dtype) or found.hasobject:
-        raise ValueError(f"the array {name} is {found} of shape {shape}; expected {kind} (k,)")
-    data = stream.read()
-    if len(data) != shape[0] * found.itemsize:
-        raise ValueError(
-            f"the array {name} has {len(data)} bytes; its shape {shape} needs "
-            f"{shape[0] * found.itemsize}"
-        )
-    return np.frombuffer(data, dtype=dtype)
-
-
-def _whole(header: dict[str, Any], name: str, low: int, high: int) -> int:
-    value = header.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"{name} is {value!r}; expected an integer from {low} to {high}")
-    return value
-
-
-def _number(header: dict[str, Any], name: str, low: float, high: float) -> float:
-    value = header.get(name)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not low <= value <= high:  # NaN is in no range
-        raise ValueError(f"{name} is {value!r}; expected a number from {low:g} to {high:g}")
-    return float(value)
-
-
 def _statistic(header: dict[str, Any]) -> str:
     value = header.get("statistic", "")
     if value not in ("", *STATISTICS):
         known = ", ".join(STATISTICS)
         raise ValueError(f"statistic is {value!r}; expected one of {known}, or nothing")
     return value
-
-
-def _fingerprint(header: dict[str, Any]) -> int | None:
-    value = header.get("fingerprint")
-    if value is None:
-        return None
-    if not isinstance(value, str) or not re.fullmatch("[0-9a-fA-F]{1,16}", value):
-        raise ValueError(f"fingerprint is {value!r}; expected up to 16 hexadecimal digits")
-    return int(value, 16)
 
 
 def _dense_layers(header: dict[str, Any], n_layer: int) -> set[int]:
@@ -323,26 +220,17 @@ def _dense_layers(header: dict[str, Any], n_layer: int) -> set[int]:
     return set(value)
 
 
-def _read(archive: zipfile.ZipFile) -> CoreSet:
-    text = _member(archive, "header", "uint8", _MAX_HEADER_BYTES, np.uint8).tobytes()
-    header = json.loads(text.decode("utf-8"))
-    if not isinstance(header, dict) or header.get("format") != FORMAT_NAME:
-        raise ValueError(f"the header does not say {FORMAT_NAME!r}")
-    if header.get("version") != FORMAT_VERSION:
-        raise ValueError(f"version {header.get('version')!r}; this build reads {FORMAT_VERSION}")
-    n_layer = _whole(header, "n_layer", 1, _MAX_LAYERS)
-    n_ff = _whole(header, "n_ff", 1, _MAX_FF)
+def _read(archive: Archive) -> CoreSet:
+    header = archive.header(FORMAT_NAME, FORMAT_VERSION)
+    n_layer = whole(header, "n_layer", 1, MAX_LAYERS)
+    n_ff = whole(header, "n_ff", 1, MAX_FF)
     dense = _dense_layers(header, n_layer)
     layers = [
-        None if i in dense else _member(archive, f"layer_{i}", "int32", n_ff, np.int32)
-        for i in range(n_layer)
+        None if i in dense else archive.array(f"layer_{i}", np.int32, n_ff) for i in range(n_layer)
     ]
-    names = set(archive.namelist())
-    scored = any(f"scores_{i}.npy" in names for i in range(n_layer))
+    scored = any(f"scores_{i}" in archive for i in range(n_layer))
     scores = [
-        _member(archive, f"scores_{i}", "float32", n_ff, np.float32)
-        if f"scores_{i}.npy" in names
-        else None
+        archive.array(f"scores_{i}", np.float32, n_ff) if f"scores_{i}" in archive else None
         for i in range(n_layer if scored else 0)
     ]
     stability = header.get("stability")
@@ -351,9 +239,9 @@ def _read(archive: zipfile.ZipFile) -> CoreSet:
         n_ff=n_ff,
         scores=scores,
         statistic=_statistic(header),
-        alpha=_number(header, "alpha", 0, 1),
-        beta=_number(header, "beta", 0, 1),  # 0, as for alpha, in a set made by hand
-        n_tokens=_whole(header, "n_tokens", 0, 1 << 62),
-        stability=None if stability is None else _number(header, "stability", -1, 1),
-        fingerprint=_fingerprint(header),
+        alpha=number(header, "alpha", 0, 1),
+        beta=number(header, "beta", 0, 1),  # 0, as for alpha, in a set made by hand
+        n_tokens=whole(header, "n_tokens", 0, 1 << 62),
+        stability=None if stability is None else number(header, "stability", -1, 1),
+        fingerprint=fingerprint_of(header),
     )
