@@ -25,6 +25,8 @@ def make_set(**changes) -> CoreSet:
         "beta": 0.15,
         "n_tokens": 17,
         "stability": 0.75,
+        "cluster": 3,
+        "cluster_similarity": -0.25,
         "fingerprint": 0xFEDCBA9876543210,
     }
     return CoreSet(**{**values, **changes})
@@ -46,7 +48,7 @@ def test_a_saved_set_comes_back_whole(tmp_path):
 
 
 def test_a_set_without_scores_or_fingerprint_comes_back(tmp_path):
-    unknown = {"fingerprint": None, "stability": None}
+    unknown = {"fingerprint": None, "stability": None, "cluster": None, "cluster_similarity": None}
     make_set(scores=[], **unknown).save(tmp_path / "set.npz")
     after = CoreSet.load(tmp_path / "set.npz")
     assert after.scores == [] and {name: getattr(after, name) for name in unknown} == unknown
@@ -138,6 +140,8 @@ def test_a_set_of_another_model_is_refused():
         ({"header": header_with(alpha=1.5)}, "alpha is 1.5; expected a number from 0 to 1"),
         ({"header": header_with(beta=-0.1)}, "beta is -0.1"),
         ({"header": header_with(stability=float("-inf"))}, "stability is -inf"),
+        ({"header": header_with(cluster=-1)}, "cluster is -1"),
+        ({"header": header_with(cluster_similarity=2)}, "cluster_similarity is 2"),
         ({"header": header_with(dense_layers=[1, 1])}, r"dense_layers is \[1, 1\]"),
         ({"header": header_with(dense_layers=[1, 3])}, "different layers from 0 to 2"),
         ({"header": header_with(dense_layers=[True])}, r"dense_layers is \[True\]"),

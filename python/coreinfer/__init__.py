@@ -15,26 +15,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._core import GGUFError, NumericError
+    from .clusters import Clusters
     from .config import CoreConfig
     from .core_sets import CoreSet
     from .llama import Llama
     from .models import ModelFetchError, resolve_model
+    from .similarity import SimilarityClusters, build_clusters
     from .types import LlamaState
 
     __version__: str
 
 _HOME = {
     "Llama": "llama",
+    "Clusters": "clusters",
     "CoreConfig": "config",
     "CoreSet": "core_sets",
     "LlamaState": "types",
     "GGUFError": "_core",
     "NumericError": "_core",
     "ModelFetchError": "models",
+    "SimilarityClusters": "similarity",
+    "build_clusters": "similarity",
     "resolve_model": "models",
 }
 
 __all__ = [
+    "Clusters",
     "CoreConfig",
     "CoreSet",
     "GGUFError",
@@ -42,7 +48,9 @@ __all__ = [
     "LlamaState",
     "ModelFetchError",
     "NumericError",
+    "SimilarityClusters",
     "__version__",
+    "build_clusters",
     "resolve_model",
 ]
 

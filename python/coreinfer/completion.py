@@ -234,6 +234,12 @@ def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     return plain
 
 
+def last_question(messages: Sequence[Mapping[str, Any]]) -> str | None:
+    """What the user said last, None if nothing: a conversation's cluster is chosen by that."""
+    said = [m["content"] for m in plain_messages(messages) if m["role"] == "user"]
+    return said[-1] if said else None
+
+
 def _text_part(i: int, part: Any) -> str:
     if not isinstance(part, Mapping) or part.get("type") != "text":
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__

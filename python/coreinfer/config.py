@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-CORE_MODES = ("off", "stable", "exact")
+CORE_MODES = ("off", "stable", "similar", "exact")
 STATISTICS = ("count", "count_gate", "count_abs", "flock")
 CACHE_TYPES = ("f32", "f16", "q8_0")
 
@@ -173,14 +173,16 @@ class Checked:
 class CoreConfig(Checked):
     """How decoding chooses its core neurons.
 
-    `CoreConfig(beta=0.8)` is stability-guided decoding with 80 % of the neurons; `mode="off"` is
-    dense decoding.
+    `CoreConfig(beta=0.8)` is stability-guided decoding with 80 % of the neurons; `mode="similar"`
+    is similarity-guided, with `gamma` and `blend` and the statistic of the clusters; `mode="off"`
+    is dense decoding.
     """
 
     mode: str = parameter(
         "stable",
-        "decode dense (off), with the prompt's own core neurons (stable), or dense with core "
-        "neurons as a draft that the dense weights verify (exact: the text of off, never another)",
+        "decode dense (off), with the prompt's own core neurons (stable), with those of the cluster "
+        "of texts that the prompt is nearest to (similar), or dense with core neurons as a draft "
+        "that the dense weights verify (exact: the text of off, never another)",
         "str",
         choices=CORE_MODES,
         flag="--core",
@@ -200,6 +202,21 @@ class CoreConfig(Checked):
         low=0,
         high=1,
         low_open=True,
+    )
+    gamma: float = parameter(
+        0.4,
+        "share of a layer's neurons that decoding keeps of a cluster's",
+        "float",
+        low=0,
+        high=1,
+        low_open=True,
+    )
+    blend: float = parameter(
+        0.0,
+        "weight of the prompt's own neurons beside its cluster's, by rank; 0 is the cluster alone",
+        "float",
+        low=0,
+        high=1,
     )
     statistic: str = parameter(
         "flock", "how neurons are ranked over the prompt", "str", choices=STATISTICS

@@ -16,7 +16,7 @@ import numpy as np
 
 from . import sidecar
 from .config import STATISTICS
-from .sidecar import MAX_FF, MAX_LAYERS, Archive, fingerprint_of, number, whole
+from .sidecar import MAX_CLUSTERS, MAX_FF, MAX_LAYERS, Archive, fingerprint_of, number, whole
 
 FORMAT_NAME = "coreinfer core set"
 FORMAT_VERSION = 1
@@ -43,6 +43,8 @@ class CoreSet:
     stability : float or None
         1 where the first half of the prompt already chose the same set, 0 where the overlap is
         what chance would give; None if it is not known.
+    cluster, cluster_similarity : int and float, or None
+        The cluster that chose the set, and the cosine of the prompt to it; None if none did.
     fingerprint : int or None
         Fingerprint of the model file the set belongs to; None fits any model of these shapes.
     """
@@ -55,6 +57,8 @@ class CoreSet:
     beta: float = 0.0
     n_tokens: int = 0
     stability: float | None = None
+    cluster: int | None = None
+    cluster_similarity: float | None = None
     fingerprint: int | None = None
 
     def __post_init__(self) -> None:
@@ -153,6 +157,8 @@ class CoreSet:
             "beta": self.beta,
             "n_tokens": int(self.n_tokens),
             "stability": self.stability,
+            "cluster": self.cluster,
+            "cluster_similarity": self.cluster_similarity,
         }
 
     @classmethod
@@ -233,7 +239,8 @@ def _read(archive: Archive) -> CoreSet:
         archive.array(f"scores_{i}", np.float32, n_ff) if f"scores_{i}" in archive else None
         for i in range(n_layer if scored else 0)
     ]
-    stability = header.get("stability")
+    stability, similarity = header.get("stability"), header.get("cluster_similarity")
+    cluster = header.get("cluster")
     return CoreSet(
         layers=layers,
         n_ff=n_ff,
@@ -243,5 +250,9 @@ def _read(archive: Archive) -> CoreSet:
         beta=number(header, "beta", 0, 1),  # 0, as for alpha, in a set made by hand
         n_tokens=whole(header, "n_tokens", 0, 1 << 62),
         stability=None if stability is None else number(header, "stability", -1, 1),
+        cluster=None if cluster is None else whole(header, "cluster", 0, MAX_CLUSTERS - 1),
+        cluster_similarity=(
+            None if similarity is None else number(header, "cluster_similarity", -1, 1)
+        ),
         fingerprint=fingerprint_of(header),
     )

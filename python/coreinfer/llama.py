@@ -6,6 +6,7 @@ Text flows in and out here; ids, cache and neurons are `TokenModel`'s, response 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import operator
 import os
@@ -28,8 +29,10 @@ from .config import (
     cache_type,
 )
 from .core_sets import CoreSet
+from .embedders import AnyEmbedder
 from .text_stream import StopWatcher, TextStream
 from .token_model import (
+    AnyClusters,
     LogitsProcessor,
     StoppingCriterion,
     TokenGenerator,
@@ -63,7 +66,14 @@ class Llama(TokenModel):
         0 computes on the CPU, -1 (or at least the model's layers) on that GPU, with at most
         `vram_limit` bytes of its memory; a RuntimeError where there is none.
     core
-        "off" (dense), "stable", a `CoreConfig`, or a `CoreSet` to decode with whatever the prompt.
+        "off" (dense), "stable", "similar", a `CoreConfig`, or a `CoreSet` to decode with whatever
+        the prompt.
+    clusters
+        For "similar": a file that `coreinfer cluster build` made with this model, or `Clusters`.
+    embedder
+        Instead of the one that the clusters name; see `coreinfer.embedders.as_embedder`.
+    gamma
+        Of the `CoreConfig`, for short: `Llama(..., core="similar", clusters=FILE, gamma=0.2)`.
     last_n_tokens_size
         Recent tokens that the repetition penalties look at.
     verbose
@@ -104,6 +114,9 @@ class Llama(TokenModel):
         main_gpu: int = LoadConfig.main_gpu,
         vram_limit: int | str | None = LoadConfig.vram_limit,
         core: str | CoreConfig | CoreSet = DEFAULT_CORE_MODE,
+        clusters: AnyClusters | None = None,
+        embedder: AnyEmbedder | None = None,
+        gamma: float | None = None,
         last_n_tokens_size: int = SamplingConfig.penalty_last_n,
         verbose: bool = True,
         prefill_progress: Callable[[int, int], None] | None = None,
@@ -131,7 +144,19 @@ class Llama(TokenModel):
         self._penalty_last_n = SamplingConfig(penalty_last_n=last_n_tokens_size).penalty_last_n
         self.verbose = verbose
         core = core if isinstance(core, CoreSet) else CoreConfig.of(core)
-        super().__init__(_existing(model_path), config, core, prefill_progress)
+        if gamma is not None:
+            if isinstance(core, CoreSet) or core.mode != "similar":
+                raise ValueError(f"gamma is {gamma!r}; it needs core='similar'")
+            core = dataclasses.replace(core, gamma=gamma)
+        super().__init__(
+            _existing(model_path),
+            config,
+            core,
+            prefill_progress,
+            clusters=clusters,
+            embedder=embedder,
+            text_of=self._text,
+        )
         self.metadata: dict[str, Any] = self._open_engine().gguf.metadata
         self._tokenizer = Tokenizer.from_metadata(self.metadata)
         self._chat_template: ChatTemplate | None = None
@@ -186,6 +211,8 @@ class Llama(TokenModel):
         return {
             "model_path": self.model_path,
             "core": self.core,
+            "clusters": self.clusters,
+            "embedder": None if self._lookup is None else self._lookup.embedder,
             "last_n_tokens_size": self._penalty_last_n,
             "verbose": self.verbose,
             **vars(self._config),
@@ -326,6 +353,7 @@ class Llama(TokenModel):
             logit_bias=logit_bias,
         )
         fresh = reset or self.n_tokens == 0
+        text = _written(tokens)
         if fresh:
             ids = self.prompt_ids(tokens)
         else:
@@ -336,6 +364,7 @@ class Llama(TokenModel):
             ids,
             sampling,
             reset=fresh,
+            text=text,
             seed=seed,
             processors=_callables("logits_processor", logits_processor),
             criteria=_callables("stopping_criteria", stopping_criteria),
@@ -415,6 +444,7 @@ class Llama(TokenModel):
             seed=seed,
             processors=_callables("logits_processor", logits_processor),
             criteria=_callables("stopping_criteria", stopping_criteria),
+            text=_written(prompt),
         )
         written = isinstance(prompt, str)
         text = prompt if written else self._text(ids)
@@ -481,6 +511,7 @@ class Llama(TokenModel):
             n_logprobs=n_logprobs,
             seed=seed,
             processors=_callables("logits_processor", logits_processor),
+            text=completion.last_question(messages),
         )
         request = Request(self, ids, "", answer, False, n_logprobs)
         return completion.stream_chat(request) if stream else completion.chat(request)
@@ -564,6 +595,13 @@ def _names(function: Callable[..., Any]) -> list[str]:
 
 def _utf8(text: str | bytes) -> bytes:
     return text.encode("utf-8") if isinstance(text, str) else text
+
+
+def _written(prompt: str | bytes | Tokens) -> str | None:
+    """A prompt's text, if it is one: what its cluster is chosen by."""
+    if isinstance(prompt, bytes):
+        return prompt.decode("utf-8", errors="replace")
+    return prompt if isinstance(prompt, str) else None
 
 
 def _callables(name: str, one_or_many: Any) -> list[Any]:

@@ -22,6 +22,7 @@ import numpy as np
 
 MAX_LAYERS = 4096
 MAX_FF = 1 << 24
+MAX_CLUSTERS = 1 << 16
 _MAX_HEADER_BYTES = 1 << 20
 
 Value = TypeVar("Value")

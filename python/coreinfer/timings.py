@@ -12,9 +12,9 @@ class Timings:
     """What the last call cost. Seconds are wall time; bytes are weights that one step reads.
 
     Prefill seconds include counting; selection and compaction come after it and before the first
-    decoded token, so they belong to the time to first token of a generation with core neurons.
-    In exact mode drafts (made, and those that came true) are inside the decode seconds; replays of
-    `refresh` stand beside them.
+    decoded token, so they belong to the time to first token of a generation with core neurons, as
+    do embedding the prompt and looking its cluster up. In exact mode drafts (made, and those that
+    came true) are inside the decode seconds; replays of `refresh` stand beside them.
     """
 
     load_seconds: float = 0.0
@@ -32,6 +32,8 @@ class Timings:
     draft_seconds: float = 0.0
     replay_tokens: int = 0
     replay_seconds: float = 0.0
+    embed_seconds: float = 0.0
+    lookup_seconds: float = 0.0
     reused_tokens: int = 0
     dense_weight_bytes: int = 0
     decode_weight_bytes: int = 0

@@ -11,13 +11,17 @@ import os
 import random
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from . import _core
+from .cluster_lookup import ClusterLookup
+from .clusters import Clusters
 from .config import RANDOM_SEED, CoreConfig, LoadConfig, SamplingConfig
 from .core_sets import CoreSet
+from .embedders import AnyEmbedder
 from .text_stream import TopLogprobs
 from .timings import Timings, since
 from .types import Backend, LlamaState
@@ -25,6 +29,7 @@ from .types import Backend, LlamaState
 LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 StoppingCriterion = Callable[[np.ndarray, np.ndarray], bool]
 Tokens = Sequence[int] | np.ndarray
+AnyClusters = str | os.PathLike[str] | Clusters
 TokenGenerator = Generator[int, Sequence[int] | None, bool]
 
 _SCORE_CHUNK = 64  # rows of (n_vocab) log-probabilities held at once for an echoed prompt
@@ -43,6 +48,9 @@ class TokenModel:
         config: LoadConfig,
         core: CoreConfig | CoreSet,
         prefill_progress: Callable[[int, int], None] | None,
+        clusters: AnyClusters | None = None,
+        embedder: AnyEmbedder | None = None,
+        text_of: Callable[[Tokens], str] | None = None,
     ) -> None:
         self.model_path = model_path
         self.prefill_progress = prefill_progress
@@ -69,6 +77,10 @@ class TokenModel:
         self._core_set: CoreSet | None = None  # that decodes the present text
         self._timings_before: dict[str, float] = {}
         self._reused = 0
+        self._text_of = text_of
+        self._lookup_seconds: dict[str, float] = {}
+        self._core = CoreConfig.of("off")
+        self.set_clusters(clusters, embedder)
         self.core = core
         self.set_seed(config.seed)
 
@@ -109,6 +121,14 @@ class TokenModel:
     def n_embd(self) -> int:
         """Width of the hidden state."""
         return self._open_engine().config["n_embd"]
+
+    def n_layer(self) -> int:
+        """Layers of the model."""
+        return self._open_engine().n_layer
+
+    def n_ff(self) -> int:
+        """Neurons of a layer."""
+        return self._open_engine().config["n_ff"]
 
     def n_vocab(self) -> int:
         """Number of token ids."""
@@ -154,6 +174,7 @@ class TokenModel:
             load_seconds=now["load_seconds"],
             **since(now, self._timings_before),
             compact_bytes=now["compact_bytes"],
+            **self._lookup_seconds,
             reused_tokens=self._reused,
             dense_weight_bytes=engine.weight_bytes,
             decode_weight_bytes=session.decode_weight_bytes,
@@ -179,6 +200,8 @@ class TokenModel:
         else:
             config = CoreConfig.of(core)
             config.layer_range(engine.n_layer)
+            if config.mode == "similar":
+                self._need_clusters(self._lookup).prepare()
             self._given, self._core = None, config
 
     def set_core_set(self, core_set: CoreSet | None) -> None:
@@ -196,19 +219,84 @@ class TokenModel:
         self._open_session()
         return self._core_set
 
-    def _statistic(self) -> str | None:
-        """What a prefill counts; None where no neurons are chosen from it."""
-        return None if self._core.mode == "off" else self._core.statistic
+    @property
+    def clusters(self) -> Clusters | None:
+        """The clusters that choose neurons where `core` is "similar"."""
+        return None if self._lookup is None else self._lookup.clusters
 
-    def _choose_core(self, session: _core.Session) -> None:
-        """Select from the prompt's statistics, and compact; exact mode does so when it pays."""
-        chosen: CoreSet | None = self._given
-        layers = self._core.layer_range(self._open_engine().n_layer)
+    def set_clusters(
+        self, clusters: AnyClusters | None, embedder: AnyEmbedder | None = None
+    ) -> None:
+        """Take clusters, or the file of some, for `core="similar"`; None forgets them.
+
+        `embedder` stands in for the one that the clusters name. What does not fit this model is a
+        ValueError, and the clusters that were there stay.
+        """
+        lookup = None
+        if clusters is not None:
+            if not isinstance(clusters, Clusters):
+                clusters = Clusters.load(clusters)
+            clusters.check_fits(
+                n_layer=self.n_layer(), n_ff=self.n_ff(), fingerprint=self.fingerprint
+            )
+            lookup = ClusterLookup(clusters, embedder)
+        elif embedder is not None:
+            raise ValueError(f"embedder is {embedder!r}, but there are no clusters to use it with")
+        if self._core.mode == "similar":
+            self._need_clusters(lookup).prepare()
+        self._lookup = lookup
+
+    @staticmethod
+    def _need_clusters(lookup: ClusterLookup | None) -> ClusterLookup:
+        if lookup is None:
+            raise ValueError(
+                "core is 'similar', which chooses by clusters, and there are none; give clusters a "
+                "file that `coreinfer cluster build` made with this model"
+            )
+        return lookup
+
+    def _counted(self) -> tuple[str | None, float]:
+        """The statistic that a prompt's prefill counts, if any, and its alpha."""
+        if self._core.mode in ("stable", "exact"):
+            return self._core.statistic, self._core.alpha
+        if self._core.mode == "similar":
+            lookup = self._need_clusters(self._lookup)
+            if lookup.needs_scores(self._core):
+                return lookup.clusters.statistic, lookup.clusters.alpha
+        return None, self._core.alpha
+
+    def _similar_core(self, session: _core.Session, text: str | None) -> CoreSet:
+        """The neurons of the prompt's nearest cluster; `text` is what the prompt says, if known."""
+        lookup = self._need_clusters(self._lookup)
+        own, n_tokens, stability = (), 0, None
+        if lookup.needs_scores(self._core):
+            layers = self._core.layer_range(self.n_layer())
+            raw = session.select(beta=self._core.gamma, layers=layers)
+            own, n_tokens = raw.scores, raw.n_tokens
+            stability = session.stability(beta=self._core.gamma, layers=layers)
+        if text is None and self._text_of is not None:
+            text = self._text_of(session.tokens)
+        chosen = lookup.choose(self._core, text or "", own, n_tokens)
+        self._lookup_seconds = {
+            "embed_seconds": lookup.embed_seconds,
+            "lookup_seconds": lookup.lookup_seconds,
+        }
+        return replace(chosen, stability=stability, fingerprint=self.fingerprint)
+
+    def _choose_core(self, session: _core.Session, text: str | None = None) -> None:
+        """Select from the prompt's statistics or by its cluster, and compact.
+
+        Exact mode does so by itself, when drafting is expected to pay.
+        """
+        layers = self._core.layer_range(self.n_layer())
         if self._core.mode == "exact":
             session.set_exact(beta=self._core.beta, layers=layers, max_drafts=self._core.max_drafts)
             self._core_set = None
             return
         session.end_exact()
+        chosen: CoreSet | None = self._given
+        if self._core.mode == "similar":
+            chosen = self._similar_core(session, text)
         if self._core.mode == "stable":
             raw = session.select(beta=self._core.beta, layers=layers)
             chosen = CoreSet(
@@ -308,21 +396,30 @@ class TokenModel:
         self._check_room(whole.size)
         return whole
 
-    def _read(self, session: _core.Session, ids: np.ndarray) -> None:
-        """Make the cache hold exactly `ids`, dense, reusing what it can of the last text."""
+    def _read(
+        self,
+        session: _core.Session,
+        ids: np.ndarray,
+        counted: tuple[str | None, float] | None = None,
+    ) -> None:
+        """Make the cache hold exactly `ids`, dense, reusing what it can of the last text.
+
+        `counted` is the statistic to count and its alpha; by default what `core` asks for.
+        """
         self._generation += 1
         self._timings_before = dict(session.timings)
-        statistic = self._statistic()
-        stable = self._core.mode == "stable"
-        self._reused = session.reusable(ids, statistic, self._core.alpha)
+        self._lookup_seconds = {}
+        chooses = counted is None and self._core.mode == "stable"
+        statistic, alpha = self._counted() if counted is None else counted
+        self._reused = session.reusable(ids, statistic, alpha)
         session.keep(self._reused)
         session.prefill(
             ids[self._reused :],
             statistic=statistic,
-            alpha=self._core.alpha,
+            alpha=alpha,
             progress=self.prefill_progress,
-            beta=self._core.beta if stable else None,
-            layers=self._core.layer_range(self._open_engine().n_layer) if stable else None,
+            beta=self._core.beta if chooses else None,
+            layers=self._core.layer_range(self.n_layer()) if chooses else None,
         )
 
     def _sampler(
@@ -350,6 +447,7 @@ class TokenModel:
         sampling: SamplingConfig,
         *,
         reset: bool = True,
+        text: str | None = None,
         seed: int | None = None,
         processors: Sequence[LogitsProcessor] = (),
         criteria: Sequence[StoppingCriterion] = (),
@@ -358,11 +456,12 @@ class TokenModel:
 
         The first token is drawn from the prefill's own, dense, logits. `send(ids)` puts ids after
         the token that was yielded, through the decode weights. Returns whether a criterion ended
-        it, which is not so when the context is full.
+        it, which is not so when the context is full. `text` is what the prompt says, for choosing
+        its cluster; None takes the text of the ids.
         """
         with self._computing() as session:
             self._read(session, ids if reset else self._after_cache(session, ids))
-            self._choose_core(session)
+            self._choose_core(session, text if reset else None)
             generation = self._generation
             sampler = self._sampler(session, sampling, seed)
         while True:
@@ -395,14 +494,39 @@ class TokenModel:
         if self._core.refresh is None or self._core.mode != "stable":
             return
         if session.n_past - session.n_dense >= self._core.refresh:
-            session.replay(statistic=self._statistic(), alpha=self._core.alpha)
+            statistic, alpha = self._counted()
+            session.replay(statistic=statistic, alpha=alpha)
             self._choose_core(session)
 
-    def score(self, prompt_ids: Tokens, continuation_ids: Tokens) -> np.ndarray:
+    def neuron_scores(
+        self,
+        prompt_ids: Tokens,
+        *,
+        statistic: str = CoreConfig.statistic,
+        alpha: float = CoreConfig.alpha,
+    ) -> np.ndarray:
+        """How strongly a prompt activates each neuron: the statistic per token, read dense.
+
+        Returns
+        -------
+        ndarray float32 (n_layer, n_ff)
+            Mean over the prompt's tokens, whatever `core` is.
+        """
+        prompt = self.checked_prompt(prompt_ids)
+        counted = CoreConfig(statistic=statistic, alpha=alpha)
+        with self._computing() as session:
+            self._read(session, prompt, (counted.statistic, counted.alpha))
+            raw = session.select(beta=1.0)
+            return np.stack(raw.scores) / np.float32(raw.n_tokens)
+
+    def score(
+        self, prompt_ids: Tokens, continuation_ids: Tokens, *, text: str | None = None
+    ) -> np.ndarray:
         """Log-probabilities of a continuation, computed as a generation would compute them.
 
         The prompt is read dense and chooses the core set; the continuation runs through the decode
-        weights, so this measures what decoding with core neurons does.
+        weights, so this measures what decoding with core neurons does. `text` is that of
+        `generate_ids`.
 
         Returns
         -------
@@ -414,7 +538,7 @@ class TokenModel:
         self._check_room(prompt.size + max(0, continuation.size - 1))
         with self._computing() as session:
             self._read(session, prompt)
-            self._choose_core(session)
+            self._choose_core(session, text)
             if continuation.size == 0:
                 return np.zeros((0, self.n_vocab()), dtype=np.float32)
             return session.score(continuation)
@@ -503,6 +627,7 @@ def _core_share(core: CoreConfig | CoreSet) -> float:
     if isinstance(core, CoreSet):
         return core.kept
     return 0.0 if core.mode == "off" else core.beta
+    return {"stable": core.beta, "similar": core.gamma}.get(core.mode, 0.0)
 
 
 def _to_core(core_set: CoreSet) -> Any:

