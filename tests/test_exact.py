@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from coreinfer._core.testing import DraftPace, text_drafts
 
 from coreinfer import CoreConfig, Llama, _core
-from coreinfer._core.testing import DraftPace, text_drafts
 from make_synthetic_model import make_tiny_model
 
 

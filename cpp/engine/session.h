@@ -166,9 +166,9 @@ class Session {
   int64_t n_dense_ = 0;                 // leading positions written by the dense weights
   std::optional<NeuronCounts> counts_;  // of the first counts_->n_tokens() positions
   std::optional<CoreSet> core_set_;
-  CompactWeights compact_;                    // layers empty: decode dense
-  std::optional<PassingCompact> passing_;     // of the last prompt, where it was gathered on the way
-  std::vector<float> logits_;                 // of the last position; empty: none
+  CompactWeights compact_;                 // layers empty: decode dense
+  std::optional<PassingCompact> passing_;  // of the last prompt, where it was gathered on the way
+  std::vector<float> logits_;              // of the last position; empty: none
   std::unique_ptr<Speculation> speculation_;  // in exact mode
   Timings timings_;
 };

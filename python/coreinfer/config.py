@@ -180,9 +180,9 @@ class CoreConfig(Checked):
 
     mode: str = parameter(
         "stable",
-        "decode dense (off), with the prompt's own core neurons (stable), with those of the cluster "
-        "of texts that the prompt is nearest to (similar), or dense with core neurons as a draft "
-        "that the dense weights verify (exact: the text of off, never another)",
+        "decode dense (off), with the prompt's own core neurons (stable), with those of the "
+        "cluster of texts that the prompt is nearest to (similar), or dense with core neurons as "
+        "a draft that the dense weights verify (exact: the text of off, never another)",
         "str",
         choices=CORE_MODES,
         flag="--core",
@@ -203,6 +203,16 @@ class CoreConfig(Checked):
         high=1,
         low_open=True,
     )
+    statistic: str = parameter(
+        "flock", "how neurons are ranked over the prompt", "str", choices=STATISTICS
+    )
+    layers: LayerRange | None = parameter(
+        None,
+        "layers that take part, last excluded (default: all); the others stay dense",
+        "layers",
+        optional=True,
+        metavar="A:B",
+    )
     gamma: float = parameter(
         0.4,
         "share of a layer's neurons that decoding keeps of a cluster's",
@@ -218,9 +228,6 @@ class CoreConfig(Checked):
         low=0,
         high=1,
     )
-    statistic: str = parameter(
-        "flock", "how neurons are ranked over the prompt", "str", choices=STATISTICS
-    )
     refresh: int | None = parameter(
         None,
         "read every N generated tokens again, dense, and choose the neurons anew (default: never)",
@@ -232,13 +239,6 @@ class CoreConfig(Checked):
     )
     max_drafts: int = parameter(
         8, "tokens that exact mode drafts at most before a verification", "int", low=0, high=15
-    )
-    layers: LayerRange | None = parameter(
-        None,
-        "layers that take part, last excluded (default: all); the others stay dense",
-        "layers",
-        optional=True,
-        metavar="A:B",
     )
 
     @classmethod

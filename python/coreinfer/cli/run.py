@@ -122,7 +122,9 @@ def _core_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> C
     values = options.given(args, CoreConfig)
     mode = values.setdefault("mode", DEFAULT_CORE_MODE)
     for wanted, names in _FIELDS_OF_MODES.items():
-        idle = [f"--{name.replace('_', '-')}" for name in names if name in values and mode not in wanted]
+        idle = [
+            f"--{name.replace('_', '-')}" for name in names if name in values and mode not in wanted
+        ]
         if idle:
             parser.error(f"{', '.join(idle)}: no effect without --core {' or '.join(wanted)}")
     if args.core_file is not None and mode != "off":
