@@ -15,7 +15,7 @@ from coreinfer.config import CoreConfig, LoadConfig, SamplingConfig, cache_type,
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: CoreConfig(mode="on"), "mode is 'on'; expected one of off, stable"),
+        (lambda: CoreConfig(mode="on"), "mode is 'on'; expected one of auto, off, stable"),
         (lambda: CoreConfig(alpha=0), r"alpha is 0; expected a number in \(0, 1\]"),
         (lambda: CoreConfig(beta=1.01), r"beta is 1.01; expected a number in \(0, 1\]"),
         (lambda: CoreConfig(beta="0.4x"), "beta is '0.4x'"),
@@ -60,7 +60,7 @@ def test_values_out_of_range_say_what_was_expected(make, message):
 
 def test_stable_alone_is_flock_at_forty_percent_in_all_layers():
     assert CoreConfig.of("stable") == CoreConfig("stable", 0.4, 0.4, "flock", None)
-    assert config.DEFAULT_CORE_MODE == "off"
+    assert config.DEFAULT_CORE_MODE == "auto"
 
 
 def test_layer_ranges_are_read_and_checked_against_the_model():

@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-CORE_MODES = ("off", "stable", "similar", "exact")
+CORE_MODES = ("auto", "off", "stable", "similar", "exact")
 STATISTICS = ("count", "count_gate", "count_abs", "flock")
 CACHE_TYPES = ("f32", "f16", "q8_0")
 
-DEFAULT_CORE_MODE = "off"  # what `Llama` and the command line do unless asked: dense decoding
+DEFAULT_CORE_MODE = "auto"  # what `Llama` and the command line do unless asked
 CHAT_TEMPERATURE = 0.2  # chat answers are drawn closer to the arg-max than completions
 RANDOM_SEED = 0xFFFFFFFF  # this seed asks for a new one from the operating system
 
@@ -182,7 +182,8 @@ class CoreConfig(Checked):
         "stable",
         "decode dense (off), with the prompt's own core neurons (stable), with those of the "
         "cluster of texts that the prompt is nearest to (similar), or dense with core neurons as "
-        "a draft that the dense weights verify (exact: the text of off, never another)",
+        "a draft that the dense weights verify (exact: the text of off, never another); auto: "
+        "what `coreinfer tune` measured to be within --max-kl, else exact",
         "str",
         choices=CORE_MODES,
         flag="--core",
@@ -227,6 +228,12 @@ class CoreConfig(Checked):
         "float",
         low=0,
         high=1,
+    )
+    max_kl: float = parameter(
+        0.05,
+        "how far auto may be from dense decoding: mean KL divergence in nats",
+        "float",
+        low=0,
     )
     refresh: int | None = parameter(
         None,

@@ -40,6 +40,7 @@ from .token_model import (
     Tokens,
 )
 from .tokenizer import Tokenizer
+from .tuning import Tuning
 from .types import (
     ChatCompletionRequestMessage,
     CreateChatCompletionResponse,
@@ -66,14 +67,17 @@ class Llama(TokenModel):
         0 computes on the CPU, -1 (or at least the model's layers) on that GPU, with at most
         `vram_limit` bytes of its memory; a RuntimeError where there is none.
     core
-        "off" (dense), "stable", "similar", a `CoreConfig`, or a `CoreSet` to decode with whatever
-        the prompt.
+        "auto", "off" (dense), "stable", "similar", "exact", a `CoreConfig`, or a `CoreSet` to
+        decode with whatever the prompt. "auto" uses what `coreinfer tune` measured to be within
+        `max_kl` of dense decoding, and is "exact" otherwise: the text of dense decoding.
     clusters
         For "similar": a file that `coreinfer cluster build` made with this model, or `Clusters`.
     embedder
         Instead of the one that the clusters name; see `coreinfer.embedders.as_embedder`.
     gamma
         Of the `CoreConfig`, for short: `Llama(..., core="similar", clusters=FILE, gamma=0.2)`.
+    tuning
+        A file that `coreinfer tune` wrote; by default the one beside the model, if there is one.
     last_n_tokens_size
         Recent tokens that the repetition penalties look at.
     verbose
@@ -117,6 +121,7 @@ class Llama(TokenModel):
         clusters: AnyClusters | None = None,
         embedder: AnyEmbedder | None = None,
         gamma: float | None = None,
+        tuning: str | os.PathLike[str] | Tuning | None = None,
         last_n_tokens_size: int = SamplingConfig.penalty_last_n,
         verbose: bool = True,
         prefill_progress: Callable[[int, int], None] | None = None,
@@ -156,6 +161,7 @@ class Llama(TokenModel):
             clusters=clusters,
             embedder=embedder,
             text_of=self._text,
+            tuning=tuning,
         )
         self.metadata: dict[str, Any] = self._open_engine().gguf.metadata
         self._tokenizer = Tokenizer.from_metadata(self.metadata)
@@ -212,6 +218,7 @@ class Llama(TokenModel):
             "model_path": self.model_path,
             "core": self.core,
             "clusters": self.clusters,
+            "tuning": self._tuning,
             "embedder": None if self._lookup is None else self._lookup.embedder,
             "last_n_tokens_size": self._penalty_last_n,
             "verbose": self.verbose,

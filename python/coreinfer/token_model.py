@@ -10,6 +10,7 @@ import contextlib
 import os
 import random
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from . import _core
+from .auto import Auto, Decision
 from .cluster_lookup import ClusterLookup
 from .clusters import Clusters
 from .config import RANDOM_SEED, CoreConfig, LoadConfig, SamplingConfig
@@ -24,6 +26,7 @@ from .core_sets import CoreSet
 from .embedders import AnyEmbedder
 from .text_stream import TopLogprobs
 from .timings import Timings, since
+from .tuning import Tuning, find_tuning
 from .types import Backend, LlamaState
 
 LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -51,6 +54,7 @@ class TokenModel:
         clusters: AnyClusters | None = None,
         embedder: AnyEmbedder | None = None,
         text_of: Callable[[Tokens], str] | None = None,
+        tuning: str | os.PathLike[str] | Tuning | None = None,
     ) -> None:
         self.model_path = model_path
         self.prefill_progress = prefill_progress
@@ -78,8 +82,11 @@ class TokenModel:
         self._timings_before: dict[str, float] = {}
         self._reused = 0
         self._text_of = text_of
+        self._tuning = tuning
+        self._auto: Auto | None = None
+        self._decision: Decision | None = None
         self._lookup_seconds: dict[str, float] = {}
-        self._core = CoreConfig.of("off")
+        self._core = self._active = CoreConfig.of("off")
         self.set_clusters(clusters, embedder)
         self.core = core
         self.set_seed(config.seed)
@@ -197,12 +204,32 @@ class TokenModel:
             )
             self._given: CoreSet | None = core
             self._core = CoreConfig.of("off")
+            self._auto = None
         else:
             config = CoreConfig.of(core)
             config.layer_range(engine.n_layer)
             if config.mode == "similar":
                 self._need_clusters(self._lookup).prepare()
+            self._auto = self._make_auto(config) if config.mode == "auto" else None
             self._given, self._core = None, config
+        self._active = self._core
+        self._decision = None
+
+    def _make_auto(self, config: CoreConfig) -> Auto:
+        engine = self._open_engine()
+        tuning = self._tuning
+        if tuning is None:
+            tuning = find_tuning(self.model_path, engine.fingerprint)
+        elif not isinstance(tuning, Tuning):
+            tuning = Tuning.load(tuning)
+        if tuning is not None and tuning.fingerprint != engine.fingerprint:
+            raise ValueError("the tuning file belongs to another model file; run `coreinfer tune`")
+        return Auto(config, tuning, ffn_resident=engine.ffn_resident)
+
+    @property
+    def decision(self) -> Decision | None:
+        """What `core="auto"` decided for the present text, and why; None for other settings."""
+        return self._decision
 
     def set_core_set(self, core_set: CoreSet | None) -> None:
         """Decode with these neurons from the next generation on; None decodes dense."""
@@ -257,8 +284,8 @@ class TokenModel:
 
     def _counted(self) -> tuple[str | None, float]:
         """The statistic that a prompt's prefill counts, if any, and its alpha."""
-        if self._core.mode in ("stable", "exact"):
-            return self._core.statistic, self._core.alpha
+        if self._active.mode in ("stable", "exact"):
+            return self._active.statistic, self._active.alpha
         if self._core.mode == "similar":
             lookup = self._need_clusters(self._lookup)
             if lookup.needs_scores(self._core):
@@ -288,26 +315,29 @@ class TokenModel:
 
         Exact mode does so by itself, when drafting is expected to pay.
         """
-        layers = self._core.layer_range(self.n_layer())
-        if self._core.mode == "exact":
-            session.set_exact(beta=self._core.beta, layers=layers, max_drafts=self._core.max_drafts)
+        if self._auto is not None:
+            self._decide(session, self._auto)
+        core = self._active
+        layers = core.layer_range(self.n_layer())
+        if core.mode == "exact":
+            session.set_exact(beta=core.beta, layers=layers, max_drafts=core.max_drafts)
             self._core_set = None
             return
         session.end_exact()
         chosen: CoreSet | None = self._given
         if self._core.mode == "similar":
             chosen = self._similar_core(session, text)
-        if self._core.mode == "stable":
-            raw = session.select(beta=self._core.beta, layers=layers)
+        if core.mode == "stable":
+            raw = session.select(beta=core.beta, layers=layers)
             chosen = CoreSet(
                 layers=raw.layers,
                 n_ff=raw.n_ff,
                 scores=raw.scores,
-                statistic=self._core.statistic,
-                alpha=self._core.alpha,
-                beta=self._core.beta,
+                statistic=core.statistic,
+                alpha=core.alpha,
+                beta=core.beta,
                 n_tokens=raw.n_tokens,
-                stability=session.stability(beta=self._core.beta, layers=layers),
+                stability=session.stability(beta=core.beta, layers=layers),
                 fingerprint=self.fingerprint,
             )
         self._decode_with(session, chosen)
@@ -409,7 +439,8 @@ class TokenModel:
         self._generation += 1
         self._timings_before = dict(session.timings)
         self._lookup_seconds = {}
-        chooses = counted is None and self._core.mode == "stable"
+        self._active = self._core if self._auto is None else self._auto.counting
+        chooses = counted is None and self._active.mode == "stable"
         statistic, alpha = self._counted() if counted is None else counted
         self._reused = session.reusable(ids, statistic, alpha)
         session.keep(self._reused)
@@ -418,8 +449,8 @@ class TokenModel:
             statistic=statistic,
             alpha=alpha,
             progress=self.prefill_progress,
-            beta=self._core.beta if chooses else None,
-            layers=self._core.layer_range(self.n_layer()) if chooses else None,
+            beta=self._active.beta if chooses else None,
+            layers=self._active.layer_range(self.n_layer()) if chooses else None,
         )
 
     def _sampler(
@@ -487,11 +518,30 @@ class TokenModel:
                 for token in extra.tolist():
                     session.decode(token, sampler)
                     sampler.accept(token)
+                self._look_again(session)
                 self._refresh(session)
+
+    def _decide(self, session: _core.Session, auto: Auto) -> None:
+        """Settle what decodes the text, given how long and how stable it is."""
+        counting = auto.counting
+        layers = counting.layer_range(self.n_layer())
+        stability = session.stability(beta=counting.beta, layers=layers)
+        before = self._decision
+        self._decision = auto.decide(session.n_past, stability)
+        self._active = self._decision.config
+        if self._decision.kl is None and (before is None or before.kl is not None):
+            warnings.warn(self._decision.reason, stacklevel=4)
+
+    def _look_again(self, session: _core.Session) -> None:
+        """A text that was too short or not stable: decide again once it has grown."""
+        decision = self._decision
+        if decision is not None and decision.until is not None:
+            if session.n_past >= decision.until:
+                self._choose_core(session)
 
     def _refresh(self, session: _core.Session) -> None:
         """Every `refresh` tokens decoded with core neurons: read them again, and choose anew."""
-        if self._core.refresh is None or self._core.mode != "stable":
+        if self._core.refresh is None or self._active.mode != "stable":
             return
         if session.n_past - session.n_dense >= self._core.refresh:
             statistic, alpha = self._counted()

@@ -1,4 +1,4 @@
-"""The command `coreinfer`: run, cluster, info, tokenize, pull.
+"""The command `coreinfer`: run, tune, cluster, info, tokenize, pull.
 
 Results go to stdout, everything else to stderr. Exit status: 0 fine, 1 runtime error, 2 usage,
 130 after Ctrl-C, 141 when the reader of stdout is gone.
@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import cluster, info, pull, run, tokenize
+from . import cluster, info, pull, run, tokenize, tune
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -23,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for module in (run, cluster, info, tokenize, pull):
+    for module in (run, tune, cluster, info, tokenize, pull):
         module.add_parser(commands)
     return parser
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if args.command is None:
-        parser.error("a command is needed: run, cluster, info, tokenize or pull")
+        parser.error("a command is needed: run, tune, cluster, info, tokenize or pull")
     try:
         status = args.call(args)
         sys.stdout.flush()

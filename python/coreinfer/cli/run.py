@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 DEFAULT_MAX_TOKENS = 512
 # Which fields of CoreConfig mean something in which modes.
 _FIELDS_OF_MODES = {
-    ("stable",): ("refresh",),
-    ("exact",): ("max_drafts",),
+    ("auto",): ("max_kl",),
+    ("stable", "auto"): ("refresh",),
+    ("exact", "auto"): ("max_drafts",),
     ("stable", "exact"): ("alpha", "beta", "statistic"),
     ("similar",): ("gamma", "blend"),
     ("stable", "similar", "exact"): ("layers",),
@@ -72,6 +73,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="NAME|PATH",
         help=options.EMBEDDER_HELP + " (default: the one that the clusters name)",
     )
+    core.add_argument(
+        "--tuning",
+        metavar="FILE",
+        help="for --core auto: what `coreinfer tune` wrote (default: the file beside the model)",
+    )
     core.add_argument("--core-file", metavar="FILE", help="decode with the core set in this file")
     core.add_argument("--save-core", metavar="FILE", help="save the core set that was used (.npz)")
 
@@ -106,6 +112,7 @@ def call(args: argparse.Namespace) -> int:
         core=core if handed_in is None else handed_in,
         clusters=args.clusters,
         embedder=args.embedder,
+        tuning=args.tuning,
         verbose=False,
         prefill_progress=line,
     ) as llm:
@@ -120,6 +127,7 @@ def call(args: argparse.Namespace) -> int:
 
 def _core_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> CoreConfig:
     values = options.given(args, CoreConfig)
+    asked = values.get("mode", "off")
     mode = values.setdefault("mode", DEFAULT_CORE_MODE)
     for wanted, names in _FIELDS_OF_MODES.items():
         idle = [
@@ -127,9 +135,10 @@ def _core_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> C
         ]
         if idle:
             parser.error(f"{', '.join(idle)}: no effect without --core {' or '.join(wanted)}")
-    if args.core_file is not None and mode != "off":
+    if args.core_file is not None and asked != "off":
         parser.error(f"--core-file and --core {mode} exclude each other")
-    if args.save_core is not None and mode in ("off", "exact") and args.core_file is None:
+    has_set = mode in ("stable", "similar") or args.core_file is not None
+    if args.save_core is not None and not has_set:
         parser.error("--save-core: there is no core set without --core stable or similar")
     if mode == "similar" and args.clusters is None:
         parser.error("--core similar needs --clusters FILE (coreinfer cluster build makes one)")
@@ -194,10 +203,18 @@ def _facts(llm: Llama, stream: TextStream) -> dict[str, Any]:
         "prompt_tokens": timings.reused_tokens + timings.prefill_tokens,
         "backend": {"name": backend.name, "isa": backend.isa, "n_threads": backend.n_threads},
         "core": _core_facts(llm),
+        "auto": _auto_facts(llm),
         "clusters": None if llm.clusters is None else llm.clusters.n_clusters,
         "timings": timings.as_dict(),
         "peak_memory_bytes": _core.memory()["peak_rss"],
     }
+
+
+def _auto_facts(llm: Llama) -> dict[str, Any] | None:
+    decision = llm.decision
+    if decision is None:
+        return None
+    return {"mode": decision.config.mode, "reason": decision.reason, "kl": decision.kl}
 
 
 def _core_facts(llm: Llama) -> dict[str, Any] | None:
@@ -225,6 +242,8 @@ def summary(facts: dict[str, Any]) -> str:
         f"backend  {backend['name']} {backend['isa']}, {backend['n_threads']} threads",
         f"prompt   {facts['prompt_tokens']} tokens, {t['prefill_tokens_per_second']:.1f} tok/s",
     ]
+    if facts["auto"] is not None:
+        lines.append(f"auto     {facts['auto']['mode']}: {facts['auto']['reason']}")
     if core is None:
         lines.append(f"neurons  all (dense), {dense:.1f} MB of weights a token")
     else:

@@ -1,0 +1,177 @@
+"""`coreinfer tune MODEL --text FILE`: measure what core settings cost and gain on a user's text.
+
+The table goes to stdout, progress to stderr; what was measured goes to a small file beside the
+model, which `core="auto"` then goes by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from itertools import product
+
+from ..config import CoreConfig, LoadConfig
+from ..tuning import ANSWER_TOKENS, BETAS, PROMPT_TOKENS, Row, Tuning, measure, tuning_path
+from . import options
+from .progress import ProgressLine
+from .pull import resolve
+
+_LOADING = ("n_ctx", "n_batch", "n_threads", "n_gpu_layers", "main_gpu", "f32_activations")
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "tune",
+        allow_abbrev=False,
+        help="measure core settings on a text of yours, for --core auto",
+        description=(
+            "Measure how far decoding with core neurons is from dense decoding, and how much "
+            "faster, on a text of yours. Writes what was measured beside the model, where "
+            "--core auto finds it."
+        ),
+    )
+    parser.add_argument("model", metavar="MODEL", help="a GGUF file or a known model's name")
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to measure on")
+    parser.add_argument("--out", metavar="FILE", help="file to write (default: beside the model)")
+    parser.add_argument("--plot", metavar="FILE", help="draw quality against speed to a PNG file")
+    parser.add_argument(
+        "--betas",
+        type=_list_of(float),
+        default=BETAS,
+        metavar="B,B",
+        help="shares of neurons to measure (default: 0.2,0.4,0.6,0.8,0.9)",
+    )
+    parser.add_argument(
+        "--statistics",
+        type=_list_of(str),
+        default=(CoreConfig.statistic,),
+        metavar="S,S",
+        help="how neurons are ranked (default: flock)",
+    )
+    parser.add_argument(
+        "--layers",
+        action="append",
+        metavar="A:B",
+        help="layers that take part, beside all of them; repeatable",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=_list_of(int),
+        default=PROMPT_TOKENS,
+        metavar="N,N",
+        help="prompt lengths in tokens (default: 64,128,256)",
+    )
+    parser.add_argument(
+        "--texts", type=int, default=8, metavar="N", help="prompts of each length (default: 8)"
+    )
+    parser.add_argument(
+        "-n",
+        dest="n_answer",
+        type=int,
+        default=ANSWER_TOKENS,
+        metavar="N",
+        help="answer tokens compared per prompt (default: %(default)s)",
+    )
+    options.add_flags(parser.add_argument_group("choice"), CoreConfig, names=("max_kl",))
+    options.add_flags(parser.add_argument_group("model"), LoadConfig, names=_LOADING)
+    parser.set_defaults(call=call, parser=parser)
+
+
+def _list_of(kind: type):
+    def parse(text: str) -> tuple:
+        try:
+            values = tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of {kind.__name__}") from None
+        return values
+
+    return parse
+
+
+def call(args: argparse.Namespace) -> int:
+    parser: argparse.ArgumentParser = args.parser
+    load = options.make(parser, LoadConfig, options.given(args, LoadConfig))
+    allowed = options.make(parser, CoreConfig, options.given(args, CoreConfig)).max_kl
+    configs = [
+        options.make(parser, CoreConfig, {"beta": beta, "statistic": statistic, "layers": layers})
+        for statistic, layers, beta in product(
+            args.statistics, [None, *(args.layers or ())], args.betas
+        )
+    ]
+    for name, value in (("--texts", args.texts), ("-n", args.n_answer), *_named(args.prompts)):
+        if value < 2:
+            parser.error(f"{name} is {value}; expected at least 2")
+    with open(args.text, "rb") as file:
+        text = file.read()
+
+    from ..llama import Llama
+
+    line = ProgressLine("measuring", "settings")
+    with Llama(resolve(args.model), **vars(load), core="off", verbose=False) as llm:
+        ids = llm.checked_ids(llm.tokenize(text, special=False))
+        rows = []
+        for row in measure(
+            llm,
+            ids,
+            configs,
+            n_prompts=args.prompts,
+            n_texts=args.texts,
+            n_answer=args.n_answer,
+            progress=line,
+        ):
+            rows.append(row)
+        line.clear()
+        tuning = Tuning(llm.fingerprint, tuple(rows))
+        path = args.out or tuning_path(llm.model_path)
+    print(table(rows), flush=True)
+    if args.plot is not None:
+        draw(rows, allowed, args.plot)
+    tuning.save(path)
+    choice = tuning.choose(allowed)
+    if choice is None:
+        options.say(f"within KL {allowed:g}: nothing is faster than dense; auto stays exact")
+    else:
+        options.say(
+            f"within KL {allowed:g}: beta {choice.config.beta:g} from {choice.n_prompt} prompt "
+            f"tokens on (measured {choice.kl:.3f})"
+        )
+    options.say(f"wrote {os.fspath(path)}")
+    return 0
+
+
+def _named(prompts: tuple[int, ...]) -> list[tuple[str, int]]:
+    return [("--prompts", n) for n in prompts]
+
+
+def table(rows: list[Row]) -> str:
+    """The rows in Markdown, by prompt length."""
+    lines = [
+        "| prompt | statistic | layers | beta | KL to dense | agreement | weights read | speed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        c = row.config
+        layers = "all" if c.layers is None else "{}:{}".format(*c.layers)
+        lines.append(
+            f"| {row.n_prompt} | {c.statistic} | {layers} | {c.beta:g} "
+            f"| {row.kl:.4f} ± {row.kl_error:.4f} | {row.agreement:.3f} "
+            f"| {row.weight_share:.2f} | {row.speed:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(rows: list[Row], allowed: float, path: str) -> None:
+    """KL against speed, a line a prompt length, to a PNG file."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("--plot needs matplotlib: pip install 'coreinfer-cpp[plot]'") from error
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for n_prompt in dict.fromkeys(row.n_prompt for row in rows):
+        points = sorted((r.speed, r.kl) for r in rows if r.n_prompt == n_prompt)
+        axes.plot(*zip(*points, strict=True), marker="o", label=f"{n_prompt} prompt tokens")
+    axes.axhline(allowed, linestyle="--", color="grey", label="allowed")
+    axes.set(xlabel="speed over dense decoding", ylabel="KL to dense decoding, nats", yscale="log")
+    axes.legend()
+    figure.savefig(path, format="png", dpi=120)

@@ -1,0 +1,289 @@
+"""Tuning: what core settings cost in text and gain in speed, measured on a user's own text.
+
+Flows in: a model and token ids of a text. Flows out: a table of settings by prompt length, and from
+it the cheapest setting whose measured KL to dense decoding is within what a user allows. The file
+is small JSON beside the model, and is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .config import CoreConfig
+
+if TYPE_CHECKING:
+    from .token_model import TokenModel
+
+FORMAT_NAME = "coreinfer tuning"
+FORMAT_VERSION = 1
+_MAX_FILE_BYTES = 1 << 24
+_CONFIG_FIELDS = ("beta", "statistic", "alpha", "layers")
+
+PROMPT_TOKENS = (64, 128, 256)  # lengths that are measured
+ANSWER_TOKENS = 48  # of the model's own continuation, forced through the core neurons
+BETAS = (0.2, 0.4, 0.6, 0.8, 0.9)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting, measured with prompts of one length.
+
+    Attributes
+    ----------
+    config : CoreConfig
+        The setting (mode "stable").
+    n_prompt : int
+        Tokens of the prompts.
+    kl : float
+        Mean KL divergence of dense decoding to this setting, in nats, over answer tokens.
+    kl_error : float
+        Standard error of that mean over texts.
+    agreement : float
+        Share of positions with the same likeliest token.
+    stability : float
+        The least stability among the prompts (0 where it is not defined).
+    weight_share : float
+        Weight bytes that a decoded token reads, over dense.
+    speed : float
+        Tokens a second over dense decoding's, measured in turn.
+    """
+
+    config: CoreConfig
+    n_prompt: int
+    kl: float
+    kl_error: float
+    agreement: float
+    stability: float
+    weight_share: float
+    speed: float
+
+    def within(self, max_kl: float) -> bool:
+        """Whether the divergence, its uncertainty included, is within `max_kl`."""
+        return self.kl + self.kl_error <= max_kl
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting that may be used from `n_prompt` tokens and `stability` on, and its measured KL."""
+
+    config: CoreConfig
+    n_prompt: int
+    stability: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The measured rows of one model file (by fingerprint)."""
+
+    fingerprint: int
+    rows: tuple[Row, ...]
+
+    def choose(self, max_kl: float) -> Choice | None:
+        """The fastest setting that stays within `max_kl` from some prompt length on, or None.
+
+        A setting counts from the shortest measured length at which it, and it at every longer
+        length, is within; a setting that is not faster than dense decoding never does.
+        """
+        best: tuple[float, Choice] | None = None
+        for config in dict.fromkeys(row.config for row in self.rows):
+            rows = sorted((r for r in self.rows if r.config == config), key=lambda r: -r.n_prompt)
+            passing = []
+            for row in rows:
+                if not row.within(max_kl) or row.speed <= 1.0:
+                    break
+                passing.append(row)
+            if not passing:
+                continue
+            speed = float(np.mean([row.speed for row in passing]))
+            choice = Choice(
+                config,
+                passing[-1].n_prompt,
+                min(row.stability for row in passing),
+                max(row.kl for row in passing),
+            )
+            if best is None or speed > best[0]:
+                best = speed, choice
+        return None if best is None else best[1]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write as JSON, by a temporary file that is renamed; OSError if the system refuses."""
+        rows = [
+            {f: getattr(row.config, f) for f in _CONFIG_FIELDS}
+            | {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "config"}
+            for row in self.rows
+        ]
+        document = {
+            "format": FORMAT_NAME,
+            "version": FORMAT_VERSION,
+            "fingerprint": str(self.fingerprint),
+            "rows": rows,
+        }
+        path = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(document, file, indent=1)
+                file.write("\n")
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Tuning:
+        """Read a tuning file; ValueError that says what is wrong with it."""
+        with open(path, "rb") as file:
+            data = file.read(_MAX_FILE_BYTES + 1)
+        try:
+            if len(data) > _MAX_FILE_BYTES:
+                raise ValueError(f"it has more than {_MAX_FILE_BYTES} bytes")
+            document = json.loads(data.decode("utf-8"))
+            if not isinstance(document, dict) or document.get("format") != FORMAT_NAME:
+                raise ValueError(f"it does not say {FORMAT_NAME!r}")
+            if document.get("version") != FORMAT_VERSION:
+                raise ValueError(
+                    f"version {document.get('version')!r}; this build reads {FORMAT_VERSION}"
+                )
+            rows = document["rows"]
+            if not isinstance(rows, list):
+                raise ValueError("rows is not a list")
+            return cls(int(document["fingerprint"]), tuple(map(_row, rows)))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{os.fspath(path)}: not a valid tuning file: {reason}") from error
+
+
+def _row(entry: Any) -> Row:
+    if not isinstance(entry, dict):
+        raise ValueError(f"a row is {entry!r}; expected an object")
+    config = CoreConfig(mode="stable", **{f: entry[f] for f in _CONFIG_FIELDS})
+    numbers = {}
+    for f in dataclasses.fields(Row):
+        if f.name == "config":
+            continue
+        value = entry[f.name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{f.name} is {value!r}; expected a number")
+        if not math.isfinite(value) or (value < 0 and f.name != "stability"):
+            raise ValueError(f"{f.name} is {value!r}; expected a number of at least 0")
+        numbers[f.name] = value
+    return Row(config, **numbers)
+
+
+def tuning_path(model_path: str | os.PathLike[str]) -> Path:
+    """Where the tuning file of a model is looked for: beside it, `.tuning.json` added."""
+    return Path(os.fsdecode(model_path) + ".tuning.json")
+
+
+def find_tuning(model_path: str | os.PathLike[str], fingerprint: int) -> Tuning | None:
+    """The tuning file beside a model, if there is one.
+
+    Raises
+    ------
+    ValueError
+        The file is damaged, or belongs to another model file.
+    """
+    path = tuning_path(model_path)
+    if not path.is_file():
+        return None
+    tuning = Tuning.load(path)
+    if tuning.fingerprint != fingerprint:
+        raise ValueError(
+            f"{path}: the tuning file belongs to another model file; run `coreinfer tune` again, "
+            "or remove it"
+        )
+    return tuning
+
+
+def cut(ids: np.ndarray, n_prompt: int, n_texts: int) -> list[np.ndarray]:
+    """`n_texts` prompts of `n_prompt` ids, spread evenly over `ids`; ValueError if it is short."""
+    if ids.size < n_prompt:
+        raise ValueError(
+            f"the text has {ids.size} tokens; expected at least {n_prompt} for one prompt"
+        )
+    n_texts = min(n_texts, ids.size // n_prompt)
+    starts = np.linspace(0, ids.size - n_prompt, n_texts).astype(int)
+    return [ids[s : s + n_prompt] for s in starts]
+
+
+def measure(
+    llm: TokenModel,
+    ids: np.ndarray,
+    configs: Sequence[CoreConfig],
+    *,
+    n_prompts: Sequence[int] = PROMPT_TOKENS,
+    n_texts: int = 8,
+    n_answer: int = ANSWER_TOKENS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Row]:
+    """One `Row` per setting and prompt length.
+
+    Every prompt is answered greedily by dense decoding; the answer is then forced through each
+    setting's core neurons, as `score` does, and compared with dense position by position.
+    """
+    lengths = sorted({n for n in n_prompts if n <= ids.size})
+    if not lengths:
+        cut(ids, min(n_prompts), 1)  # says how long the text must be
+    cuts = {n: cut(ids, n, n_texts) for n in lengths}
+    total = sum(len(texts) for texts in cuts.values()) * len(configs)
+    done = 0
+    for n_prompt, texts in cuts.items():
+        found: list[list[tuple[float, float, float, float, float]]] = [[] for _ in configs]
+        for text in texts:
+            llm.core = "off"
+            answer, seconds = _answered(llm, text, n_answer)
+            dense = llm.score(text, answer)[1:].astype(np.float64)
+            for config, figures in zip(configs, found, strict=True):
+                llm.core = config
+                got = llm.score(text, answer)[1:]
+                kl = float((np.exp(dense) * (dense - got)).sum(axis=1).mean())
+                same = float((got.argmax(axis=1) == dense.argmax(axis=1)).mean())
+                timings = llm.timings
+                share = timings.decode_weight_bytes / timings.dense_weight_bytes
+                core_set = llm.core_set
+                stability = 0.0 if core_set is None else core_set.stability or 0.0
+                _, own_seconds = _answered(llm, text, n_answer)
+                figures.append((kl, same, stability, share, seconds / own_seconds))
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+        for config, figures in zip(configs, found, strict=True):
+            kl, same, stability, share, speed = np.array(figures).T
+            error = kl.std(ddof=1) / math.sqrt(kl.size) if kl.size > 1 else kl[0]
+            yield Row(
+                config,
+                n_prompt,
+                float(kl.mean()),
+                float(error),
+                float(same.mean()),
+                float(stability.min()),
+                float(share.mean()),
+                float(np.median(speed)),
+            )
+
+
+def _answered(llm: TokenModel, prompt: np.ndarray, n: int) -> tuple[np.ndarray, float]:
+    """n greedy tokens after a prompt, and the seconds that decoding them took."""
+    from .config import SamplingConfig
+
+    answer: list[int] = []
+    start = 0.0
+    for token in llm.generate_ids(prompt, SamplingConfig(temperature=0.0)):
+        if not answer:
+            start = time.perf_counter()
+        answer.append(token)
+        if len(answer) == n:
+            break
+    return np.array(answer, np.int32), time.perf_counter() - start

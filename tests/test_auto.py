@@ -1,0 +1,241 @@
+"""core="auto" keeps its promise, and tuning measures what it goes by."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+
+from coreinfer import CoreConfig, Llama
+from coreinfer.auto import Auto
+from coreinfer.cli import main
+from coreinfer.tuning import Row, Tuning, cut, find_tuning, measure, tuning_path
+from make_synthetic_model import make_tiny_model
+
+
+def row(beta: float, n_prompt: int, kl: float, speed: float = 1.5, **rest) -> Row:
+    figures = {"kl_error": 0.0, "agreement": 0.9, "stability": 0.5, "weight_share": 0.7} | rest
+    return Row(CoreConfig(beta=beta), n_prompt, kl, speed=speed, **figures)
+
+
+# --- choosing ---
+
+
+def test_the_fastest_setting_within_the_allowance_is_chosen():
+    tuning = Tuning(1, (row(0.8, 64, 0.01, 1.2), row(0.4, 64, 0.04, 1.6), row(0.2, 64, 0.2, 2.0)))
+    assert tuning.choose(0.05).config.beta == 0.4
+    assert tuning.choose(0.02).config.beta == 0.8
+    assert tuning.choose(0.3).config.beta == 0.2
+    assert tuning.choose(0.001) is None
+
+
+def test_a_setting_counts_from_the_length_on_at_which_all_longer_ones_pass():
+    rows = (row(0.4, 64, 0.01), row(0.4, 128, 0.2), row(0.4, 256, 0.04), row(0.4, 512, 0.03))
+    assert Tuning(1, rows).choose(0.05).n_prompt == 256
+    assert Tuning(1, rows[:2]).choose(0.05) is None
+
+
+def test_the_uncertainty_of_a_measurement_counts():
+    assert Tuning(1, (row(0.4, 64, 0.04, kl_error=0.02),)).choose(0.05) is None
+
+
+def test_a_setting_slower_than_dense_is_never_chosen():
+    assert Tuning(1, (row(0.4, 64, 0.0, speed=0.98),)).choose(0.05) is None
+
+
+def decide(tuning, n_tokens=100, stability=0.9, resident=True, **core):
+    auto = Auto(CoreConfig(mode="auto", **core), tuning, ffn_resident=resident)
+    return auto.decide(n_tokens, stability)
+
+
+def test_without_a_table_decoding_is_exact():
+    decision = decide(None)
+    assert decision.config.mode == "exact" and decision.kl == 0.0 and decision.until is None
+
+
+def test_a_long_and_stable_prompt_decodes_with_the_measured_setting():
+    decision = decide(Tuning(1, (row(0.4, 64, 0.03),)))
+    assert decision.config == CoreConfig(beta=0.4) and decision.kl == 0.03
+
+
+def test_a_short_prompt_is_exact_until_it_is_long_enough():
+    decision = decide(Tuning(1, (row(0.4, 64, 0.03),)), n_tokens=20)
+    assert decision.config.mode == "exact" and decision.until == 64
+
+
+@pytest.mark.parametrize("stability", [None, 0.4])
+def test_an_unstable_prompt_is_exact_for_a_while(stability):
+    decision = decide(Tuning(1, (row(0.4, 64, 0.03),)), stability=stability)
+    assert decision.config.mode == "exact" and decision.until == 132
+
+
+def test_a_limit_that_keeps_dense_weights_out_decides_at_once_and_says_what_is_known():
+    unknown = decide(None, n_tokens=3, resident=False)
+    assert unknown.config.mode == "stable" and unknown.kl is None and unknown.until is None
+    assert "not known" in unknown.reason
+    known = decide(Tuning(1, (row(0.4, 64, 0.03),)), n_tokens=3, resident=False)
+    assert known.config.mode == "stable" and known.kl == 0.03
+
+
+# --- with a model ---
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    path = tmp_path_factory.mktemp("auto") / "tiny.gguf"
+    make_tiny_model(path, "llama", "Q8_0")
+    return path
+
+
+def test_auto_is_the_default_and_writes_the_dense_text(tiny):
+    texts = []
+    for core in ({}, {"core": "off"}):
+        with Llama(str(tiny), verbose=False, seed=3, **core) as llm:
+            texts.append(llm("ab" * 30, max_tokens=50, temperature=0.9)["choices"][0]["text"])
+            if not core:
+                assert llm.core.mode == "auto" and llm.decision.config.mode == "exact"
+                assert llm.core_set is None
+    assert texts[0] == texts[1]
+
+
+def test_auto_waits_in_exact_mode_and_then_compacts(tiny):
+    with Llama(str(tiny), verbose=False, core="off") as llm:
+        fingerprint = llm.fingerprint
+        dense = [t for t, _ in zip(llm.generate("ab" * 8, temp=0), range(60), strict=False)]
+    tuning = Tuning(fingerprint, (row(0.9, 48, 0.01, stability=0.0),))
+    with Llama(str(tiny), verbose=False, tuning=tuning) as llm:
+        n_prompt = len(llm.prompt_ids("ab" * 8))
+        taken = []
+        for token in llm.generate("ab" * 8, temp=0):
+            taken.append(token)
+            if len(taken) == 60:
+                break
+        assert llm.decision.config.mode == "stable" and llm.core_set.beta == 0.9
+        assert llm.core_set.n_tokens == 48
+        assert llm._session.n_dense == 48
+        n_exact = 48 - n_prompt + 1  # one more is drawn from the last exact logits
+        assert n_exact > 10 and taken[:n_exact] == dense[:n_exact]
+
+
+def test_auto_under_a_memory_limit_warns_that_nothing_is_known(tiny, monkeypatch):
+    from coreinfer import token_model
+
+    made = token_model.Auto
+    monkeypatch.setattr(
+        token_model, "Auto", lambda core, tuning, **_: made(core, tuning, ffn_resident=False)
+    )
+    with Llama(str(tiny), verbose=False) as llm:
+        with pytest.warns(UserWarning, match="not known"):
+            llm("ab" * 30, max_tokens=4)
+        assert llm.core_set is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # once is enough
+            llm("ab" * 31, max_tokens=4)
+
+
+def test_exact_under_a_memory_limit_says_what_to_do(tmp_path):
+    from coreinfer import _core
+    from synthetic_shapes import PAPER
+    from test_memory_limit import MIB, make_paper_model, replace
+
+    path = tmp_path / "wide.gguf"
+    shape = replace(
+        PAPER["llama2-7b"], n_layer=6, n_embd=1024, n_ff=8192, n_head=8, n_head_kv=2, n_vocab=2048
+    )
+    make_paper_model(path, shape, "Q8_0")
+    engine = _core.Engine(str(path), memory_limit=_core.memory()["rss"] + 140 * MIB)
+    assert not engine.ffn_resident
+    session = _core.Session(engine, n_ctx=64, n_batch=8)
+    with pytest.raises(RuntimeError, match="memory limit keeps out: raise the limit"):
+        session.set_exact()
+
+
+# --- measuring and filing ---
+
+
+def test_prompts_are_spread_over_the_text():
+    ids = np.arange(100, dtype=np.int32)
+    assert [c[0] for c in cut(ids, 10, 4)] == [0, 30, 60, 90]
+    assert len(cut(ids, 60, 4)) == 1
+    with pytest.raises(ValueError, match="100 tokens; expected at least 101"):
+        cut(ids, 101, 1)
+
+
+def test_all_neurons_cost_nothing_and_few_cost_much(tiny):
+    ids = np.random.default_rng(0).integers(0, 320, 400, dtype=np.int32)
+    with Llama(str(tiny), verbose=False, core="off") as llm:
+        configs = [CoreConfig(beta=1.0), CoreConfig(beta=0.1)]
+        rows = list(measure(llm, ids, configs, n_prompts=(64, 5000), n_texts=3, n_answer=12))
+    full, few = rows
+    assert full.n_prompt == few.n_prompt == 64
+    assert full.kl == pytest.approx(0.0, abs=1e-9) and full.agreement == 1.0
+    assert few.kl > 1e-4 and few.weight_share < full.weight_share == 1.0
+
+
+def test_a_tuning_file_round_trips_and_is_found_beside_the_model(tiny, tmp_path):
+    tuning = Tuning(77, (row(0.4, 64, 0.04), row(0.2, 128, 0.3)))
+    model = tmp_path / "model.gguf"
+    tuning.save(tuning_path(model))
+    assert find_tuning(model, 77) == tuning
+    assert [p.name for p in tmp_path.iterdir()] == ["model.gguf.tuning.json"]
+    with pytest.raises(ValueError, match="belongs to another model file"):
+        find_tuning(model, 78)
+
+
+DAMAGES = {
+    "not json": b"{",
+    "bytes": b"\xff\xfe\x00",
+    "another format": b'{"format": "x"}',
+    "another version": b'{"format": "coreinfer tuning", "version": 9}',
+    "no rows": b'{"format": "coreinfer tuning", "version": 1, "fingerprint": "1"}',
+    "rows of numbers": b'{"format": "coreinfer tuning", "version": 1, "fingerprint": "1", '
+    b'"rows": [3]}',
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_tuning_file_is_a_clear_error(name, tmp_path):
+    path = tmp_path / "t.json"
+    path.write_bytes(DAMAGES[name])
+    with pytest.raises(ValueError, match=r"t\.json: not a valid tuning file: "):
+        Tuning.load(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("kl", float("nan")), ("kl", "0"), ("beta", 2.0), ("speed", -1), ("n_prompt", None)],
+)
+def test_a_value_out_of_range_is_a_clear_error(field, value, tmp_path):
+    path = tmp_path / "t.json"
+    Tuning(1, (row(0.4, 64, 0.04),)).save(path)
+    document = json.loads(path.read_text())
+    document["rows"][0][field] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=f"not a valid tuning file: {field} is "):
+        Tuning.load(path)
+
+
+def test_tune_writes_what_auto_goes_by(tmp_path, capsys):
+    model = tmp_path / "tiny.gguf"
+    make_tiny_model(model, "llama", "Q8_0")
+    text = tmp_path / "text.txt"
+    text.write_text("some words of a text that repeats " * 30)
+    small = ["--prompts", "32,48", "--texts", "2", "-n", "6", "--betas", "0.5,0.9"]
+    assert main(["tune", str(model), "--text", str(text), *small]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 2 + 4 and "| 48 | flock | all | 0.9 |" in out
+    assert "wrote" in err
+    assert len(Tuning.load(tuning_path(model)).rows) == 4
+    with Llama(str(model), verbose=False) as llm:
+        llm("ab", max_tokens=1)
+        assert llm.decision.reason != "no tuning file"
+
+
+def test_tune_of_a_text_that_is_too_short_says_so_and_writes_nothing(tiny, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("short")
+    assert main(["tune", str(tiny), "--text", str(text)]) == 1
+    assert "expected at least 64 for one prompt" in capsys.readouterr().err
+    assert not tuning_path(tiny).exists()
