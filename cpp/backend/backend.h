@@ -91,10 +91,18 @@ struct FfnWeights {
   WeightPtr down;       // (n_embd, n_ff)
   BufferPtr up_bias;    // (n_ff) or null
   BufferPtr down_bias;  // (n_embd) or null
+  // A low-rank part that answers for neurons that are not here: y += patch_out (patch_in h), h the
+  // input of `down`. Both, or both null.
+  WeightPtr patch_in;   // (rank, n_ff)
+  WeightPtr patch_out;  // (n_embd, rank)
 
   int64_t n_ff() const { return up ? up->rows() : 0; }
+  size_t patch_bytes() const {
+    return patch_in ? patch_in->bytes() + patch_out->bytes() : 0;
+  }
   size_t bytes() const {
-    return (gate ? gate->bytes() : 0) + (up ? up->bytes() : 0) + (down ? down->bytes() : 0);
+    return (gate ? gate->bytes() : 0) + (up ? up->bytes() : 0) + (down ? down->bytes() : 0) +
+           patch_bytes();
   }
 };
 

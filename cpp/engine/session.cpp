@@ -96,7 +96,9 @@ int64_t Session::reusable(std::span<const int32_t> tokens,
       std::mismatch(tokens_.begin(), tokens_.begin() + n_dense_, tokens.begin(), tokens.end() - 1);
   const int64_t common = same.first - tokens_.begin();
   if (!spec) return common;
-  return counts_ && counts_->spec() == *spec ? counts_->known_at_most(common) : 0;
+  if (!counts_ || !(counts_->spec() == *spec)) return 0;
+  const int64_t known = counts_->known_at_most(common);
+  return spec->samples == 0 || (samples_ && samples_->known(known)) ? known : 0;
 }
 
 void Session::keep(int64_t n) {
@@ -114,6 +116,13 @@ void Session::keep(int64_t n) {
       counts_->keep(n);
     } else {
       counts_.reset();
+    }
+  }
+  if (samples_ && n < samples_->n_tokens()) {
+    if (samples_->known(n)) {
+      samples_->keep(n);
+    } else {
+      samples_.reset();
     }
   }
 }
@@ -139,7 +148,9 @@ void Session::prefill(std::span<const int32_t> tokens, const std::optional<Stati
     if (n_past() == 0) {
       const ModelConfig& c = engine_->config();
       counts_.emplace(engine_->backend(), *spec, c.n_layer, c.n_ff);
-    } else if (!counts_ || !(counts_->spec() == *spec) || counts_->n_tokens() != n_past()) {
+      make_samples(spec->samples);
+    } else if (!counts_ || !(counts_->spec() == *spec) || counts_->n_tokens() != n_past() ||
+               (spec->samples > 0 && (!samples_ || samples_->n_tokens() != n_past()))) {
       throw_error(ErrorKind::kState,
                   "the scores of the %lld cached positions are not known for this statistic: "
                   "keep(reusable(tokens, statistic)) first",
@@ -147,6 +158,7 @@ void Session::prefill(std::span<const int32_t> tokens, const std::optional<Stati
     }
   } else if (n_past() == 0) {
     counts_.reset();
+    samples_.reset();
   }
   if (exact()) speculation_->chosen_at = 0;  // another text may want another set
   passing_.reset();
@@ -161,6 +173,7 @@ void Session::prefill(std::span<const int32_t> tokens, const std::optional<Stati
       batch.tokens = tokens.subspan(static_cast<size_t>(done), static_cast<size_t>(n));
       batch.first = n_past();
       batch.counts = spec ? &*counts_ : nullptr;
+      batch.samples = spec && spec->samples > 0 ? &*samples_ : nullptr;
       batch.logits = done + n == total ? WantLogits::kLast : WantLogits::kNone;
       batch.cancelled = cancelled ? &cancelled : nullptr;
       if (spec && expected && done + n == total) expect(*expected);
@@ -170,6 +183,7 @@ void Session::prefill(std::span<const int32_t> tokens, const std::optional<Stati
       batch.passing = passing_ ? &passing : nullptr;
       transformer_->run(batch, *cache_);
       if (spec) counts_->advance(n);
+      if (spec && spec->samples > 0) samples_->advance(n);
       tokens_.insert(tokens_.end(), batch.tokens.begin(), batch.tokens.end());
       n_dense_ = n_past();
       done += n;
@@ -180,6 +194,7 @@ void Session::prefill(std::span<const int32_t> tokens, const std::optional<Stati
     reset();
     passing_.reset();
     counts_.reset();
+    samples_.reset();
     throw;
   }
   const std::span<const float> last = transformer_->logits();
@@ -215,6 +230,25 @@ const NeuronCounts& Session::counted() {
                 "no neuron scores: prefill a prompt with a statistic before selecting");
   }
   return *counts_;
+}
+
+// Room for the samples of a text that begins now.
+void Session::make_samples(int64_t capacity) {
+  if (samples_ && samples_->capacity() == capacity) return samples_->keep(0);
+  samples_.reset();
+  if (capacity == 0) return;
+  const ModelConfig& c = engine_->config();
+  const size_t bytes = FfnSamples::bytes(capacity, c.n_layer, c.n_ff, c.n_embd);
+  engine_->memory().check_session(kv_capacity_bytes(), workspace_bytes() + bytes);
+  samples_.emplace(engine_->backend(), capacity, c.n_layer, c.n_ff, c.n_embd);
+}
+
+const FfnSamples& Session::samples() const {
+  if (!samples_ || samples_->size() == 0) {
+    throw_error(ErrorKind::kState,
+                "no FFN samples: prefill a prompt with a statistic that keeps some");
+  }
+  return *samples_;
 }
 
 CoreSet Session::select(double beta, std::optional<LayerRange> layers) {
@@ -259,7 +293,7 @@ void Session::set_core(std::optional<CoreSet> set) {
   const ModelConfig& c = engine_->config();
   check(*set, c.n_layer, c.n_ff);
   const int64_t start = now_ns();
-  if (!core_set_ || !core_set_->same_neurons(*set)) {
+  if (!core_set_ || !core_set_->same_neurons(*set) || core_set_->patch != set->patch) {
     // The old buffer goes first: two at once would double the memory.
     core_set_.reset();
     compact_ = {};

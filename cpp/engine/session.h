@@ -19,6 +19,7 @@
 #include "forward/transformer.h"
 #include "neurons/compact.h"
 #include "neurons/core_set.h"
+#include "neurons/ffn_samples.h"
 #include "sampling/sampler.h"
 
 namespace coreinfer {
@@ -88,6 +89,9 @@ class Session {
   CoreSet select(double beta, std::optional<LayerRange> layers);
   std::optional<double> stability(double beta, std::optional<LayerRange> layers);
 
+  // What the prefill kept of its last tokens. kState when it kept nothing.
+  const FfnSamples& samples() const;
+
   // From now on decode, verify and score use these neurons (nothing: the dense weights).
   void set_core(std::optional<CoreSet> set);
   const std::optional<CoreSet>& core_set() const { return core_set_; }
@@ -134,7 +138,9 @@ class Session {
   size_t kv_bytes() const { return cache_->committed_bytes(); }
   // Memory that the cache takes when it is full, and that every batch works in.
   size_t kv_capacity_bytes() const;
-  size_t workspace_bytes() const { return transformer_->workspace_bytes(); }
+  size_t workspace_bytes() const {
+    return transformer_->workspace_bytes() + (samples_ ? samples_->bytes() : 0);
+  }
 
  private:
   void check_tokens(std::span<const int32_t> tokens) const;
@@ -156,6 +162,7 @@ class Session {
   void judge(bool all);
   void count_kept();
   void forget_expected();
+  void make_samples(int64_t capacity);
 
   std::shared_ptr<const Engine> engine_;
   int64_t n_ctx_;
@@ -165,6 +172,7 @@ class Session {
   std::vector<int32_t> tokens_;
   int64_t n_dense_ = 0;                 // leading positions written by the dense weights
   std::optional<NeuronCounts> counts_;  // of the first counts_->n_tokens() positions
+  std::optional<FfnSamples> samples_;   // of the same positions, where the statistic asks for them
   std::optional<CoreSet> core_set_;
   CompactWeights compact_;                 // layers empty: decode dense
   std::optional<PassingCompact> passing_;  // of the last prompt, where it was gathered on the way

@@ -24,7 +24,7 @@ Transformer::Transformer(Backend& backend, const ModelConfig& config, const Mode
 size_t Transformer::workspace_bytes() const {
   int64_t floats = static_cast<int64_t>(logits_.capacity());
   for (const BufferPtr* b :
-       {&x_, &q_, &k_, &v_, &attended_, &block_, &hidden_, &act_gate_, &device_logits_}) {
+       {&x_, &q_, &k_, &v_, &attended_, &block_, &hidden_, &act_gate_, &patch_, &device_logits_}) {
     if (*b) floats += (*b)->size();
   }
   return 2 * sizeof(float) * static_cast<size_t>(floats);
@@ -93,9 +93,9 @@ void Transformer::attention(const LayerWeights& w, int64_t layer, int64_t first,
 
 void Transformer::feed_forward(const LayerWeights& w, const FfnWeights& ffn, int64_t layer, Rows x,
                                const Batch& batch) {
-  NeuronCounts* const counts = batch.counts;
   Rows hidden = hidden_->rows(x.n, ffn.n_ff());
   Rows act_gate;
+  NeuronCounts* const counts = batch.counts;
   const bool of_gate = counts != nullptr && counts->spec().statistic == Statistic::kCountGate;
   if (of_gate) {
     if (!act_gate_) act_gate_ = backend_.allocate(max_rows_ * config_.n_ff);
@@ -111,15 +111,27 @@ void Transformer::feed_forward(const LayerWeights& w, const FfnWeights& ffn, int
     counts->add(layer, of_gate ? act_gate : hidden);
     count_seconds_ += seconds_since(start);
   }
-  if (w.ffn_post_norm.weight) {
-    const Rows block = block_->rows(x.n, config_.n_embd);
-    const Linear down[] = {{ffn.down.get(), ffn.down_bias.get(), block, false}};
-    backend_.linear(hidden, Norm{}, down);
-    backend_.add(x, block, w.ffn_post_norm);
-  } else {
-    const Linear down[] = {{ffn.down.get(), ffn.down_bias.get(), x, true}};
-    backend_.linear(hidden, Norm{}, down);
+  if (!w.ffn_post_norm.weight && batch.samples == nullptr) return down(ffn, hidden, x, true);
+  if (!block_) block_ = backend_.allocate(max_rows_ * config_.n_embd);
+  const Rows block = block_->rows(x.n, config_.n_embd);
+  down(ffn, hidden, block, false);
+  if (batch.samples != nullptr) batch.samples->add(layer, hidden, block);
+  backend_.add(x, block, w.ffn_post_norm);
+}
+
+// out = down(hidden), with the low-rank part where the layer has one.
+void Transformer::down(const FfnWeights& ffn, Rows hidden, Rows out, bool accumulate) {
+  const Linear down{ffn.down.get(), ffn.down_bias.get(), out, accumulate};
+  if (!ffn.patch_in) return backend_.linear(hidden, Norm{}, {&down, 1});
+  const int64_t rank = ffn.patch_in->rows();
+  if (!patch_ || patch_->size() < hidden.n * rank) {
+    patch_ = backend_.allocate(std::max(hidden.n, std::min(max_rows_, kExactRows)) * rank);
   }
+  const Rows inner = patch_->rows(hidden.n, rank);
+  const Linear both[] = {down, {ffn.patch_in.get(), nullptr, inner, false}};
+  backend_.linear(hidden, Norm{}, both);
+  const Linear outer[] = {{ffn.patch_out.get(), nullptr, out, true}};
+  backend_.linear(inner, Norm{}, outer);
 }
 
 void Transformer::head(Rows x, WantLogits want) {

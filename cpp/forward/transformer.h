@@ -10,6 +10,7 @@
 #include "backend/backend.h"
 #include "model/config.h"
 #include "model/weights.h"
+#include "neurons/ffn_samples.h"
 #include "neurons/statistic.h"
 
 namespace coreinfer {
@@ -36,6 +37,7 @@ struct Batch {
   std::span<const FfnWeights> ffn;  // per layer; empty: the model's dense ones
   NeuronCounts* counts = nullptr;   // receives every FFN activation of the batch
   KeptActivations* kept = nullptr;  // receives them, too, to be counted later; dense FFN only
+  FfnSamples* samples = nullptr;    // receives FFN inputs and outputs of the batch
   WantLogits logits = WantLogits::kLast;
   // Told of each layer when its counts are complete, while its dense weights are at hand.
   const std::function<void(const FfnWeights&)>* passing = nullptr;
@@ -67,13 +69,14 @@ class Transformer {
   void attention(const LayerWeights& w, int64_t layer, int64_t first, Rows x, KvCache& cache);
   void feed_forward(const LayerWeights& w, const FfnWeights& ffn, int64_t layer, Rows x,
                     const Batch& batch);
+  void down(const FfnWeights& ffn, Rows hidden, Rows out, bool accumulate);
   void head(Rows x, WantLogits want);
 
   Backend& backend_;
   const ModelConfig& config_;
   const ModelWeights& weights_;
   int64_t max_rows_;
-  BufferPtr x_, q_, k_, v_, attended_, block_, hidden_, act_gate_, device_logits_;
+  BufferPtr x_, q_, k_, v_, attended_, block_, hidden_, act_gate_, patch_, device_logits_;
   std::vector<float> logits_;
   int64_t n_logits_ = 0;
   double count_seconds_ = 0.0;

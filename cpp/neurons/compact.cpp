@@ -1,5 +1,7 @@
 #include "neurons/compact.h"
 
+#include "neurons/patch.h"
+
 namespace coreinfer {
 namespace {
 
@@ -24,6 +26,7 @@ CompactWeights compact(Backend& backend, const ModelWeights& weights, const Core
   for (size_t i = 0, j = 0; i < weights.layers.size(); ++i) {
     const bool is_picked = j < picked.size() && picked[j] == i;
     layers.push_back(is_picked ? std::move(result.layers[j++]) : weights.stage_ffn(i));
+    if (!set.patch.empty()) attach(backend, set.patch[i], layers.back());
   }
   result.layers = std::move(layers);
   return result;

@@ -46,6 +46,25 @@ CoreSet pick(Backend& backend, const NeuronCounts::Snapshot& snapshot, double be
   return set;
 }
 
+void check_patch(const LayerPatch& patch, const std::optional<std::vector<int32_t>>& neurons,
+                 size_t layer) {
+  if (patch.rank == 0 && patch.in.empty() && patch.out.empty()) return;
+  const size_t k = neurons ? neurons->size() : 0;
+  const auto rank = static_cast<size_t>(patch.rank);
+  if (patch.rank < 1 || k == 0 || patch.in.size() != rank * k || patch.out.empty() ||
+      patch.out.size() % rank != 0) {
+    throw_error(ErrorKind::kValue,
+                "the patch of layer %zu has rank %lld with %zu and %zu values, expected (rank, %zu) "
+                "for the layer's neurons and (n_embd, rank)",
+                layer, static_cast<long long>(patch.rank), patch.in.size(), patch.out.size(), k);
+  }
+  const auto finite = [](uint16_t half) { return (half & 0x7c00u) != 0x7c00u; };
+  if (!std::all_of(patch.in.begin(), patch.in.end(), finite) ||
+      !std::all_of(patch.out.begin(), patch.out.end(), finite)) {
+    throw_error(ErrorKind::kValue, "the patch of layer %zu holds NaN or Inf", layer);
+  }
+}
+
 }  // namespace
 
 void check(const CoreSet& set, int64_t n_layer, int64_t n_ff) {
@@ -55,7 +74,12 @@ void check(const CoreSet& set, int64_t n_layer, int64_t n_ff) {
                 set.layers.size(), static_cast<long long>(set.n_ff),
                 static_cast<long long>(n_layer), static_cast<long long>(n_ff));
   }
+  if (!set.patch.empty() && set.patch.size() != set.layers.size()) {
+    throw_error(ErrorKind::kValue, "the core set has patches for %zu layers, expected %zu or none",
+                set.patch.size(), set.layers.size());
+  }
   for (size_t i = 0; i < set.layers.size(); ++i) {
+    if (!set.patch.empty()) check_patch(set.patch[i], set.layers[i], i);
     if (!set.layers[i]) continue;
     const std::vector<int32_t>& neurons = *set.layers[i];
     if (neurons.empty()) {

@@ -20,6 +20,16 @@ struct LayerRange {
   bool contains(int64_t layer) const { return layer >= first && layer < last; }
 };
 
+// What the kept neurons of a layer add for the dropped ones: y += out (in h), h their activations.
+// Float16 values, as they are decoded with.
+struct LayerPatch {
+  int64_t rank = 0;           // 0: none
+  std::vector<uint16_t> in;   // (rank, neurons)
+  std::vector<uint16_t> out;  // (n_embd, rank)
+
+  bool operator==(const LayerPatch&) const = default;
+};
+
 struct CoreSet {
   int64_t n_ff = 0;
   // Per layer: ascending neurons, or nothing where the layer stays dense.
@@ -29,6 +39,7 @@ struct CoreSet {
   double alpha = 0.0;
   double beta = 0.0;
   int64_t n_tokens = 0;  // that the scores were summed over
+  std::vector<LayerPatch> patch;  // per layer, or empty where no layer has one
 
   bool same_neurons(const CoreSet& other) const {
     return n_ff == other.n_ff && layers == other.layers;
@@ -36,7 +47,8 @@ struct CoreSet {
 };
 
 // Throws kValue naming layer and position for a set that does not fit the model: wrong number of
-// layers, indices not ascending or outside [0, n_ff), an empty layer.
+// layers, indices not ascending or outside [0, n_ff), an empty layer, a patch of another shape or
+// with NaN or Inf.
 void check(const CoreSet& set, int64_t n_layer, int64_t n_ff);
 
 // round(x) = floor(x + 0.5), and at least one: how many of n neurons the share beta keeps.

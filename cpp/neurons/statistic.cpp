@@ -19,6 +19,8 @@ constexpr Name kNames[] = {
     {Statistic::kFlock, "flock"},
 };
 
+constexpr int64_t kMaxSamples = 4096;
+
 }  // namespace
 
 std::string_view statistic_name(Statistic statistic) {
@@ -41,6 +43,10 @@ Statistic statistic_from_name(std::string_view name) {
 void check(const StatisticSpec& spec) {
   if (!(spec.alpha > 0.0 && spec.alpha <= 1.0)) {
     throw_error(ErrorKind::kValue, "alpha is %g, expected above 0 and at most 1", spec.alpha);
+  }
+  if (spec.samples < 0 || spec.samples > kMaxSamples) {
+    throw_error(ErrorKind::kValue, "%lld FFN samples to keep, expected 0 to %lld",
+                static_cast<long long>(spec.samples), static_cast<long long>(kMaxSamples));
   }
 }
 

@@ -8,11 +8,16 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+
+#include "base/half.h"
 #include "bindings/arrays.h"
 
 namespace coreinfer::python {
 namespace {
 
+using FloatMatrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Factors = std::vector<std::optional<std::pair<FloatMatrix, FloatMatrix>>>;
 using Neurons = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Layers = std::optional<std::pair<int64_t, int64_t>>;
 
@@ -21,16 +26,52 @@ std::optional<LayerRange> range_of(const Layers& layers) {
   return LayerRange{layers->first, layers->second};
 }
 
-std::optional<StatisticSpec> spec_of(const std::optional<std::string>& statistic, double alpha) {
+std::optional<StatisticSpec> spec_of(const std::optional<std::string>& statistic, double alpha,
+                                     int64_t samples) {
   if (!statistic) return std::nullopt;
-  StatisticSpec spec{statistic_from_name(*statistic), alpha};
+  StatisticSpec spec{statistic_from_name(*statistic), alpha, samples};
   check(spec);
   return spec;
 }
 
+std::vector<LayerPatch> make_patch(const Factors& factors) {
+  const auto halves = [](const FloatMatrix& matrix) {
+    std::vector<uint16_t> values;
+    for (float v : span_of<float>(matrix)) values.push_back(f32_to_f16(v));
+    return values;
+  };
+  std::vector<LayerPatch> patch;
+  for (const auto& layer : factors) {
+    patch.emplace_back();
+    if (!layer) continue;
+    const auto& [in, out] = *layer;
+    patch.back() = {static_cast<int64_t>(in.shape(0)), halves(in), halves(out)};
+  }
+  return patch;
+}
+
+nb::list core_patch(const CoreSet& set) {
+  const auto matrix = [](const std::vector<uint16_t>& values, size_t rows) {
+    Array<float> a = make_array<float>({rows, values.size() / rows});
+    std::transform(values.begin(), values.end(), a.data(), f16_to_f32);
+    return a;
+  };
+  nb::list list;
+  for (const LayerPatch& p : set.patch) {
+    if (p.rank == 0) {
+      list.append(nb::none());
+    } else {
+      const auto rank = static_cast<size_t>(p.rank);
+      list.append(nb::make_tuple(matrix(p.in, rank), matrix(p.out, p.out.size() / rank)));
+    }
+  }
+  return list;
+}
+
 CoreSet make_core_set(const std::vector<std::optional<Neurons>>& layers,
                       const std::optional<std::vector<FloatVector>>& scores, int64_t n_ff,
-                      const std::string& statistic, double alpha, double beta, int64_t n_tokens) {
+                      const std::string& statistic, double alpha, double beta, int64_t n_tokens,
+                      const std::optional<Factors>& patch) {
   CoreSet set;
   set.n_ff = n_ff;
   for (const std::optional<Neurons>& layer : layers) {
@@ -49,6 +90,7 @@ CoreSet make_core_set(const std::vector<std::optional<Neurons>>& layers,
   set.alpha = alpha;
   set.beta = beta;
   set.n_tokens = n_tokens;
+  if (patch) set.patch = make_patch(*patch);
   check(set, static_cast<int64_t>(set.layers.size()), n_ff);
   return set;
 }
@@ -113,9 +155,9 @@ bool interrupted() {
 }
 
 void prefill(Session& s, const Tokens& tokens, const std::optional<std::string>& statistic,
-             double alpha, const std::function<void(int64_t, int64_t)>& progress,
+             double alpha, int64_t samples, const std::function<void(int64_t, int64_t)>& progress,
              std::optional<double> beta, const Layers& layers) {
-  const auto spec = spec_of(statistic, alpha);
+  const auto spec = spec_of(statistic, alpha, samples);
   const auto ids = span_of<int32_t>(tokens);
   std::function<void(int64_t, int64_t)> report;
   if (progress) {
@@ -149,16 +191,20 @@ void bind_session(nb::module_& m) {
           "__init__",
           [](CoreSet* self, const std::vector<std::optional<Neurons>>& layers,
              const std::optional<std::vector<FloatVector>>& scores, int64_t n_ff,
-             const std::string& statistic, double alpha, double beta, int64_t n_tokens) {
-            new (self)
-                CoreSet(make_core_set(layers, scores, n_ff, statistic, alpha, beta, n_tokens));
+             const std::string& statistic, double alpha, double beta, int64_t n_tokens,
+             const std::optional<Factors>& patch) {
+            new (self) CoreSet(
+                make_core_set(layers, scores, n_ff, statistic, alpha, beta, n_tokens, patch));
           },
           nb::arg("layers"), nb::arg("scores") = nb::none(), nb::kw_only(), nb::arg("n_ff"),
           nb::arg("statistic") = "", nb::arg("alpha") = 0.0, nb::arg("beta") = 0.0,
-          nb::arg("n_tokens") = 0,
-          "layers: per layer ascending int32 indices, or None where it stays dense.")
+          nb::arg("n_tokens") = 0, nb::arg("patch") = nb::none(),
+          "layers: per layer ascending int32 indices, or None where it stays dense. patch: per layer "
+          "float32 (rank, k) and (n_embd, rank), rounded to float16, or None.")
       .def_prop_ro("layers", &core_layers, "Per layer: int32 (k,), ascending, or None (dense).")
       .def_prop_ro("scores", &core_scores, "Per layer: float32 (n_ff,); empty when handed in.")
+      .def_prop_ro("patch", &core_patch,
+                   "Per layer: float32 (rank, k) and (n_embd, rank), or None; empty without any.")
       .def_ro("n_ff", &CoreSet::n_ff)
       .def_ro("statistic", &CoreSet::statistic)
       .def_ro("alpha", &CoreSet::alpha)
@@ -205,15 +251,16 @@ void bind_session(nb::module_& m) {
       .def(
           "reusable",
           [](Session& s, const Tokens& tokens, const std::optional<std::string>& statistic,
-             double alpha) {
-            return s.reusable(span_of<int32_t>(tokens), spec_of(statistic, alpha));
+             double alpha, int64_t samples) {
+            return s.reusable(span_of<int32_t>(tokens), spec_of(statistic, alpha, samples));
           },
           nb::arg("tokens").noconvert(), nb::arg("statistic") = nb::none(), nb::arg("alpha") = 0.4,
+          nb::arg("samples") = 0,
           "How many leading ids a prefill of tokens may keep; always leaves the last to run.")
       .def("keep", &Session::keep, nb::arg("n"), "Forgets all positions from n on.")
       .def("reset", &Session::reset)
       .def("prefill", &prefill, nb::arg("tokens").noconvert(), nb::kw_only(),
-           nb::arg("statistic") = nb::none(), nb::arg("alpha") = 0.4,
+           nb::arg("statistic") = nb::none(), nb::arg("alpha") = 0.4, nb::arg("samples") = 0,
            nb::arg("progress") = nb::none(), nb::arg("beta") = nb::none(),
            nb::arg("layers") = nb::none(),
            "Appends int32 tokens with the dense weights, counting for the statistic if given. With "
@@ -233,6 +280,23 @@ void bind_session(nb::module_& m) {
             return s.stability(beta, range_of(layers));
           },
           nb::kw_only(), nb::arg("beta"), nb::arg("layers") = nb::none())
+      .def(
+          "samples",
+          [](const Session& s, int64_t layer) {
+            const FfnSamples& samples = s.samples();
+            const ModelConfig& c = s.engine().config();
+            if (layer < 0 || layer >= c.n_layer) throw nb::index_error("layer");
+            const auto n = static_cast<size_t>(samples.size());
+            const auto rows = [n](const std::vector<float>& values) {
+              Array<float> a = make_array<float>({n, values.size() / n});
+              std::copy(values.begin(), values.end(), a.data());
+              return a;
+            };
+            return std::pair(rows(samples.h(layer)), rows(samples.y(layer)));
+          },
+          nb::arg("layer"),
+          "What the prefill kept of its last tokens: inputs (n, n_ff) and outputs (n, n_embd) of the "
+          "layer's down projection, float32.")
       .def("set_core", &Session::set_core, nb::arg("core_set").none(),
            nb::call_guard<nb::gil_scoped_release>(),
            "Compacts and decodes with these neurons from now on; None: the dense weights.")

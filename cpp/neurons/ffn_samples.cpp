@@ -1,0 +1,66 @@
+#include "neurons/ffn_samples.h"
+
+#include <algorithm>
+
+#include "base/error.h"
+
+namespace coreinfer {
+
+FfnSamples::FfnSamples(Backend& backend, int64_t capacity, int64_t n_layer, int64_t n_ff,
+                       int64_t n_embd)
+    : backend_(&backend), capacity_(capacity), n_ff_(n_ff), n_embd_(n_embd) {
+  if (capacity < 1) {
+    throw_error(ErrorKind::kValue, "room for %lld FFN samples, expected at least 1",
+                static_cast<long long>(capacity));
+  }
+  for (int64_t i = 0; i < n_layer; ++i) {
+    h_.push_back(backend.allocate(capacity * n_ff));
+    y_.push_back(backend.allocate(capacity * n_embd));
+  }
+}
+
+int64_t FfnSamples::size() const { return std::min(n_tokens_, capacity_); }
+
+void FfnSamples::add(int64_t layer, Rows h, Rows y) {
+  store(h, n_tokens_, h_[static_cast<size_t>(layer)]->data(), n_ff_);
+  store(y, n_tokens_, y_[static_cast<size_t>(layer)]->data(), n_embd_);
+}
+
+// Copies the rows that will not be overwritten by later ones of the same call.
+void FfnSamples::store(Rows rows, int64_t position, float* ring, int64_t width) {
+  for (int64_t done = std::max<int64_t>(rows.n - capacity_, 0); done < rows.n;) {
+    const int64_t slot = (position + done) % capacity_;
+    const int64_t count = std::min(rows.n - done, capacity_ - slot);
+    backend_->norm(rows.slice(done, count), Norm{}, {ring + slot * width, count, width, width});
+    done += count;
+  }
+}
+
+bool FfnSamples::known(int64_t n) const {
+  return n == 0 || n == n_tokens_ || (n < n_tokens_ && n_tokens_ <= capacity_);
+}
+
+void FfnSamples::keep(int64_t n) {
+  if (!known(n)) {
+    throw_error(ErrorKind::kState, "the FFN samples of the first %lld tokens are not kept",
+                static_cast<long long>(n));
+  }
+  n_tokens_ = n;
+}
+
+std::vector<float> FfnSamples::read(const std::vector<BufferPtr>& rings, int64_t layer,
+                                    int64_t width) const {
+  const float* ring = rings[static_cast<size_t>(layer)]->data();
+  std::vector<float> rows(static_cast<size_t>(size() * width));
+  const int64_t oldest = n_tokens_ <= capacity_ ? 0 : n_tokens_ % capacity_;
+  const int64_t tail = size() - oldest;
+  backend_->read(ring + oldest * width, rows.data(), tail * width);
+  backend_->read(ring, rows.data() + tail * width, oldest * width);
+  return rows;
+}
+
+size_t FfnSamples::bytes(int64_t capacity, int64_t n_layer, int64_t n_ff, int64_t n_embd) {
+  return static_cast<size_t>(capacity * n_layer * (n_ff + n_embd)) * sizeof(float);
+}
+
+}  // namespace coreinfer

@@ -1,0 +1,55 @@
+// FfnSamples: what went into and came out of each layer's dense FFN for the last tokens of a text,
+// kept while a prompt is read. Flows in: a layer's activations and outputs, batch by batch. Flows
+// out: rows of float32 in the order of the tokens, from which patch.h learns what dropped neurons
+// would have added. At most `capacity` tokens are kept, the latest ones.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "backend/backend.h"
+
+namespace coreinfer {
+
+class FfnSamples {
+ public:
+  FfnSamples(Backend& backend, int64_t capacity, int64_t n_layer, int64_t n_ff, int64_t n_embd);
+
+  int64_t capacity() const { return capacity_; }
+  int64_t n_tokens() const { return n_tokens_; }  // of the text, kept or not
+  int64_t size() const;                           // tokens that are kept
+
+  // Rows of one layer: h enters the down projection, y leaves it (bias included, no norm). The
+  // same number of rows for every layer, then advance(rows).
+  void add(int64_t layer, Rows h, Rows y);
+  void advance(int64_t n_rows) { n_tokens_ += n_rows; }
+
+  // Whether the samples of the text's first n tokens alone are still here.
+  bool known(int64_t n) const;
+  // Forgets all after the first n tokens, which must be known.
+  void keep(int64_t n);
+
+  // The kept rows of a layer in the order of the tokens: (size(), n_ff) and (size(), n_embd).
+  std::vector<float> h(int64_t layer) const { return read(h_, layer, n_ff_); }
+  std::vector<float> y(int64_t layer) const { return read(y_, layer, n_embd_); }
+
+  static size_t bytes(int64_t capacity, int64_t n_layer, int64_t n_ff, int64_t n_embd);
+  size_t bytes() const {
+    return bytes(capacity_, static_cast<int64_t>(h_.size()), n_ff_, n_embd_);
+  }
+
+ private:
+  void store(Rows rows, int64_t position, float* ring, int64_t width);
+  std::vector<float> read(const std::vector<BufferPtr>& rings, int64_t layer, int64_t width) const;
+
+  Backend* backend_;  // a pointer, so that samples can be moved
+  int64_t capacity_;
+  int64_t n_ff_;
+  int64_t n_embd_;
+  int64_t n_tokens_ = 0;
+  // Per layer, in backend memory; the token at position p lies in row p % capacity.
+  std::vector<BufferPtr> h_;  // (capacity, n_ff)
+  std::vector<BufferPtr> y_;  // (capacity, n_embd)
+};
+
+}  // namespace coreinfer
