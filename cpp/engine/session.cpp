@@ -314,6 +314,36 @@ void Session::set_core(std::optional<CoreSet> set) {
   timings_.compact_seconds += seconds_since(start);
 }
 
+void Session::fit_patch(const PatchSpec& spec) {
+  check(spec);
+  const FfnSamples& from = samples();
+  if (!core_set_) {
+    throw_error(ErrorKind::kState, "no core set to patch: set_core comes first");
+  }
+  const int64_t start = now_ns();
+  std::vector<FfnWeights>& layers = compact_.layers;
+  core_set_->patch.clear();
+  for (FfnWeights& ffn : layers) attach(engine_->backend(), {}, ffn);
+  std::vector<LayerPatch> patch(layers.size());
+  std::vector<FfnWeights> patched = layers;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const auto& neurons = core_set_->layers[i];
+    if (!neurons || static_cast<int64_t>(neurons->size()) == core_set_->n_ff) continue;
+    patch[i] = coreinfer::fit_patch(engine_->backend(), from, static_cast<int64_t>(i), *neurons,
+                                    layers[i], spec);
+    attach(engine_->backend(), patch[i], patched[i]);
+  }
+  core_set_->patch = std::move(patch);
+  layers = std::move(patched);
+  timings_.patch_seconds += seconds_since(start);
+}
+
+size_t Session::patch_bytes() const {
+  size_t bytes = 0;
+  for (const FfnWeights& ffn : compact_.layers) bytes += ffn.patch_bytes();
+  return bytes;
+}
+
 size_t Session::decode_weight_bytes() const {
   const ModelWeights& weights = engine_->weights();
   if (compact_.layers.empty() || exact()) return weights.bytes_per_token();

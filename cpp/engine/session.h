@@ -20,6 +20,7 @@
 #include "neurons/compact.h"
 #include "neurons/core_set.h"
 #include "neurons/ffn_samples.h"
+#include "neurons/patch.h"
 #include "sampling/sampler.h"
 
 namespace coreinfer {
@@ -44,6 +45,7 @@ struct Timings {
   double count_seconds = 0.0;    // with a GPU: of handing it over
   double select_seconds = 0.0;
   double compact_seconds = 0.0;  // of set_core; what was gathered on the way is in the prefill's
+  double patch_seconds = 0.0;
   int64_t decode_tokens = 0;
   double decode_seconds = 0.0;
   // Of exact mode, inside decode_seconds: drafts made, those that were right, and verifications.
@@ -94,9 +96,14 @@ class Session {
 
   // From now on decode, verify and score use these neurons (nothing: the dense weights).
   void set_core(std::optional<CoreSet> set);
+  // Fits a patch of the present core set to the prompt's samples, layer by layer, and decodes with it
+  // from now on; core_set() then carries it. Layers of which every neuron is kept get none. Without
+  // samples kState; after kNumeric the core set is there without a patch.
+  void fit_patch(const PatchSpec& spec);
   const std::optional<CoreSet>& core_set() const { return core_set_; }
   size_t compact_bytes() const { return compact_.buffer_bytes; }
   size_t compact_source_bytes() const { return compact_.source_bytes; }  // read to make it
+  size_t patch_bytes() const;          // that a decode step reads of patches
   size_t decode_weight_bytes() const;  // that one decode step reads
 
   // One token with the decode weights. `sampler` draws the text's tokens; in exact mode a copy of

@@ -5,6 +5,11 @@
 #include "base/error.h"
 
 namespace coreinfer {
+namespace {
+
+constexpr int64_t kRowsAtOnce = 8;  // stay in the second-level cache
+
+}  // namespace
 
 FfnSamples::FfnSamples(Backend& backend, int64_t capacity, int64_t n_layer, int64_t n_ff,
                        int64_t n_embd)
@@ -48,15 +53,15 @@ void FfnSamples::keep(int64_t n) {
   n_tokens_ = n;
 }
 
-std::vector<float> FfnSamples::read(const std::vector<BufferPtr>& rings, int64_t layer,
-                                    int64_t width) const {
+void FfnSamples::visit(const std::vector<BufferPtr>& rings, int64_t layer, int64_t width,
+                       const Visit& visit) const {
   const float* ring = rings[static_cast<size_t>(layer)]->data();
-  std::vector<float> rows(static_cast<size_t>(size() * width));
-  const int64_t oldest = n_tokens_ <= capacity_ ? 0 : n_tokens_ % capacity_;
-  const int64_t tail = size() - oldest;
-  backend_->read(ring + oldest * width, rows.data(), tail * width);
-  backend_->read(ring, rows.data() + tail * width, oldest * width);
-  return rows;
+  std::vector<float> rows(static_cast<size_t>(std::min(size(), kRowsAtOnce) * width));
+  for (int64_t done = 0; done < size(); done += kRowsAtOnce) {
+    const int64_t n = std::min(size() - done, kRowsAtOnce);
+    backend_->read(ring + done * width, rows.data(), n * width);
+    for (int64_t r = 0; r < n; ++r) visit(done + r, rows.data() + r * width);
+  }
 }
 
 size_t FfnSamples::bytes(int64_t capacity, int64_t n_layer, int64_t n_ff, int64_t n_embd) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "backend/backend.h"
@@ -17,6 +18,7 @@ class FfnSamples {
 
   int64_t capacity() const { return capacity_; }
   int64_t n_tokens() const { return n_tokens_; }  // of the text, kept or not
+  int64_t n_ff() const { return n_ff_; }
   int64_t size() const;                           // tokens that are kept
 
   // Rows of one layer: h enters the down projection, y leaves it (bias included, no norm). The
@@ -29,9 +31,12 @@ class FfnSamples {
   // Forgets all after the first n tokens, which must be known.
   void keep(int64_t n);
 
-  // The kept rows of a layer in the order of the tokens: (size(), n_ff) and (size(), n_embd).
-  std::vector<float> h(int64_t layer) const { return read(h_, layer, n_ff_); }
-  std::vector<float> y(int64_t layer) const { return read(y_, layer, n_embd_); }
+  // The kept rows of a layer, (size(), n_ff) and (size(), n_embd). Their order is that of the
+  // tokens for the first `capacity` ones; then each new token takes the place of the oldest.
+  // rows of host memory are handed to visit(row, values), a few at a time.
+  using Visit = std::function<void(int64_t row, const float* values)>;
+  void visit_h(int64_t layer, const Visit& visit) const { this->visit(h_, layer, n_ff_, visit); }
+  void visit_y(int64_t layer, const Visit& visit) const { this->visit(y_, layer, n_embd_, visit); }
 
   static size_t bytes(int64_t capacity, int64_t n_layer, int64_t n_ff, int64_t n_embd);
   size_t bytes() const {
@@ -40,7 +45,8 @@ class FfnSamples {
 
  private:
   void store(Rows rows, int64_t position, float* ring, int64_t width);
-  std::vector<float> read(const std::vector<BufferPtr>& rings, int64_t layer, int64_t width) const;
+  void visit(const std::vector<BufferPtr>& rings, int64_t layer, int64_t width,
+             const Visit& visit) const;
 
   Backend* backend_;  // a pointer, so that samples can be moved
   int64_t capacity_;

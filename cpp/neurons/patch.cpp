@@ -1,16 +1,252 @@
 #include "neurons/patch.h"
 
+#include <algorithm>
+#include <cmath>
+#include <random>
+
 #include "base/error.h"
+#include "base/half.h"
+#include "neurons/dense_algebra.h"
 
 namespace coreinfer {
 namespace {
 
-WeightPtr load(Backend& backend, const std::vector<uint16_t>& values, int64_t rows, int64_t cols) {
-  return backend.load(
-      {DType::kF16, rows, cols, reinterpret_cast<const std::byte*>(values.data())});
+constexpr int64_t kMaxRank = 1024;
+// Passes of subspace iteration. The strongest directions stand out after two; weaker ones differ
+// little in what they carry.
+constexpr int kPasses = 2;
+// Directions that carry less than this share of the strongest one's energy are rounding noise.
+constexpr float kLeastEnergy = 1e-6f;
+
+// A matrix of float32 in host memory, by rows.
+struct Matrix {
+  int64_t rows = 0;
+  int64_t cols = 0;
+  std::vector<float> values{};
+
+  Matrix(int64_t rows, int64_t cols)
+      : rows(rows), cols(cols), values(static_cast<size_t>(rows * cols)) {}
+  float* row(int64_t r) { return values.data() + r * cols; }
+  const float* row(int64_t r) const { return values.data() + r * cols; }
+};
+
+Matrix transpose(const Matrix& a) {
+  constexpr int64_t kTile = 16;
+  Matrix t(a.cols, a.rows);
+  for (int64_t c = 0; c < a.cols; c += kTile) {
+    const int64_t c_end = std::min(c + kTile, a.cols);
+    for (int64_t r = 0; r < a.rows; r += kTile) {
+      const int64_t r_end = std::min(r + kTile, a.rows);
+      for (int64_t i = c; i < c_end; ++i) {
+        for (int64_t j = r; j < r_end; ++j) t.row(i)[j] = a.row(j)[i];
+      }
+    }
+  }
+  return t;
+}
+
+// Products of host matrices on the backend.
+class Products {
+ public:
+  explicit Products(Backend& backend) : backend_(backend) {}
+
+  WeightPtr load(const Matrix& a) {
+    return backend_.load({DType::kF32, a.rows, a.cols,
+                          reinterpret_cast<const std::byte*>(a.values.data())});
+  }
+
+  // x w^T + bias. With `exact` in float32 whatever the weight's type: kExactRows at a time, since
+  // larger batches may round to fewer bits.
+  Matrix times(const Matrix& x, const Weight& w, const Buffer* bias, bool exact) {
+    const Rows in = room(in_, x.rows, x.cols);
+    const Rows out = room(out_, x.rows, w.rows());
+    backend_.write(x.values.data(), in.data, x.rows * x.cols);
+    const int64_t step = exact ? kExactRows : x.rows;
+    for (int64_t r = 0; r < x.rows; r += step) {
+      const int64_t n = std::min(step, x.rows - r);
+      const Linear linear{&w, bias, out.slice(r, n), false};
+      backend_.linear(in.slice(r, n), Norm{}, {&linear, 1});
+    }
+    Matrix y(x.rows, w.rows());
+    backend_.read(out.data, y.values.data(), y.rows * y.cols);
+    return y;
+  }
+  // a b^T
+  Matrix times(const Matrix& a, const Matrix& b) { return times(a, *load(b), nullptr, true); }
+
+ private:
+  Rows room(BufferPtr& buffer, int64_t n, int64_t width) {
+    if (!buffer || buffer->size() < n * width) buffer = backend_.allocate(n * width);
+    return buffer->rows(n, width);
+  }
+
+  Backend& backend_;
+  BufferPtr in_, out_;
+};
+
+// Makes the rows orthonormal; those that depend on earlier ones become zero.
+void orthonormalise(Matrix& x) {
+  for (int64_t i = 0; i < x.rows; ++i) {
+    float* const row = x.row(i);
+    const double before = dot(row, row, x.cols);
+    for (int64_t j = 0; j < i; ++j) {
+      const float* const other = x.row(j);
+      const auto share = static_cast<float>(dot(row, other, x.cols));
+      for (int64_t c = 0; c < x.cols; ++c) row[c] -= share * other[c];
+    }
+    const double after = dot(row, row, x.cols);
+    const bool independent = after > 1e-10 * before;
+    const float scale = independent ? static_cast<float>(1.0 / std::sqrt(after)) : 0.0f;
+    for (int64_t c = 0; c < x.cols; ++c) row[c] *= scale;
+  }
+}
+
+// The regression's two sides.
+struct Problem {
+  Matrix kept;  // H (m, k)
+  Matrix lost;  // R (m, n_embd)
+};
+
+Problem make_problem(Products& products, const FfnSamples& samples, int64_t layer,
+                     std::span<const int32_t> neurons, const FfnWeights& ffn) {
+  const int64_t m = samples.size(), k = static_cast<int64_t>(neurons.size());
+  Matrix kept(m, k);
+  std::vector<float> scale(static_cast<size_t>(m));
+  samples.visit_h(layer, [&](int64_t t, const float* h) {
+    const double squares = dot(h, h, samples.n_ff());
+    scale[static_cast<size_t>(t)] =
+        squares > 0.0 ? static_cast<float>(1.0 / std::sqrt(squares)) : 0.0f;
+    float* const row = kept.row(t);
+    for (int64_t i = 0; i < k; ++i) row[i] = h[neurons[static_cast<size_t>(i)]];
+  });
+  // The bias is in both outputs, and so in neither's difference.
+  Matrix lost = products.times(kept, *ffn.down, ffn.down_bias.get(), false);
+  samples.visit_y(layer, [&](int64_t t, const float* y) {
+    float* const row = lost.row(t);
+    const float s = scale[static_cast<size_t>(t)];
+    for (int64_t i = 0; i < lost.cols; ++i) row[i] = (y[i] - row[i]) * s;
+  });
+  for (int64_t t = 0; t < m; ++t) {
+    const float s = scale[static_cast<size_t>(t)];
+    for (int64_t i = 0; i < k; ++i) kept.row(t)[i] *= s;
+  }
+  return {std::move(kept), std::move(lost)};
+}
+
+// (G + mu I)^-1
+Matrix ridge_inverse(Products& products, Matrix g, float mu, int64_t layer) {
+  for (int64_t i = 0; i < g.rows; ++i) g.row(i)[i] += mu;
+  if (cholesky(g.values.data(), g.rows, 0.0f) > 0) {
+    throw_error(ErrorKind::kNumeric,
+                "the patch of layer %lld has no solution: its regression is singular or holds NaN; "
+                "decode without a patch, or with a larger ridge",
+                static_cast<long long>(layer));
+  }
+  Matrix inverse(g.rows, g.rows);
+  invert_upper(g.values.data(), g.rows, inverse.values.data());
+  return products.times(inverse, inverse);
+}
+
+std::vector<uint16_t> halves(const Matrix& a) {
+  std::vector<uint16_t> h(a.values.size());
+  std::transform(a.values.begin(), a.values.end(), h.begin(), f32_to_f16);
+  return h;
+}
+
+WeightPtr load_halves(Backend& backend, const std::vector<uint16_t>& values, int64_t rows,
+                      int64_t cols) {
+  return backend.load({DType::kF16, rows, cols, reinterpret_cast<const std::byte*>(values.data())});
 }
 
 }  // namespace
+
+void check(const PatchSpec& spec) {
+  if (spec.rank < 1 || spec.rank > kMaxRank) {
+    throw_error(ErrorKind::kValue, "the patch's rank is %lld, expected 1 to %lld",
+                static_cast<long long>(spec.rank), static_cast<long long>(kMaxRank));
+  }
+  if (!(spec.ridge > 0.0 && std::isfinite(spec.ridge))) {
+    throw_error(ErrorKind::kValue, "the patch's ridge is %g, expected more than 0", spec.ridge);
+  }
+}
+
+LayerPatch fit_patch(Backend& backend, const FfnSamples& samples, int64_t layer,
+                     std::span<const int32_t> neurons, const FfnWeights& ffn,
+                     const PatchSpec& spec) {
+  check(spec);
+  Products products(backend);
+  const Problem problem = make_problem(products, samples, layer, neurons, ffn);
+  const int64_t m = problem.kept.rows;
+  const Matrix g = products.times(problem.kept, problem.kept);
+  double trace = 0.0;
+  for (int64_t i = 0; i < m; ++i) trace += g.row(i)[i];
+  if (trace == 0.0) return {};
+  const auto mu = static_cast<float>(spec.ridge * trace / static_cast<double>(m));
+  const Matrix inverse = ridge_inverse(products, g, mu, layer);
+
+  // G (G + mu I)^-1 = I - mu (G + mu I)^-1, symmetric: the fitted outputs are `fit` R.
+  Matrix fit(m, m);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < m; ++j) fit.row(i)[j] = (i == j ? 1.0f : 0.0f) - mu * inverse.row(i)[j];
+  }
+  // The strongest left directions X (rank, m) of fit R, by subspace iteration on fit R R^T fit.
+  const WeightPtr by_fit = products.load(fit);
+  const WeightPtr by_lost = products.load(products.times(problem.lost, problem.lost));  // R R^T
+  Matrix x(std::min(spec.rank, m), m);
+  std::mt19937 random(1);
+  for (float& v : x.values) v = (random() & 1u) != 0 ? 1.0f : -1.0f;
+  Matrix fitted(0, 0), energy(0, 0);
+  for (int pass = 0; pass <= kPasses; ++pass) {
+    orthonormalise(x);
+    fitted = products.times(x, *by_fit, nullptr, true);         // X fit
+    energy = products.times(fitted, *by_lost, nullptr, true);   // X fit R R^T
+    if (pass < kPasses) x = products.times(energy, *by_fit, nullptr, true);
+  }
+
+  // V^T = U^-T X fit R with U^T U = (X fit R)(X fit R)^T is orthonormal, and with it
+  // V^T A^T H = U^-T X fit R R^T (G + mu I)^-1 H.
+  Matrix gram = products.times(energy, fitted);
+  float strongest = 0.0f;
+  for (int64_t i = 0; i < gram.rows; ++i) strongest = std::max(strongest, gram.row(i)[i]);
+  const int64_t dropped = cholesky(gram.values.data(), gram.rows, kLeastEnergy * strongest);
+  solve_transposed(gram.values.data(), gram.rows, fitted.values.data(), m);
+  solve_transposed(gram.values.data(), gram.rows, energy.values.data(), m);
+  const int64_t rank = gram.rows - dropped;
+  if (rank == 0) return {};
+  for (int64_t i = 0, to = 0; i < gram.rows; ++i) {
+    if (gram.row(i)[i] == 0.0f) continue;
+    std::copy_n(fitted.row(i), m, fitted.row(to));
+    std::copy_n(energy.row(i), m, energy.row(to++));
+  }
+  for (Matrix* a : {&fitted, &energy}) {
+    a->rows = rank;
+    a->values.resize(static_cast<size_t>(rank * m));
+  }
+  const Matrix inner = products.times(energy, inverse);
+  Matrix in = products.times(inner, transpose(problem.kept));    // (rank, k)
+  Matrix out = products.times(fitted, transpose(problem.lost));  // (rank, n_embd)
+
+  // Each direction's scale goes to `out`, so that `in` uses the range of float16 well.
+  LayerPatch patch;
+  patch.rank = rank;
+  for (int64_t r = 0; r < rank; ++r) {
+    float largest = 0.0f;
+    for (int64_t i = 0; i < in.cols; ++i) largest = std::max(largest, std::abs(in.row(r)[i]));
+    if (largest == 0.0f) continue;
+    for (int64_t i = 0; i < in.cols; ++i) in.row(r)[i] /= largest;
+    for (int64_t i = 0; i < out.cols; ++i) out.row(r)[i] *= largest;
+  }
+  patch.in = halves(in);
+  patch.out = halves(transpose(out));
+  const auto finite = [](uint16_t half) { return (half & 0x7c00u) != 0x7c00u; };
+  if (!std::all_of(patch.in.begin(), patch.in.end(), finite) ||
+      !std::all_of(patch.out.begin(), patch.out.end(), finite)) {
+    throw_error(ErrorKind::kNumeric,
+                "the patch of layer %lld holds NaN, Inf or values past float16; decode without one",
+                static_cast<long long>(layer));
+  }
+  return patch;
+}
 
 void attach(Backend& backend, const LayerPatch& patch, FfnWeights& ffn) {
   ffn.patch_in = nullptr;
@@ -25,8 +261,8 @@ void attach(Backend& backend, const LayerPatch& patch, FfnWeights& ffn) {
                 static_cast<long long>(patch.rank), patch.in.size(), patch.out.size(),
                 static_cast<long long>(k), static_cast<long long>(n_embd));
   }
-  ffn.patch_in = load(backend, patch.in, patch.rank, k);
-  ffn.patch_out = load(backend, patch.out, n_embd, patch.rank);
+  ffn.patch_in = load_halves(backend, patch.in, patch.rank, k);
+  ffn.patch_out = load_halves(backend, patch.out, n_embd, patch.rank);
 }
 
 }  // namespace coreinfer

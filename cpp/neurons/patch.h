@@ -2,12 +2,33 @@
 // ones. Flows in: samples of what the dense FFN did in the prompt, the picked neurons and their
 // compact weights. Flows out: LayerPatch values, and the weights that decode takes. No training and
 // no data but the samples.
+//
+// Each of m sampled tokens is scaled to ||h|| = 1. H (m, k) are its kept activations and R
+// (m, n_embd) what the dropped ones added to the output. Ridge regression of R on H, with
+// G = H H^T and mu = ridge * mean(diag G): A = (G + mu I)^-1 R. Of the fitted G A only the `rank`
+// strongest output directions V (n_embd, rank) are kept: y += V (V^T A^T H) h.
 #pragma once
+
+#include <span>
 
 #include "backend/backend.h"
 #include "neurons/core_set.h"
+#include "neurons/ffn_samples.h"
 
 namespace coreinfer {
+
+struct PatchSpec {
+  int64_t rank = 64;
+  double ridge = 0.3;  // relative to the mean squared norm of the kept activations
+};
+void check(const PatchSpec& spec);
+
+// The patch of one layer: `ffn` holds the picked neurons' weights. Rank 0 where there is nothing to
+// learn (no sample is active in a kept neuron); less than asked for when there are fewer tokens.
+// Throws kNumeric naming the layer for NaN or Inf.
+LayerPatch fit_patch(Backend& backend, const FfnSamples& samples, int64_t layer,
+                     std::span<const int32_t> neurons, const FfnWeights& ffn,
+                     const PatchSpec& spec);
 
 // Puts the patch in the layout for computing. Throws kValue where it does not fit the layer.
 void attach(Backend& backend, const LayerPatch& patch, FfnWeights& ffn);

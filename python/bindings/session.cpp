@@ -122,6 +122,7 @@ nb::dict timings_dict(const Session& s) {
   d["count_seconds"] = t.count_seconds;
   d["select_seconds"] = t.select_seconds;
   d["compact_seconds"] = t.compact_seconds;
+  d["patch_seconds"] = t.patch_seconds;
   d["compact_bytes"] = s.compact_bytes();
   d["decode_tokens"] = t.decode_tokens;
   d["decode_seconds"] = t.decode_seconds;
@@ -285,14 +286,17 @@ void bind_session(nb::module_& m) {
           [](const Session& s, int64_t layer) {
             const FfnSamples& samples = s.samples();
             const ModelConfig& c = s.engine().config();
-            if (layer < 0 || layer >= c.n_layer) throw nb::index_error("layer");
-            const auto n = static_cast<size_t>(samples.size());
-            const auto rows = [n](const std::vector<float>& values) {
-              Array<float> a = make_array<float>({n, values.size() / n});
-              std::copy(values.begin(), values.end(), a.data());
+            if (layer < 0 || layer >= c.n_layer) throw nb::index_error("no such layer");
+            const auto rows = [&](int64_t width, auto visit) {
+              Array<float> a = make_array<float>(
+                  {static_cast<size_t>(samples.size()), static_cast<size_t>(width)});
+              (samples.*visit)(layer, [&](int64_t row, const float* values) {
+                std::copy_n(values, width, a.data() + row * width);
+              });
               return a;
             };
-            return std::pair(rows(samples.h(layer)), rows(samples.y(layer)));
+            return std::pair(rows(c.n_ff, &FfnSamples::visit_h),
+                             rows(c.n_embd, &FfnSamples::visit_y));
           },
           nb::arg("layer"),
           "What the prefill kept of its last tokens: inputs (n, n_ff) and outputs (n, n_embd) of the "
@@ -300,6 +304,16 @@ void bind_session(nb::module_& m) {
       .def("set_core", &Session::set_core, nb::arg("core_set").none(),
            nb::call_guard<nb::gil_scoped_release>(),
            "Compacts and decodes with these neurons from now on; None: the dense weights.")
+      .def(
+          "fit_patch",
+          [](Session& s, int64_t rank, double ridge) {
+            nb::gil_scoped_release release;
+            s.fit_patch({rank, ridge});
+          },
+          nb::kw_only(), nb::arg("rank") = PatchSpec{}.rank, nb::arg("ridge") = PatchSpec{}.ridge,
+          "Lets the kept neurons of the present core set answer for the dropped ones, as learned "
+          "from the prompt's samples; core_set then carries the patch.")
+      .def_prop_ro("patch_bytes", &Session::patch_bytes)
       .def_prop_ro("core_set", [](const Session& s) { return s.core_set(); })
       .def_prop_ro("decode_weight_bytes", &Session::decode_weight_bytes)
       .def("decode", &Session::decode, nb::arg("token"), nb::arg("sampler").none() = nb::none(),
