@@ -98,7 +98,11 @@ int64_t Session::reusable(std::span<const int32_t> tokens,
   if (!spec) return common;
   if (!counts_ || !(counts_->spec() == *spec)) return 0;
   const int64_t known = counts_->known_at_most(common);
-  return spec->samples == 0 || (samples_ && samples_->known(known)) ? known : 0;
+  // The last tokens that a fresh prefill would sample must be at hand, or run again.
+  const int64_t from = std::max<int64_t>(static_cast<int64_t>(tokens.size()) - spec->samples, 0);
+  if (spec->samples == 0 || from >= known) return known;
+  const bool at_hand = samples_ && samples_->first() <= from && samples_->n_tokens() >= known;
+  return at_hand ? known : counts_->known_at_most(from);
 }
 
 void Session::keep(int64_t n) {
@@ -118,13 +122,7 @@ void Session::keep(int64_t n) {
       counts_.reset();
     }
   }
-  if (samples_ && n < samples_->n_tokens()) {
-    if (samples_->known(n)) {
-      samples_->keep(n);
-    } else {
-      samples_.reset();
-    }
-  }
+  if (samples_ && n < samples_->n_tokens()) samples_->keep(n);
 }
 
 void Session::prefill(std::span<const int32_t> tokens, const std::optional<StatisticSpec>& spec,
@@ -148,14 +146,13 @@ void Session::prefill(std::span<const int32_t> tokens, const std::optional<Stati
     if (n_past() == 0) {
       const ModelConfig& c = engine_->config();
       counts_.emplace(engine_->backend(), *spec, c.n_layer, c.n_ff);
-      make_samples(spec->samples);
-    } else if (!counts_ || !(counts_->spec() == *spec) || counts_->n_tokens() != n_past() ||
-               (spec->samples > 0 && (!samples_ || samples_->n_tokens() != n_past()))) {
+    } else if (!counts_ || !(counts_->spec() == *spec) || counts_->n_tokens() != n_past()) {
       throw_error(ErrorKind::kState,
                   "the scores of the %lld cached positions are not known for this statistic: "
                   "keep(reusable(tokens, statistic)) first",
                   static_cast<long long>(n_past()));
     }
+    make_samples(spec->samples);
   } else if (n_past() == 0) {
     counts_.reset();
     samples_.reset();
@@ -232,15 +229,17 @@ const NeuronCounts& Session::counted() {
   return *counts_;
 }
 
-// Room for the samples of a text that begins now.
+// Room for the samples of the tokens that come next.
 void Session::make_samples(int64_t capacity) {
-  if (samples_ && samples_->capacity() == capacity) return samples_->keep(0);
-  samples_.reset();
-  if (capacity == 0) return;
-  const ModelConfig& c = engine_->config();
-  const size_t bytes = FfnSamples::bytes(capacity, c.n_layer, c.n_ff, c.n_embd);
-  engine_->memory().check_session(kv_capacity_bytes(), workspace_bytes() + bytes);
-  samples_.emplace(engine_->backend(), capacity, c.n_layer, c.n_ff, c.n_embd);
+  if (!samples_ || samples_->capacity() != capacity) {
+    samples_.reset();
+    if (capacity == 0) return;
+    const ModelConfig& c = engine_->config();
+    const size_t bytes = FfnSamples::bytes(capacity, c.n_layer, c.n_ff, c.n_embd);
+    engine_->memory().check_session(kv_capacity_bytes(), workspace_bytes() + bytes);
+    samples_.emplace(engine_->backend(), capacity, c.n_layer, c.n_ff, c.n_embd);
+  }
+  if (samples_->n_tokens() != n_past()) samples_->restart(n_past());
 }
 
 const FfnSamples& Session::samples() const {

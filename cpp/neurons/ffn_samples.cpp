@@ -24,7 +24,7 @@ FfnSamples::FfnSamples(Backend& backend, int64_t capacity, int64_t n_layer, int6
   }
 }
 
-int64_t FfnSamples::size() const { return std::min(n_tokens_, capacity_); }
+int64_t FfnSamples::first() const { return std::max(first_, n_tokens_ - capacity_); }
 
 void FfnSamples::add(int64_t layer, Rows h, Rows y) {
   store(h, n_tokens_, h_[static_cast<size_t>(layer)]->data(), n_ff_);
@@ -41,26 +41,21 @@ void FfnSamples::store(Rows rows, int64_t position, float* ring, int64_t width) 
   }
 }
 
-bool FfnSamples::known(int64_t n) const {
-  return n == 0 || n == n_tokens_ || (n < n_tokens_ && n_tokens_ <= capacity_);
-}
-
 void FfnSamples::keep(int64_t n) {
-  if (!known(n)) {
-    throw_error(ErrorKind::kState, "the FFN samples of the first %lld tokens are not kept",
-                static_cast<long long>(n));
-  }
+  first_ = std::min(first(), n);  // what was overwritten does not come back
   n_tokens_ = n;
 }
 
 void FfnSamples::visit(const std::vector<BufferPtr>& rings, int64_t layer, int64_t width,
                        const Visit& visit) const {
   const float* ring = rings[static_cast<size_t>(layer)]->data();
-  std::vector<float> rows(static_cast<size_t>(std::min(size(), kRowsAtOnce) * width));
-  for (int64_t done = 0; done < size(); done += kRowsAtOnce) {
-    const int64_t n = std::min(size() - done, kRowsAtOnce);
-    backend_->read(ring + done * width, rows.data(), n * width);
-    for (int64_t r = 0; r < n; ++r) visit(done + r, rows.data() + r * width);
+  std::vector<float> rows(static_cast<size_t>(kRowsAtOnce * width));
+  for (int64_t position = first(); position < n_tokens_;) {
+    const int64_t slot = position % capacity_;
+    const int64_t n = std::min({n_tokens_ - position, capacity_ - slot, kRowsAtOnce});
+    backend_->read(ring + slot * width, rows.data(), n * width);
+    for (int64_t r = 0; r < n; ++r) visit(position - first() + r, rows.data() + r * width);
+    position += n;
   }
 }
 

@@ -17,23 +17,23 @@ class FfnSamples {
   FfnSamples(Backend& backend, int64_t capacity, int64_t n_layer, int64_t n_ff, int64_t n_embd);
 
   int64_t capacity() const { return capacity_; }
-  int64_t n_tokens() const { return n_tokens_; }  // of the text, kept or not
   int64_t n_ff() const { return n_ff_; }
-  int64_t size() const;                           // tokens that are kept
+  int64_t n_tokens() const { return n_tokens_; }  // of the text, kept or not
+  int64_t first() const;                          // position of the oldest that is kept
+  int64_t size() const { return n_tokens_ - first(); }
 
   // Rows of one layer: h enters the down projection, y leaves it (bias included, no norm). The
   // same number of rows for every layer, then advance(rows).
   void add(int64_t layer, Rows h, Rows y);
   void advance(int64_t n_rows) { n_tokens_ += n_rows; }
 
-  // Whether the samples of the text's first n tokens alone are still here.
-  bool known(int64_t n) const;
-  // Forgets all after the first n tokens, which must be known.
+  // Forgets all after the first n tokens of the text.
   void keep(int64_t n);
+  // Forgets all; the next row belongs to the token at `position`.
+  void restart(int64_t position) { first_ = n_tokens_ = position; }
 
-  // The kept rows of a layer, (size(), n_ff) and (size(), n_embd). Their order is that of the
-  // tokens for the first `capacity` ones; then each new token takes the place of the oldest.
-  // rows of host memory are handed to visit(row, values), a few at a time.
+  // The kept rows of a layer, (size(), n_ff) and (size(), n_embd), in the order of the tokens: a
+  // call visit(row, values) each, in host memory that is valid until the call returns.
   using Visit = std::function<void(int64_t row, const float* values)>;
   void visit_h(int64_t layer, const Visit& visit) const { this->visit(h_, layer, n_ff_, visit); }
   void visit_y(int64_t layer, const Visit& visit) const { this->visit(y_, layer, n_embd_, visit); }
@@ -52,6 +52,7 @@ class FfnSamples {
   int64_t capacity_;
   int64_t n_ff_;
   int64_t n_embd_;
+  int64_t first_ = 0;  // tokens before this one were never seen, or are forgotten
   int64_t n_tokens_ = 0;
   // Per layer, in backend memory; the token at position p lies in row p % capacity.
   std::vector<BufferPtr> h_;  // (capacity, n_ff)

@@ -108,14 +108,16 @@ struct Problem {
 };
 
 Problem make_problem(Products& products, const FfnSamples& samples, int64_t layer,
-                     std::span<const int32_t> neurons, const FfnWeights& ffn) {
+                     std::span<const int32_t> neurons, const FfnWeights& ffn,
+                     const PatchSpec& spec) {
   const int64_t m = samples.size(), k = static_cast<int64_t>(neurons.size());
   Matrix kept(m, k);
   std::vector<float> scale(static_cast<size_t>(m));
   samples.visit_h(layer, [&](int64_t t, const float* h) {
     const double squares = dot(h, h, samples.n_ff());
+    const double weight = std::pow(spec.decay, static_cast<double>(m - 1 - t));
     scale[static_cast<size_t>(t)] =
-        squares > 0.0 ? static_cast<float>(1.0 / std::sqrt(squares)) : 0.0f;
+        squares > 0.0 ? static_cast<float>(weight / std::sqrt(squares)) : 0.0f;
     float* const row = kept.row(t);
     for (int64_t i = 0; i < k; ++i) row[i] = h[neurons[static_cast<size_t>(i)]];
   });
@@ -175,7 +177,7 @@ LayerPatch fit_patch(Backend& backend, const FfnSamples& samples, int64_t layer,
                      const PatchSpec& spec) {
   check(spec);
   Products products(backend);
-  const Problem problem = make_problem(products, samples, layer, neurons, ffn);
+  const Problem problem = make_problem(products, samples, layer, neurons, ffn, spec);
   const int64_t m = problem.kept.rows;
   const Matrix g = products.times(problem.kept, problem.kept);
   double trace = 0.0;

@@ -3,7 +3,7 @@
 // compact weights. Flows out: LayerPatch values, and the weights that decode takes. No training and
 // no data but the samples.
 //
-// Each of m sampled tokens is scaled to ||h|| = 1. H (m, k) are its kept activations and R
+// Each of m sampled tokens is scaled to ||h|| = 1; older ones by less (decay ^ age). H (m, k) are its kept activations and R
 // (m, n_embd) what the dropped ones added to the output. Ridge regression of R on H, with
 // G = H H^T and mu = ridge * mean(diag G): A = (G + mu I)^-1 R. Of the fitted G A only the `rank`
 // strongest output directions V (n_embd, rank) are kept: y += V (V^T A^T H) h.
@@ -19,6 +19,7 @@ namespace coreinfer {
 
 struct PatchSpec {
   int64_t rank = 64;
+  double decay = 1.0;
   double ridge = 0.3;  // relative to the mean squared norm of the kept activations
 };
 void check(const PatchSpec& spec);

@@ -306,11 +306,12 @@ void bind_session(nb::module_& m) {
            "Compacts and decodes with these neurons from now on; None: the dense weights.")
       .def(
           "fit_patch",
-          [](Session& s, int64_t rank, double ridge) {
+          [](Session& s, int64_t rank, double decay, double ridge) {
             nb::gil_scoped_release release;
-            s.fit_patch({rank, ridge});
+            s.fit_patch({rank, decay, ridge});
           },
-          nb::kw_only(), nb::arg("rank") = PatchSpec{}.rank, nb::arg("ridge") = PatchSpec{}.ridge,
+          nb::kw_only(), nb::arg("rank") = PatchSpec{}.rank, nb::arg("decay") = PatchSpec{}.decay,
+          nb::arg("ridge") = PatchSpec{}.ridge,
           "Lets the kept neurons of the present core set answer for the dropped ones, as learned "
           "from the prompt's samples; core_set then carries the patch.")
       .def_prop_ro("patch_bytes", &Session::patch_bytes)
