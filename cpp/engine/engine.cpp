@@ -8,6 +8,7 @@
 #include "base/error.h"
 #include "base/memory_use.h"
 #include "model/arch/arch.h"
+#include "neurons/column_norms.h"
 
 namespace coreinfer {
 namespace {
@@ -61,6 +62,22 @@ std::shared_ptr<const Engine> Engine::load(const std::string& path, const Engine
   engine->weights_ = load_weights(*engine->file_, engine->config_, *engine->backend_, weights);
   engine->load_seconds_ = seconds_since(start);
   return engine;
+}
+
+const std::vector<BufferPtr>& Engine::column_norms() const {
+  std::call_once(norms_made_, [this] {
+    file_->check_unchanged();
+    std::vector<BufferPtr> norms;
+    for (size_t i = 0; i < weights_.layers.size(); ++i) {
+      const std::vector<float> layer = coreinfer::column_norms(weights_.layers[i].source.down);
+      if (!weights_.ffn_resident) weights_.drop_ffn_pages(i);
+      norms.push_back(backend_->allocate(config_.n_ff));
+      backend_->write(layer.data(), norms.back()->data(), config_.n_ff);
+    }
+    file_->check_unchanged();
+    norms_ = std::move(norms);
+  });
+  return norms_;
 }
 
 }  // namespace coreinfer

@@ -5,7 +5,9 @@
 
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <vector>
 
 #include "backend/backend.h"
 #include "engine/memory_plan.h"
@@ -39,6 +41,9 @@ class Engine {
   // Computing does not change the engine; the backend guards its own working memory.
   Backend& backend() const { return *backend_; }
   const MemoryPlan& memory() const { return *memory_; }
+  // ||W_down[:, n]|| of each layer (n_ff), in backend memory; computed from the file when first asked
+  // for.
+  const std::vector<BufferPtr>& column_norms() const;
   double load_seconds() const { return load_seconds_; }
 
  private:
@@ -49,6 +54,8 @@ class Engine {
   std::unique_ptr<Backend> backend_;
   ModelWeights weights_;  // after backend_: released first
   double load_seconds_ = 0.0;
+  mutable std::once_flag norms_made_;
+  mutable std::vector<BufferPtr> norms_;  // after backend_: released first
 };
 
 }  // namespace coreinfer

@@ -24,6 +24,12 @@ int64_t checked_context(const Engine& engine, int64_t n_ctx) {
   return n_ctx == 0 ? c.n_ctx : n_ctx;
 }
 
+size_t patch_bytes_of(const CoreSet& set) {
+  size_t values = 0;
+  for (const LayerPatch& p : set.patch) values += p.in.size() + p.out.size();
+  return sizeof(uint16_t) * values;
+}
+
 }  // namespace
 
 KvType kv_type_from_name(const std::string& name) {
@@ -144,8 +150,7 @@ void Session::prefill(std::span<const int32_t> tokens, const std::optional<Stati
   if (spec) {
     check(*spec);
     if (n_past() == 0) {
-      const ModelConfig& c = engine_->config();
-      counts_.emplace(engine_->backend(), *spec, c.n_layer, c.n_ff);
+      counts_ = make_counts(*spec);
     } else if (!counts_ || !(counts_->spec() == *spec) || counts_->n_tokens() != n_past()) {
       throw_error(ErrorKind::kState,
                   "the scores of the %lld cached positions are not known for this statistic: "
@@ -229,6 +234,13 @@ const NeuronCounts& Session::counted() {
   return *counts_;
 }
 
+NeuronCounts Session::make_counts(const StatisticSpec& spec) const {
+  static const std::vector<BufferPtr> none;
+  const ModelConfig& c = engine_->config();
+  return NeuronCounts(engine_->backend(), spec, c.n_layer, c.n_ff,
+                      spec.weighted ? engine_->column_norms() : none);
+}
+
 // Room for the samples of the tokens that come next.
 void Session::make_samples(int64_t capacity) {
   if (!samples_ || samples_->capacity() != capacity) {
@@ -292,7 +304,9 @@ void Session::set_core(std::optional<CoreSet> set) {
   const ModelConfig& c = engine_->config();
   check(*set, c.n_layer, c.n_ff);
   const int64_t start = now_ns();
-  if (!core_set_ || !core_set_->same_neurons(*set) || core_set_->patch != set->patch) {
+  if (core_set_ && core_set_->same_neurons(*set)) {
+    compact_.layers = patched(*set);
+  } else {
     // The old buffer goes first: two at once would double the memory.
     core_set_.reset();
     compact_ = {};
@@ -313,6 +327,15 @@ void Session::set_core(std::optional<CoreSet> set) {
   timings_.compact_seconds += seconds_since(start);
 }
 
+// The present compact layers with the patch of `set`.
+std::vector<FfnWeights> Session::patched(const CoreSet& set) const {
+  std::vector<FfnWeights> layers = compact_.layers;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    attach(engine_->backend(), set.patch.empty() ? LayerPatch{} : set.patch[i], layers[i]);
+  }
+  return layers;
+}
+
 void Session::fit_patch(const PatchSpec& spec) {
   check(spec);
   const FfnSamples& from = samples();
@@ -320,20 +343,20 @@ void Session::fit_patch(const PatchSpec& spec) {
     throw_error(ErrorKind::kState, "no core set to patch: set_core comes first");
   }
   const int64_t start = now_ns();
-  std::vector<FfnWeights>& layers = compact_.layers;
   core_set_->patch.clear();
-  for (FfnWeights& ffn : layers) attach(engine_->backend(), {}, ffn);
-  std::vector<LayerPatch> patch(layers.size());
-  std::vector<FfnWeights> patched = layers;
-  for (size_t i = 0; i < layers.size(); ++i) {
-    const auto& neurons = core_set_->layers[i];
-    if (!neurons || static_cast<int64_t>(neurons->size()) == core_set_->n_ff) continue;
-    patch[i] = coreinfer::fit_patch(engine_->backend(), from, static_cast<int64_t>(i), *neurons,
-                                    layers[i], spec);
-    attach(engine_->backend(), patch[i], patched[i]);
+  compact_.layers = patched(*core_set_);
+  CoreSet set = *core_set_;
+  set.patch.resize(set.layers.size());
+  for (size_t i = 0; i < set.layers.size(); ++i) {
+    const auto& neurons = set.layers[i];
+    if (!neurons || static_cast<int64_t>(neurons->size()) == set.n_ff) continue;
+    set.patch[i] = coreinfer::fit_patch(engine_->backend(), from, static_cast<int64_t>(i),
+                                        *neurons, compact_.layers[i], spec);
   }
-  core_set_->patch = std::move(patch);
-  layers = std::move(patched);
+  const size_t bytes = compact_.buffer_bytes + patch_bytes_of(set);
+  engine_->memory().check_core(kv_capacity_bytes(), workspace_bytes(), bytes);
+  compact_.layers = patched(set);
+  core_set_ = std::move(set);
   timings_.patch_seconds += seconds_since(start);
 }
 
@@ -367,7 +390,7 @@ size_t Session::estimated_bytes(const std::function<int64_t(size_t)>& kept) cons
     const double scales = traits(s.down.type).quantized ? 0.2 : 0.0;
     bytes += rows * share + down * std::min(1.0, share + scales);
   }
-  return static_cast<size_t>(bytes);
+  return static_cast<size_t>(bytes) + patch_bytes_of(set);
 }
 
 // At most kExactRows tokens, so that each row's bits are those of decoding it alone.

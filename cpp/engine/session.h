@@ -156,8 +156,10 @@ class Session {
                   const std::function<bool()>& cancelled);
   size_t estimated_bytes(const std::function<int64_t(size_t)>& kept) const;
   void expect(const CoreShare& share);
+  std::vector<FfnWeights> patched(const CoreSet& set) const;
   LayerRange range(std::optional<LayerRange> layers) const;
   const NeuronCounts& counted();
+  NeuronCounts make_counts(const StatisticSpec& spec) const;
   bool decodes_dense() const { return !core_set_ || exact(); }
 
   // Exact mode.

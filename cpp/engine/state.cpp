@@ -10,7 +10,7 @@
 namespace coreinfer {
 namespace {
 
-constexpr char kMagic[8] = {'C', 'O', 'R', 'E', 'S', 'T', '0', '1'};
+constexpr char kMagic[8] = {'C', 'O', 'R', 'E', 'S', 'T', '0', '2'};
 
 class Writer {
  public:
@@ -99,6 +99,8 @@ std::vector<std::byte> Session::save_state() {
   if (counts_ && counts_->n_tokens() > 0) {
     w.value(counts_->spec().statistic);
     w.value(counts_->spec().alpha);
+    w.value(static_cast<uint8_t>(counts_->spec().weighted));
+    w.value(counts_->spec().samples);
     w.value(static_cast<uint64_t>(counts_->snapshots().size()));
     for (const NeuronCounts::Snapshot& s : counts_->snapshots()) write(w, counts_->read(s));
     write(w, counts_->read(counts_->now()));
@@ -107,6 +109,7 @@ std::vector<std::byte> Session::save_state() {
   if (core_set_) {
     w.array(std::vector<char>(core_set_->statistic.begin(), core_set_->statistic.end()));
     w.value(core_set_->alpha);
+    w.value(static_cast<uint8_t>(core_set_->weighted));
     w.value(core_set_->beta);
     w.value(core_set_->n_tokens);
     for (const auto& layer : core_set_->layers) {
@@ -115,6 +118,12 @@ std::vector<std::byte> Session::save_state() {
     }
     w.value(static_cast<uint64_t>(core_set_->scores.size()));
     for (const std::vector<float>& scores : core_set_->scores) w.array(scores);
+    w.value(static_cast<uint64_t>(core_set_->patch.size()));
+    for (const LayerPatch& patch : core_set_->patch) {
+      w.value(patch.rank);
+      w.array(patch.in);
+      w.array(patch.out);
+    }
   }
   w.array(cache_->save(n_past()));
   return std::move(w.bytes);
@@ -154,7 +163,9 @@ void Session::load_state(std::span<const std::byte> state) {
     spec.statistic = r.value<Statistic>();
     if (statistic_name(spec.statistic) == "unknown") Reader::damaged("an unknown statistic");
     spec.alpha = r.value<double>();
-    counts.emplace(engine_->backend(), spec, c.n_layer, c.n_ff);
+    spec.weighted = r.value<uint8_t>() != 0;
+    spec.samples = r.value<int64_t>();
+    counts = make_counts(spec);
     const auto n = r.value<uint64_t>();
     if (n > 64) Reader::damaged("too many score snapshots");
     std::vector<NeuronCounts::Scores> snapshots;
@@ -169,6 +180,7 @@ void Session::load_state(std::span<const std::byte> state) {
     set->n_ff = c.n_ff;
     set->statistic = string_of(r.array<char>());
     set->alpha = r.value<double>();
+    set->weighted = r.value<uint8_t>() != 0;
     set->beta = r.value<double>();
     set->n_tokens = r.value<int64_t>();
     for (int64_t i = 0; i < c.n_layer; ++i) {
@@ -178,6 +190,17 @@ void Session::load_state(std::span<const std::byte> state) {
     const auto n = r.value<uint64_t>();
     if (n != 0 && n != static_cast<uint64_t>(c.n_layer)) Reader::damaged("scores of other layers");
     for (uint64_t i = 0; i < n; ++i) set->scores.push_back(r.array<float>());
+    const auto n_patch = r.value<uint64_t>();
+    if (n_patch != 0 && n_patch != static_cast<uint64_t>(c.n_layer)) {
+      Reader::damaged("patches of other layers");
+    }
+    for (uint64_t i = 0; i < n_patch; ++i) {
+      LayerPatch patch;
+      patch.rank = r.value<int64_t>();
+      patch.in = r.array<uint16_t>();
+      patch.out = r.array<uint16_t>();
+      set->patch.push_back(std::move(patch));
+    }
     check(*set, c.n_layer, c.n_ff);
   }
   const std::vector<std::byte> cache = r.array<std::byte>();
@@ -187,6 +210,7 @@ void Session::load_state(std::span<const std::byte> state) {
   reset();
   counts_.reset();
   cache_->restore(cache, n_past);
+  samples_.reset();  // not part of a state: later tokens are sampled anew
   set_core(std::move(set));
   tokens_ = std::move(tokens);
   n_dense_ = n_dense;

@@ -106,6 +106,7 @@ CoreSet select_core(Backend& backend, const NeuronCounts& counts, double beta, L
   set.scores = counts.read(counts.now()).layers;
   set.statistic = statistic_name(counts.spec().statistic);
   set.alpha = counts.spec().alpha;
+  set.weighted = counts.spec().weighted;
   return set;
 }
 

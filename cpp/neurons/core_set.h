@@ -37,6 +37,7 @@ struct CoreSet {
   std::vector<std::vector<float>> scores;  // per layer (n_ff), or empty when handed in without
   std::string statistic;                   // "" when handed in
   double alpha = 0.0;
+  bool weighted = false;
   double beta = 0.0;
   int64_t n_tokens = 0;  // that the scores were summed over
   std::vector<LayerPatch> patch;  // per layer, or empty where no layer has one

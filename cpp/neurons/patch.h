@@ -17,6 +17,10 @@
 
 namespace coreinfer {
 
+// Tokens to learn from: the latest, which are most like those to come. More of them help less than
+// they cost.
+inline constexpr int64_t kPatchSamples = 128;
+
 struct PatchSpec {
   int64_t rank = 64;
   double decay = 1.0;

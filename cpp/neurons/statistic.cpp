@@ -51,8 +51,8 @@ void check(const StatisticSpec& spec) {
 }
 
 NeuronCounts::NeuronCounts(Backend& backend, const StatisticSpec& spec, int64_t n_layer,
-                           int64_t n_ff)
-    : backend_(&backend), spec_(spec), n_layer_(n_layer) {
+                           int64_t n_ff, const std::vector<BufferPtr>& norms)
+    : backend_(&backend), spec_(spec), n_layer_(n_layer), norms_(norms) {
   check(spec);
   now_.n_ff = n_ff;
   now_ = make(0);
@@ -69,6 +69,7 @@ NeuronCounts::Snapshot NeuronCounts::make(int64_t n_tokens) const {
 
 void NeuronCounts::add(int64_t layer, Rows h) {
   float* const scores = row(now_, layer);
+  if (spec_.weighted) h = weighted(layer, h);
   // In pieces that end where a snapshot is due, so that snapshots do not depend on the batches.
   for (int64_t done = 0; done < h.n;) {
     const int64_t position = n_tokens() + done;
@@ -95,6 +96,15 @@ void NeuronCounts::check_finite() const {
               "are damaged or overflow",
               static_cast<long long>(first - bad.begin()),
               static_cast<long long>(n_tokens() + static_cast<int64_t>(*first)));
+}
+
+// Rows h * w, each times some positive number: a norm does it, and no statistic sees a row's scale.
+Rows NeuronCounts::weighted(int64_t layer, Rows h) {
+  constexpr float kTiny = 1e-30f;  // keeps rows of zeros finite
+  if (!scratch_ || scratch_->size() < h.n * h.width) scratch_ = backend_->allocate(h.n * h.width);
+  const Rows out = scratch_->rows(h.n, h.width);
+  backend_->norm(h, {NormKind::kRms, norms_[static_cast<size_t>(layer)], nullptr, kTiny}, out);
+  return out;
 }
 
 NeuronCounts::Scores NeuronCounts::read(const Snapshot& snapshot) const {

@@ -9,6 +9,8 @@
 //   count_gate  the same on act(gate)
 //   count_abs   the same on |h_t|, with P_t its non-zero entries
 //   flock       h_t^2 / ||h_t||^2 (GRIFFIN, arXiv 2404.01365; the square of its score)
+// Each of them weighted: of h_t * w (act(gate) * w), w_n = ||W_down[:, n]||, so that a neuron is
+// judged by what it adds to the residual stream; flock then ranks by energy there, h^2 w^2.
 // Scores add over tokens, so the counts of a prefix plus those of the rest are those of the whole.
 #pragma once
 
@@ -28,6 +30,7 @@ Statistic statistic_from_name(std::string_view name);
 struct StatisticSpec {
   Statistic statistic = Statistic::kFlock;
   double alpha = 0.4;    // in (0, 1]; flock does not use it
+  bool weighted = false;
   int64_t samples = 0;   // FFN samples that the prefill keeps (ffn_samples.h), for a patch
 
   bool operator==(const StatisticSpec&) const = default;
@@ -50,7 +53,9 @@ class NeuronCounts {
     std::vector<std::vector<float>> layers;
   };
 
-  NeuronCounts(Backend& backend, const StatisticSpec& spec, int64_t n_layer, int64_t n_ff);
+  // norms: w of each layer (n_ff), in backend memory; empty unless the statistic is weighted.
+  NeuronCounts(Backend& backend, const StatisticSpec& spec, int64_t n_layer, int64_t n_ff,
+               const std::vector<BufferPtr>& norms);
 
   const StatisticSpec& spec() const { return spec_; }
   int64_t n_tokens() const { return now_.n_tokens; }
@@ -80,6 +85,7 @@ class NeuronCounts {
   float* row(const Snapshot& snapshot, int64_t layer) const {
     return snapshot.scores->data() + layer * snapshot.n_ff;
   }
+  Rows weighted(int64_t layer, Rows h);
   Snapshot make(int64_t n_tokens) const;
   void write(const Scores& scores, Snapshot& to) const;
 
@@ -87,6 +93,8 @@ class NeuronCounts {
   StatisticSpec spec_;
   int64_t n_layer_;
   Snapshot now_;
+  std::vector<BufferPtr> norms_;
+  BufferPtr scratch_;  // weighted rows
   std::vector<Snapshot> snapshots_;
   BufferPtr bad_;  // per layer: the first row since advance() with a NaN or Inf
 };

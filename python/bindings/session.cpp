@@ -10,14 +10,15 @@
 
 #include <algorithm>
 
-#include "base/half.h"
 #include "bindings/arrays.h"
 
 namespace coreinfer::python {
 namespace {
 
-using FloatMatrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Factors = std::vector<std::optional<std::pair<FloatMatrix, FloatMatrix>>>;
+// float16: no C++ type of that name everywhere, so its 16 bits.
+using Matrix = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Factors = std::vector<std::optional<std::pair<Matrix, Matrix>>>;
+constexpr nb::dlpack::dtype kHalf = {static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
 using Neurons = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Layers = std::optional<std::pair<int64_t, int64_t>>;
 
@@ -27,18 +28,17 @@ std::optional<LayerRange> range_of(const Layers& layers) {
 }
 
 std::optional<StatisticSpec> spec_of(const std::optional<std::string>& statistic, double alpha,
-                                     int64_t samples) {
+                                     bool weighted, int64_t samples) {
   if (!statistic) return std::nullopt;
-  StatisticSpec spec{statistic_from_name(*statistic), alpha, samples};
+  StatisticSpec spec{statistic_from_name(*statistic), alpha, weighted, samples};
   check(spec);
   return spec;
 }
 
 std::vector<LayerPatch> make_patch(const Factors& factors) {
-  const auto halves = [](const FloatMatrix& matrix) {
-    std::vector<uint16_t> values;
-    for (float v : span_of<float>(matrix)) values.push_back(f32_to_f16(v));
-    return values;
+  const auto halves = [](const Matrix& matrix) {
+    if (matrix.dtype() != kHalf) throw nb::type_error("a patch is made of float16 matrices");
+    return std::vector<uint16_t>(span_of<uint16_t>(matrix).begin(), span_of<uint16_t>(matrix).end());
   };
   std::vector<LayerPatch> patch;
   for (const auto& layer : factors) {
@@ -52,9 +52,11 @@ std::vector<LayerPatch> make_patch(const Factors& factors) {
 
 nb::list core_patch(const CoreSet& set) {
   const auto matrix = [](const std::vector<uint16_t>& values, size_t rows) {
-    Array<float> a = make_array<float>({rows, values.size() / rows});
-    std::transform(values.begin(), values.end(), a.data(), f16_to_f32);
-    return a;
+    auto* const data = new uint16_t[values.size()];
+    std::copy(values.begin(), values.end(), data);
+    nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<uint16_t*>(p); });
+    const size_t shape[] = {rows, values.size() / rows};
+    return nb::ndarray<nb::numpy>(data, 2, shape, owner, nullptr, kHalf);
   };
   nb::list list;
   for (const LayerPatch& p : set.patch) {
@@ -71,7 +73,7 @@ nb::list core_patch(const CoreSet& set) {
 CoreSet make_core_set(const std::vector<std::optional<Neurons>>& layers,
                       const std::optional<std::vector<FloatVector>>& scores, int64_t n_ff,
                       const std::string& statistic, double alpha, double beta, int64_t n_tokens,
-                      const std::optional<Factors>& patch) {
+                      bool weighted, const std::optional<Factors>& patch) {
   CoreSet set;
   set.n_ff = n_ff;
   for (const std::optional<Neurons>& layer : layers) {
@@ -90,6 +92,7 @@ CoreSet make_core_set(const std::vector<std::optional<Neurons>>& layers,
   set.alpha = alpha;
   set.beta = beta;
   set.n_tokens = n_tokens;
+  set.weighted = weighted;
   if (patch) set.patch = make_patch(*patch);
   check(set, static_cast<int64_t>(set.layers.size()), n_ff);
   return set;
@@ -156,9 +159,9 @@ bool interrupted() {
 }
 
 void prefill(Session& s, const Tokens& tokens, const std::optional<std::string>& statistic,
-             double alpha, int64_t samples, const std::function<void(int64_t, int64_t)>& progress,
+             double alpha, bool weighted, int64_t samples, const std::function<void(int64_t, int64_t)>& progress,
              std::optional<double> beta, const Layers& layers) {
-  const auto spec = spec_of(statistic, alpha, samples);
+  const auto spec = spec_of(statistic, alpha, weighted, samples);
   const auto ids = span_of<int32_t>(tokens);
   std::function<void(int64_t, int64_t)> report;
   if (progress) {
@@ -193,22 +196,23 @@ void bind_session(nb::module_& m) {
           [](CoreSet* self, const std::vector<std::optional<Neurons>>& layers,
              const std::optional<std::vector<FloatVector>>& scores, int64_t n_ff,
              const std::string& statistic, double alpha, double beta, int64_t n_tokens,
-             const std::optional<Factors>& patch) {
-            new (self) CoreSet(
-                make_core_set(layers, scores, n_ff, statistic, alpha, beta, n_tokens, patch));
+             bool weighted, const std::optional<Factors>& patch) {
+            new (self) CoreSet(make_core_set(layers, scores, n_ff, statistic, alpha, beta, n_tokens,
+                                             weighted, patch));
           },
           nb::arg("layers"), nb::arg("scores") = nb::none(), nb::kw_only(), nb::arg("n_ff"),
           nb::arg("statistic") = "", nb::arg("alpha") = 0.0, nb::arg("beta") = 0.0,
-          nb::arg("n_tokens") = 0, nb::arg("patch") = nb::none(),
+          nb::arg("n_tokens") = 0, nb::arg("weighted") = false, nb::arg("patch") = nb::none(),
           "layers: per layer ascending int32 indices, or None where it stays dense. patch: per layer "
-          "float32 (rank, k) and (n_embd, rank), rounded to float16, or None.")
+          "float16 (rank, k) and (n_embd, rank), or None.")
       .def_prop_ro("layers", &core_layers, "Per layer: int32 (k,), ascending, or None (dense).")
       .def_prop_ro("scores", &core_scores, "Per layer: float32 (n_ff,); empty when handed in.")
       .def_prop_ro("patch", &core_patch,
-                   "Per layer: float32 (rank, k) and (n_embd, rank), or None; empty without any.")
+                   "Per layer: float16 (rank, k) and (n_embd, rank), or None; empty without any.")
       .def_ro("n_ff", &CoreSet::n_ff)
       .def_ro("statistic", &CoreSet::statistic)
       .def_ro("alpha", &CoreSet::alpha)
+      .def_ro("weighted", &CoreSet::weighted)
       .def_ro("beta", &CoreSet::beta)
       .def_ro("n_tokens", &CoreSet::n_tokens)
       .def("same_neurons", &CoreSet::same_neurons, nb::arg("other"));
@@ -234,6 +238,8 @@ void bind_session(nb::module_& m) {
           [](Sampler& s, const FloatVector& logits) { return s.sample(span_of<float>(logits)); },
           nb::arg("logits").noconvert());
 
+  m.attr("PATCH_SAMPLES") = kPatchSamples;
+
   nb::class_<Session>(m, "Session", "One text of one caller: cache, neuron scores, decode weights.")
       .def(
           "__init__",
@@ -252,16 +258,17 @@ void bind_session(nb::module_& m) {
       .def(
           "reusable",
           [](Session& s, const Tokens& tokens, const std::optional<std::string>& statistic,
-             double alpha, int64_t samples) {
-            return s.reusable(span_of<int32_t>(tokens), spec_of(statistic, alpha, samples));
+             double alpha, bool weighted, int64_t samples) {
+            return s.reusable(span_of<int32_t>(tokens), spec_of(statistic, alpha, weighted, samples));
           },
           nb::arg("tokens").noconvert(), nb::arg("statistic") = nb::none(), nb::arg("alpha") = 0.4,
-          nb::arg("samples") = 0,
+          nb::arg("weighted") = false, nb::arg("samples") = 0,
           "How many leading ids a prefill of tokens may keep; always leaves the last to run.")
       .def("keep", &Session::keep, nb::arg("n"), "Forgets all positions from n on.")
       .def("reset", &Session::reset)
       .def("prefill", &prefill, nb::arg("tokens").noconvert(), nb::kw_only(),
-           nb::arg("statistic") = nb::none(), nb::arg("alpha") = 0.4, nb::arg("samples") = 0,
+           nb::arg("statistic") = nb::none(), nb::arg("alpha") = 0.4, nb::arg("weighted") = false,
+           nb::arg("samples") = 0,
            nb::arg("progress") = nb::none(), nb::arg("beta") = nb::none(),
            nb::arg("layers") = nb::none(),
            "Appends int32 tokens with the dense weights, counting for the statistic if given. With "
