@@ -225,7 +225,7 @@ def test_tune_writes_what_auto_goes_by(tmp_path, capsys):
     small = ["--prompts", "32,48", "--texts", "2", "-n", "6", "--betas", "0.5,0.9"]
     assert main(["tune", str(model), "--text", str(text), *small]) == 0
     out, err = capsys.readouterr()
-    assert out.count("\n") == 2 + 4 and "| 48 | flock | all | 0.9 |" in out
+    assert out.count("\n") == 2 + 4 and "| 48 | flock | all | 64 | 0.9 |" in out
     assert "wrote" in err
     assert len(Tuning.load(tuning_path(model)).rows) == 4
     with Llama(str(model), verbose=False) as llm:

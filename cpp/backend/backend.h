@@ -97,9 +97,7 @@ struct FfnWeights {
   WeightPtr patch_out;  // (n_embd, rank)
 
   int64_t n_ff() const { return up ? up->rows() : 0; }
-  size_t patch_bytes() const {
-    return patch_in ? patch_in->bytes() + patch_out->bytes() : 0;
-  }
+  size_t patch_bytes() const { return patch_in ? patch_in->bytes() + patch_out->bytes() : 0; }
   size_t bytes() const {
     return (gate ? gate->bytes() : 0) + (up ? up->bytes() : 0) + (down ? down->bytes() : 0) +
            patch_bytes();

@@ -115,6 +115,8 @@ std::vector<Column> own_columns() {
              [](const Row& r) {
                return uses_alpha(r) ? std::optional<double>(r.setting.spec.alpha) : std::nullopt;
              }),
+      integer("weighted",
+              [](const Row& r) { return if_core(r, int64_t{r.setting.spec.weighted}); }),
       number("beta", [](const Row& r) { return if_core(r, r.setting.beta); }),
       integer("layer_first", [](const Row& r) { return if_core(r, r.layers.first); }),
       integer("layer_last", [](const Row& r) { return if_core(r, r.layers.last); }),
@@ -123,6 +125,9 @@ std::vector<Column> own_columns() {
       integer("count_ns", [](const Row& r) { return r.count_ns; }),
       integer("select_ns", [](const Row& r) { return r.select_ns; }),
       integer("compact_ns", [](const Row& r) { return r.compact_ns; }),
+      integer("patch_rank", [](const Row& r) { return if_core(r, r.setting.patch); }),
+      integer("patch_ns", [](const Row& r) { return r.patch_ns; }),
+      integer("patch_bytes", [](const Row& r) { return r.patch_bytes; }),
       integer("compact_bytes", [](const Row& r) { return r.compact_bytes; }),
       integer("compact_source_bytes", [](const Row& r) { return r.compact_source_bytes; }),
       integer("weight_bytes_per_token", [](const Row& r) { return r.weight_bytes; }),

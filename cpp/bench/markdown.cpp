@@ -65,6 +65,11 @@ class MarkdownPrinter final : public Printer {
       add("count ms", 8, [](const Row& r) { return scaled(r.count_ns, 2, 1e-6); });
       add("select ms", 9, [](const Row& r) { return scaled(r.select_ns, 2, 1e-6); });
       add("compact ms", 10, [](const Row& r) { return scaled(r.compact_ns, 2, 1e-6); });
+      const auto patched = [](const CoreSetting& c) { return c.patch > 0; };
+      const std::vector<CoreSetting>& all = plan[0].settings;
+      if (std::any_of(all.begin(), all.end(), patched)) {
+        add("patch ms", 8, [](const Row& r) { return scaled(r.patch_ns, 2, 1e-6); });
+      }
       add("pays after", 10, [](const Row& r) { return scaled(r.break_even_tokens(), 1, 1.0); });
     }
     const auto verifies = [](const Group& g) { return g.test.kind == TestKind::kVerify; };

@@ -86,6 +86,8 @@ class Parser {
     list({"--alpha"}, params_.alpha, parse_share);
     list({"--beta"}, params_.beta, parse_share);
     list({"--layers"}, params_.layers, parse_layers);
+    integers({"--patch"}, params_.patch, kMaxPatchRank);
+    flag({"--weighted"}, [this] { params_.weighted = true; });
     option({"-pg"}, [this](const auto& flag, const auto& text) {
       const std::vector<std::string> pair = split_list(flag, text, ',');
       if (pair.size() != 2) {

@@ -12,6 +12,7 @@
 
 #include "backend/backend.h"
 #include "neurons/core_set.h"
+#include "neurons/patch.h"
 
 namespace coreinfer::bench {
 
@@ -43,6 +44,7 @@ struct BenchParams {
   std::vector<double> alpha = {0.4};
   std::vector<double> beta = {0.4};
   std::vector<LayerRange> layers = {kAllLayers};
+  std::vector<int64_t> patch = {0};  // ranks; 0: no patch
 
   // ---- one for the whole run
   int64_t repetitions = 5;
@@ -50,6 +52,7 @@ struct BenchParams {
   std::string tokens_file;    // "": ids drawn with `seed`
   uint64_t seed = 0;
   double bandwidth_gib = 4.0;  // memory that the bandwidth measurement reads; 0: do not measure
+  bool weighted = false;
   bool warmup = true;
   bool progress = false;
   bool verbose = false;

@@ -17,10 +17,14 @@ std::vector<CoreSetting> core_settings(const BenchParams& params) {
     for (const double alpha : params.alpha) {
       for (const double beta : params.beta) {
         for (const LayerRange layers : params.layers) {
-          StatisticSpec spec;
-          spec.statistic = statistic;
-          spec.alpha = alpha;
-          settings.push_back({true, spec, beta, layers});
+          for (const int64_t patch : params.patch) {
+            StatisticSpec spec;
+            spec.statistic = statistic;
+            spec.alpha = alpha;
+            spec.weighted = params.weighted;
+            spec.samples = patch > 0 ? kPatchSamples : 0;
+            settings.push_back({true, spec, beta, layers, patch});
+          }
         }
       }
       if (statistic == Statistic::kFlock) break;  // has no alpha
@@ -109,14 +113,17 @@ std::string Test::name() const {
 
 std::string CoreSetting::name() const {
   if (!on) return "off";
-  std::string text(statistic_name(spec.statistic));
+  std::string text(spec.weighted ? "weighted " : "");
+  text += statistic_name(spec.statistic);
   if (spec.statistic != Statistic::kFlock) text += format_string("(%g)", spec.alpha);
   text += format_string(" %g", beta);
-  if (layers.first == kAllLayers.first && layers.last == kAllLayers.last) return text;
-  text += format_string(" %lld:", static_cast<long long>(layers.first));
-  if (layers.last != kAllLayers.last) {
-    text += format_string("%lld", static_cast<long long>(layers.last));
+  if (layers.first != kAllLayers.first || layers.last != kAllLayers.last) {
+    text += format_string(" %lld:", static_cast<long long>(layers.first));
+    if (layers.last != kAllLayers.last) {
+      text += format_string("%lld", static_cast<long long>(layers.last));
+    }
   }
+  if (patch > 0) text += format_string(" patch %lld", static_cast<long long>(patch));
   return text;
 }
 

@@ -29,8 +29,9 @@ struct CoreSetting {
   StatisticSpec spec;
   double beta = 0.0;
   LayerRange layers = kAllLayers;
+  int64_t patch = 0;  // rank
 
-  std::string name() const;  // "off", "flock 0.4", "count(0.4) 0.2 6:26"
+  std::string name() const;  // "off", "flock 0.4", "weighted count(0.4) 0.2 6:26 patch 64"
 };
 
 struct Group {

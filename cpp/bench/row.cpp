@@ -58,7 +58,9 @@ std::optional<double> Row::break_even_tokens() const {
   if (group.test.kind != TestKind::kGenerate || !setting.on || !dense_step_ns) return std::nullopt;
   const double saved = *dense_step_ns - avg_ns() / static_cast<double>(group.test.n_gen);
   if (saved <= 0.0) return std::nullopt;
-  return static_cast<double>(select_ns.value_or(0) + compact_ns.value_or(0)) / saved;
+  return static_cast<double>(select_ns.value_or(0) + compact_ns.value_or(0) +
+                             patch_ns.value_or(0)) /
+         saved;
 }
 
 }  // namespace coreinfer::bench

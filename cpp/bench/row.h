@@ -33,6 +33,8 @@ struct Row {
   std::optional<int64_t> count_ns;         // of the prefill
   std::optional<int64_t> select_ns;
   std::optional<int64_t> compact_ns;
+  std::optional<int64_t> patch_ns;              // fitting it
+  std::optional<int64_t> patch_bytes;           // that one decode step reads of it
   std::optional<int64_t> compact_bytes;         // written
   std::optional<int64_t> compact_source_bytes;  // read from the file
   std::optional<int64_t> weight_bytes;          // that one decode step reads

@@ -76,7 +76,9 @@ void TestRun::to_depth() {
 }
 
 void TestRun::choose() {
-  if (setting_.on) session_.set_core(session_.select(setting_.beta, layers()));
+  if (!setting_.on) return;
+  session_.set_core(session_.select(setting_.beta, layers()));
+  if (setting_.patch > 0) session_.fit_patch({.rank = setting_.patch});
 }
 
 void TestRun::warm_up() {
@@ -151,6 +153,7 @@ int64_t TestRun::repeat() {
   totals_.count_seconds += after.count_seconds - before.count_seconds;
   totals_.select_seconds += after.select_seconds - before.select_seconds;
   totals_.compact_seconds += after.compact_seconds - before.compact_seconds;
+  totals_.patch_seconds += after.patch_seconds - before.patch_seconds;
   samples_ns_.push_back(ns);
   if (hash_ && *hash_ != hash.value()) {
     throw_error(ErrorKind::kState,
@@ -172,7 +175,8 @@ void TestRun::fill(Row& row) const {
   if (test_.n_gen > 0) row.weight_bytes = static_cast<int64_t>(session_.decode_weight_bytes());
   if (!verify_ratios_.empty()) row.verify_over_decode = median(verify_ratios_);
 
-  const double choice_seconds = (totals_.select_seconds + totals_.compact_seconds) / n;
+  const double choice_seconds =
+      (totals_.select_seconds + totals_.compact_seconds + totals_.patch_seconds) / n;
   const bool prompt_timed = !prompt_ns_.empty();
   if (prompt_timed) {
     double sum = 0.0;
@@ -187,6 +191,10 @@ void TestRun::fill(Row& row) const {
   row.count_ns = to_ns(prompt_timed ? totals_.count_seconds / n : depth_timings_.count_seconds);
   row.select_ns = to_ns(totals_.select_seconds / n);
   row.compact_ns = to_ns(totals_.compact_seconds / n);
+  if (setting_.patch > 0) {
+    row.patch_ns = to_ns(totals_.patch_seconds / n);
+    row.patch_bytes = static_cast<int64_t>(session_.patch_bytes());
+  }
   row.compact_bytes = static_cast<int64_t>(session_.compact_bytes());
   row.compact_source_bytes = static_cast<int64_t>(session_.compact_source_bytes());
   const CoreSet& set = *session_.core_set();

@@ -80,14 +80,16 @@ tests, as lists; every combination is run:
   --beta B                  share of the neurons to keep (default: 0.4)
   --layers FIRST:LAST       layers with core neurons, LAST excluded, the others stay dense
                             (default: all)
+  --patch RANK              let the kept neurons answer for the dropped ones, 0: no (default: 0)
+  --weighted                weigh activations by the norms of the down projection's columns
 
 Values are separated by commas or given by repeating the flag. Ranges of whole numbers are
 first-last, first-last+step or first-last*factor.
 
 With core neurons, tg and verify tests always follow a prefill of all tokens of -d and -p, from
 which the neurons are chosen: tg128 with -p 512 is "tg128 @ d512". The dense row of the same setting
-stands before the core rows. In pp tests, counting, selecting and compacting are timed with the
-prompt.
+stands before the core rows. In pp tests, counting, selecting, compacting and the patch are timed
+with the prompt.
 )";
 
 }  // namespace

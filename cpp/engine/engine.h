@@ -41,8 +41,8 @@ class Engine {
   // Computing does not change the engine; the backend guards its own working memory.
   Backend& backend() const { return *backend_; }
   const MemoryPlan& memory() const { return *memory_; }
-  // ||W_down[:, n]|| of each layer (n_ff), in backend memory; computed from the file when first asked
-  // for.
+  // ||W_down[:, n]|| of each layer (n_ff), in backend memory; computed from the file when first
+  // asked for.
   const std::vector<BufferPtr>& column_norms() const;
   double load_seconds() const { return load_seconds_; }
 

@@ -310,12 +310,15 @@ void Session::set_core(std::optional<CoreSet> set) {
     // The old buffer goes first: two at once would double the memory.
     core_set_.reset();
     compact_ = {};
-    if (!passing_ || !passing_->take(*set, &compact_)) {
+    if (passing_ && passing_->take(*set, &compact_)) {
+      compact_.layers = patched(*set);
+    } else {
       passing_.reset();
       engine_->memory().check_core(
-          kv_capacity_bytes(), workspace_bytes(), estimated_bytes([&](size_t i) {
+          kv_capacity_bytes(), workspace_bytes(),
+          estimated_bytes([&](size_t i) {
             return set->layers[i] ? static_cast<int64_t>(set->layers[i]->size()) : set->n_ff;
-          }));
+          }) + patch_bytes_of(*set));
       engine_->file().check_unchanged();
       CompactWeights compacted = compact(engine_->backend(), engine_->weights(), *set);
       engine_->file().check_unchanged();
@@ -350,8 +353,8 @@ void Session::fit_patch(const PatchSpec& spec) {
   for (size_t i = 0; i < set.layers.size(); ++i) {
     const auto& neurons = set.layers[i];
     if (!neurons || static_cast<int64_t>(neurons->size()) == set.n_ff) continue;
-    set.patch[i] = coreinfer::fit_patch(engine_->backend(), from, static_cast<int64_t>(i),
-                                        *neurons, compact_.layers[i], spec);
+    set.patch[i] = coreinfer::fit_patch(engine_->backend(), from, static_cast<int64_t>(i), *neurons,
+                                        compact_.layers[i], spec);
   }
   const size_t bytes = compact_.buffer_bytes + patch_bytes_of(set);
   engine_->memory().check_core(kv_capacity_bytes(), workspace_bytes(), bytes);
@@ -390,7 +393,7 @@ size_t Session::estimated_bytes(const std::function<int64_t(size_t)>& kept) cons
     const double scales = traits(s.down.type).quantized ? 0.2 : 0.0;
     bytes += rows * share + down * std::min(1.0, share + scales);
   }
-  return static_cast<size_t>(bytes) + patch_bytes_of(set);
+  return static_cast<size_t>(bytes);
 }
 
 // At most kExactRows tokens, so that each row's bits are those of decoding it alone.

@@ -143,7 +143,11 @@ void Session::draft_with_core(int32_t token, int64_t limit, const Sampler* sampl
   const int64_t n = prepare_core(limit);
   if (n == 0) return;
   const int64_t start = now_ns();
-  if (!s.sampler) s.sampler.emplace(SamplingParams{.temperature = 0.0f});
+  if (!s.sampler) {
+    SamplingParams greedy;
+    greedy.temperature = 0.0f;
+    s.sampler.emplace(greedy);
+  }
   if (sampler != nullptr) s.sampler->follow(*sampler);
   s.source = DraftPace::kCore;
   for (int64_t i = 0; i < n; ++i) {

@@ -53,10 +53,11 @@ void check_patch(const LayerPatch& patch, const std::optional<std::vector<int32_
   const auto rank = static_cast<size_t>(patch.rank);
   if (patch.rank < 1 || k == 0 || patch.in.size() != rank * k || patch.out.empty() ||
       patch.out.size() % rank != 0) {
-    throw_error(ErrorKind::kValue,
-                "the patch of layer %zu has rank %lld with %zu and %zu values, expected (rank, %zu) "
-                "for the layer's neurons and (n_embd, rank)",
-                layer, static_cast<long long>(patch.rank), patch.in.size(), patch.out.size(), k);
+    throw_error(
+        ErrorKind::kValue,
+        "the patch of layer %zu has rank %lld with %zu and %zu values, expected (rank, %zu) "
+        "for the layer's neurons and (n_embd, rank)",
+        layer, static_cast<long long>(patch.rank), patch.in.size(), patch.out.size(), k);
   }
   const auto finite = [](uint16_t half) { return (half & 0x7c00u) != 0x7c00u; };
   if (!std::all_of(patch.in.begin(), patch.in.end(), finite) ||

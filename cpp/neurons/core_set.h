@@ -39,7 +39,7 @@ struct CoreSet {
   double alpha = 0.0;
   bool weighted = false;
   double beta = 0.0;
-  int64_t n_tokens = 0;  // that the scores were summed over
+  int64_t n_tokens = 0;           // that the scores were summed over
   std::vector<LayerPatch> patch;  // per layer, or empty where no layer has one
 
   bool same_neurons(const CoreSet& other) const {

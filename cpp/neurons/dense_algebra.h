@@ -11,8 +11,8 @@ namespace coreinfer {
 double dot(const float* a, const float* b, int64_t n);
 
 // A = U^T U of a symmetric positive definite matrix (n, n), of which the upper triangle is read and
-// becomes U. A pivot that is not above `least` makes its row zero, as if the unknown were not there;
-// returns how many were. A NaN is such a pivot, too.
+// becomes U. A pivot that is not above `least` makes its row zero, as if the unknown were not
+// there; returns how many were. A NaN is such a pivot, too.
 int64_t cholesky(float* a, int64_t n, float least);
 
 // The inverse of U, all pivots positive: upper again; below the diagonal zeros are written.

@@ -39,9 +39,7 @@ class FfnSamples {
   void visit_y(int64_t layer, const Visit& visit) const { this->visit(y_, layer, n_embd_, visit); }
 
   static size_t bytes(int64_t capacity, int64_t n_layer, int64_t n_ff, int64_t n_embd);
-  size_t bytes() const {
-    return bytes(capacity_, static_cast<int64_t>(h_.size()), n_ff_, n_embd_);
-  }
+  size_t bytes() const { return bytes(capacity_, static_cast<int64_t>(h_.size()), n_ff_, n_embd_); }
 
  private:
   void store(Rows rows, int64_t position, float* ring, int64_t width);

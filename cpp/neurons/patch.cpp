@@ -11,7 +11,6 @@
 namespace coreinfer {
 namespace {
 
-constexpr int64_t kMaxRank = 1024;
 // Passes of subspace iteration. The strongest directions stand out after two; weaker ones differ
 // little in what they carry.
 constexpr int kPasses = 2;
@@ -51,8 +50,8 @@ class Products {
   explicit Products(Backend& backend) : backend_(backend) {}
 
   WeightPtr load(const Matrix& a) {
-    return backend_.load({DType::kF32, a.rows, a.cols,
-                          reinterpret_cast<const std::byte*>(a.values.data())});
+    return backend_.load(
+        {DType::kF32, a.rows, a.cols, reinterpret_cast<const std::byte*>(a.values.data())});
   }
 
   // x w^T + bias. With `exact` in float32 whatever the weight's type: kExactRows at a time, since
@@ -163,9 +162,9 @@ WeightPtr load_halves(Backend& backend, const std::vector<uint16_t>& values, int
 }  // namespace
 
 void check(const PatchSpec& spec) {
-  if (spec.rank < 1 || spec.rank > kMaxRank) {
+  if (spec.rank < 1 || spec.rank > kMaxPatchRank) {
     throw_error(ErrorKind::kValue, "the patch's rank is %lld, expected 1 to %lld",
-                static_cast<long long>(spec.rank), static_cast<long long>(kMaxRank));
+                static_cast<long long>(spec.rank), static_cast<long long>(kMaxPatchRank));
   }
   if (!(spec.ridge > 0.0 && std::isfinite(spec.ridge))) {
     throw_error(ErrorKind::kValue, "the patch's ridge is %g, expected more than 0", spec.ridge);
@@ -200,8 +199,8 @@ LayerPatch fit_patch(Backend& backend, const FfnSamples& samples, int64_t layer,
   Matrix fitted(0, 0), energy(0, 0);
   for (int pass = 0; pass <= kPasses; ++pass) {
     orthonormalise(x);
-    fitted = products.times(x, *by_fit, nullptr, true);         // X fit
-    energy = products.times(fitted, *by_lost, nullptr, true);   // X fit R R^T
+    fitted = products.times(x, *by_fit, nullptr, true);        // X fit
+    energy = products.times(fitted, *by_lost, nullptr, true);  // X fit R R^T
     if (pass < kPasses) x = products.times(energy, *by_fit, nullptr, true);
   }
 

@@ -3,10 +3,11 @@
 // compact weights. Flows out: LayerPatch values, and the weights that decode takes. No training and
 // no data but the samples.
 //
-// Each of m sampled tokens is scaled to ||h|| = 1; older ones by less (decay ^ age). H (m, k) are its kept activations and R
-// (m, n_embd) what the dropped ones added to the output. Ridge regression of R on H, with
-// G = H H^T and mu = ridge * mean(diag G): A = (G + mu I)^-1 R. Of the fitted G A only the `rank`
-// strongest output directions V (n_embd, rank) are kept: y += V (V^T A^T H) h.
+// Each of m sampled tokens is scaled to ||h|| = 1; older ones by less (decay ^ age). H (m, k) are
+// its kept activations and R (m, n_embd) what the dropped ones added to the output. Ridge
+// regression of R on H, with G = H H^T and mu = ridge * mean(diag G): A = (G + mu I)^-1 R. Of the
+// fitted G A only the `rank` strongest output directions V (n_embd, rank) are kept: y += V (V^T A^T
+// H) h.
 #pragma once
 
 #include <span>
@@ -20,6 +21,8 @@ namespace coreinfer {
 // Tokens to learn from: the latest, which are most like those to come. More of them help less than
 // they cost.
 inline constexpr int64_t kPatchSamples = 128;
+
+inline constexpr int64_t kMaxPatchRank = 1024;
 
 struct PatchSpec {
   int64_t rank = 64;

@@ -29,9 +29,9 @@ Statistic statistic_from_name(std::string_view name);
 
 struct StatisticSpec {
   Statistic statistic = Statistic::kFlock;
-  double alpha = 0.4;    // in (0, 1]; flock does not use it
+  double alpha = 0.4;  // in (0, 1]; flock does not use it
   bool weighted = false;
-  int64_t samples = 0;   // FFN samples that the prefill keeps (ffn_samples.h), for a patch
+  int64_t samples = 0;  // FFN samples that the prefill keeps (ffn_samples.h), for a patch
 
   bool operator==(const StatisticSpec&) const = default;
 };

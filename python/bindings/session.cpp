@@ -16,7 +16,7 @@ namespace coreinfer::python {
 namespace {
 
 // float16: no C++ type of that name everywhere, so its 16 bits.
-using Matrix = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Matrix = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Factors = std::vector<std::optional<std::pair<Matrix, Matrix>>>;
 constexpr nb::dlpack::dtype kHalf = {static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
 using Neurons = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -38,7 +38,8 @@ std::optional<StatisticSpec> spec_of(const std::optional<std::string>& statistic
 std::vector<LayerPatch> make_patch(const Factors& factors) {
   const auto halves = [](const Matrix& matrix) {
     if (matrix.dtype() != kHalf) throw nb::type_error("a patch is made of float16 matrices");
-    return std::vector<uint16_t>(span_of<uint16_t>(matrix).begin(), span_of<uint16_t>(matrix).end());
+    return std::vector<uint16_t>(span_of<uint16_t>(matrix).begin(),
+                                 span_of<uint16_t>(matrix).end());
   };
   std::vector<LayerPatch> patch;
   for (const auto& layer : factors) {
@@ -159,8 +160,9 @@ bool interrupted() {
 }
 
 void prefill(Session& s, const Tokens& tokens, const std::optional<std::string>& statistic,
-             double alpha, bool weighted, int64_t samples, const std::function<void(int64_t, int64_t)>& progress,
-             std::optional<double> beta, const Layers& layers) {
+             double alpha, bool weighted, int64_t samples,
+             const std::function<void(int64_t, int64_t)>& progress, std::optional<double> beta,
+             const Layers& layers) {
   const auto spec = spec_of(statistic, alpha, weighted, samples);
   const auto ids = span_of<int32_t>(tokens);
   std::function<void(int64_t, int64_t)> report;
@@ -203,7 +205,8 @@ void bind_session(nb::module_& m) {
           nb::arg("layers"), nb::arg("scores") = nb::none(), nb::kw_only(), nb::arg("n_ff"),
           nb::arg("statistic") = "", nb::arg("alpha") = 0.0, nb::arg("beta") = 0.0,
           nb::arg("n_tokens") = 0, nb::arg("weighted") = false, nb::arg("patch") = nb::none(),
-          "layers: per layer ascending int32 indices, or None where it stays dense. patch: per layer "
+          "layers: per layer ascending int32 indices, or None where it stays dense. patch: per "
+          "layer "
           "float16 (rank, k) and (n_embd, rank), or None.")
       .def_prop_ro("layers", &core_layers, "Per layer: int32 (k,), ascending, or None (dense).")
       .def_prop_ro("scores", &core_scores, "Per layer: float32 (n_ff,); empty when handed in.")
@@ -259,7 +262,8 @@ void bind_session(nb::module_& m) {
           "reusable",
           [](Session& s, const Tokens& tokens, const std::optional<std::string>& statistic,
              double alpha, bool weighted, int64_t samples) {
-            return s.reusable(span_of<int32_t>(tokens), spec_of(statistic, alpha, weighted, samples));
+            return s.reusable(span_of<int32_t>(tokens),
+                              spec_of(statistic, alpha, weighted, samples));
           },
           nb::arg("tokens").noconvert(), nb::arg("statistic") = nb::none(), nb::arg("alpha") = 0.4,
           nb::arg("weighted") = false, nb::arg("samples") = 0,
@@ -268,8 +272,7 @@ void bind_session(nb::module_& m) {
       .def("reset", &Session::reset)
       .def("prefill", &prefill, nb::arg("tokens").noconvert(), nb::kw_only(),
            nb::arg("statistic") = nb::none(), nb::arg("alpha") = 0.4, nb::arg("weighted") = false,
-           nb::arg("samples") = 0,
-           nb::arg("progress") = nb::none(), nb::arg("beta") = nb::none(),
+           nb::arg("samples") = 0, nb::arg("progress") = nb::none(), nb::arg("beta") = nb::none(),
            nb::arg("layers") = nb::none(),
            "Appends int32 tokens with the dense weights, counting for the statistic if given. With "
            "the beta and layers of the select that follows, weights that are not resident are "
@@ -306,7 +309,8 @@ void bind_session(nb::module_& m) {
                              rows(c.n_embd, &FfnSamples::visit_y));
           },
           nb::arg("layer"),
-          "What the prefill kept of its last tokens: inputs (n, n_ff) and outputs (n, n_embd) of the "
+          "What the prefill kept of its last tokens: inputs (n, n_ff) and outputs (n, n_embd) of "
+          "the "
           "layer's down projection, float32.")
       .def("set_core", &Session::set_core, nb::arg("core_set").none(),
            nb::call_guard<nb::gil_scoped_release>(),
@@ -345,12 +349,14 @@ void bind_session(nb::module_& m) {
                    "Exact mode: expected gain over dense decoding by source of drafts, or None.")
       .def(
           "replay",
-          [](Session& s, const std::optional<std::string>& statistic, double alpha) {
-            const auto spec = spec_of(statistic, alpha);
+          [](Session& s, const std::optional<std::string>& statistic, double alpha, bool weighted,
+             int64_t samples) {
+            const auto spec = spec_of(statistic, alpha, weighted, samples);
             nb::gil_scoped_release release;
             s.replay(spec, interrupted);
           },
           nb::kw_only(), nb::arg("statistic") = nb::none(), nb::arg("alpha") = 0.4,
+          nb::arg("weighted") = false, nb::arg("samples") = 0,
           "Reads again, dense, what was decoded with core weights.")
       .def(
           "verify",

@@ -143,9 +143,9 @@ def memory() -> dict:
 class CoreSet:
     """Which neurons of which layers decode a text; a plain value."""
 
-    def __init__(self, layers: Sequence[Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None], scores: Sequence[Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]] | None = None, *, n_ff: int, statistic: str = '', alpha: float = 0.0, beta: float = 0.0, n_tokens: int = 0) -> None:
+    def __init__(self, layers: Sequence[Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None], scores: Sequence[Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]] | None = None, *, n_ff: int, statistic: str = '', alpha: float = 0.0, beta: float = 0.0, n_tokens: int = 0, weighted: bool = False, patch: Sequence[tuple[Annotated[NDArray, dict(shape=(None, None), order='C', device='cpu', writable=False)], Annotated[NDArray, dict(shape=(None, None), order='C', device='cpu', writable=False)]] | None] | None = None) -> None:
         """
-        layers: per layer ascending int32 indices, or None where it stays dense.
+        layers: per layer ascending int32 indices, or None where it stays dense. patch: per layer float16 (rank, k) and (n_embd, rank), or None.
         """
 
     @property
@@ -157,6 +157,12 @@ class CoreSet:
         """Per layer: float32 (n_ff,); empty when handed in."""
 
     @property
+    def patch(self) -> list:
+        """
+        Per layer: float16 (rank, k) and (n_embd, rank), or None; empty without any.
+        """
+
+    @property
     def n_ff(self) -> int: ...
 
     @property
@@ -164,6 +170,9 @@ class CoreSet:
 
     @property
     def alpha(self) -> float: ...
+
+    @property
+    def weighted(self) -> bool: ...
 
     @property
     def beta(self) -> float: ...
@@ -181,6 +190,8 @@ class Sampler:
     def accept(self, token: int) -> None: ...
 
     def sample(self, logits: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> int: ...
+
+PATCH_SAMPLES: int = 128
 
 class Session:
     """One text of one caller: cache, neuron scores, decode weights."""
@@ -203,7 +214,7 @@ class Session:
     @property
     def tokens(self) -> list[int]: ...
 
-    def reusable(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], statistic: str | None = None, alpha: float = 0.4) -> int:
+    def reusable(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], statistic: str | None = None, alpha: float = 0.4, weighted: bool = False, samples: int = 0) -> int:
         """
         How many leading ids a prefill of tokens may keep; always leaves the last to run.
         """
@@ -213,7 +224,7 @@ class Session:
 
     def reset(self) -> None: ...
 
-    def prefill(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], *, statistic: str | None = None, alpha: float = 0.4, progress: Callable[[int, int], None] | None = None, beta: float | None = None, layers: tuple[int, int] | None = None) -> None:
+    def prefill(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], *, statistic: str | None = None, alpha: float = 0.4, weighted: bool = False, samples: int = 0, progress: Callable[[int, int], None] | None = None, beta: float | None = None, layers: tuple[int, int] | None = None) -> None:
         """
         Appends int32 tokens with the dense weights, counting for the statistic if given. With the beta and layers of the select that follows, weights that are not resident are gathered as they pass by.
         """
@@ -222,10 +233,23 @@ class Session:
 
     def stability(self, *, beta: float, layers: tuple[int, int] | None = None) -> float | None: ...
 
+    def samples(self, layer: int) -> tuple[NDArray[numpy.float32], NDArray[numpy.float32]]:
+        """
+        What the prefill kept of its last tokens: inputs (n, n_ff) and outputs (n, n_embd) of the layer's down projection, float32.
+        """
+
     def set_core(self, core_set: CoreSet | None) -> None:
         """
         Compacts and decodes with these neurons from now on; None: the dense weights.
         """
+
+    def fit_patch(self, *, rank: int = 64, decay: float = 1.0, ridge: float = 0.3) -> None:
+        """
+        Lets the kept neurons of the present core set answer for the dropped ones, as learned from the prompt's samples; core_set then carries the patch.
+        """
+
+    @property
+    def patch_bytes(self) -> int: ...
 
     @property
     def core_set(self) -> CoreSet | None: ...
@@ -256,7 +280,7 @@ class Session:
         Exact mode: expected gain over dense decoding by source of drafts, or None.
         """
 
-    def replay(self, *, statistic: str | None = None, alpha: float = 0.4) -> None:
+    def replay(self, *, statistic: str | None = None, alpha: float = 0.4, weighted: bool = False, samples: int = 0) -> None:
         """Reads again, dense, what was decoded with core weights."""
 
     def verify(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> NDArray[numpy.float32]:

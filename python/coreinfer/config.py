@@ -17,6 +17,9 @@ from typing import Any
 
 CORE_MODES = ("auto", "off", "stable", "similar", "exact")
 STATISTICS = ("count", "count_gate", "count_abs", "flock")
+CORE_PRESETS = ("paper",)  # names of whole CoreConfigs, beside the modes
+PATCH_RANK = 64  # of `patch=True`
+MAX_PATCH_RANK = 1024
 CACHE_TYPES = ("f32", "f16", "q8_0")
 
 DEFAULT_CORE_MODE = "auto"  # what `Llama` and the command line do unless asked
@@ -30,8 +33,9 @@ LayerRange = tuple[int, int | None]
 class Spec:
     """What is known of one parameter beside its default.
 
-    `kind` is one of int, float, str, bool, layers, bias, size; `low` and `high` are inclusive
-    bounds unless `low_open`; `flag` is the command-line name where it differs from the field's.
+    `kind` is one of int, float, str, bool, layers, bias, size, patch; `low` and `high` are
+    inclusive bounds unless `low_open`; `flag` is the command-line name where it differs from the
+    field's.
     """
 
     help: str
@@ -94,6 +98,8 @@ def _checked(name: str, value: Any, spec: Spec) -> Any:
         return _checked_bias(name, value)
     if spec.kind == "size":
         return parse_size(value, name)
+    if spec.kind == "patch":
+        return _checked_patch(name, value)
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -131,6 +137,21 @@ def _checked_bias(name: str, value: Any) -> dict[int, float]:
     if any(math.isnan(amount) for amount in bias.values()):
         raise _wrong(name, value, "no NaN among the numbers")
     return bias
+
+
+def _checked_patch(name: str, value: Any) -> int:
+    """The rank that is meant: True, "on" or a number; 0 for False and "off"."""
+    words: dict[Any, Any] = {"on": True, "off": False}
+    given = words.get(value.lower(), value) if isinstance(value, str) else value
+    if isinstance(given, bool):
+        return PATCH_RANK if given else 0
+    try:
+        rank = int(given) if isinstance(given, str) else operator.index(given)
+    except (TypeError, ValueError):
+        rank = -1
+    if not 0 <= rank <= MAX_PATCH_RANK:
+        raise _wrong(name, value, f"on, off or a rank from 1 to {MAX_PATCH_RANK}")
+    return rank
 
 
 def parse_layers(text: str, name: str = "layers") -> LayerRange:
@@ -247,12 +268,41 @@ class CoreConfig(Checked):
     max_drafts: int = parameter(
         8, "tokens that exact mode drafts at most before a verification", "int", low=0, high=15
     )
+    weighted: bool = parameter(
+        False,
+        "weigh activations by the norms of the down projection's columns before ranking neurons",
+        "bool",
+    )
+    patch: bool | int = parameter(
+        True,
+        f"let the kept neurons answer for the dropped ones: on (rank {PATCH_RANK}), off or a rank",
+        "patch",
+        metavar="RANK",
+    )
+
+    @classmethod
+    def paper(cls, beta: float = 0.4) -> CoreConfig:
+        """The settings of the CoreInfer paper (arXiv 2410.18311), whatever the defaults become.
+
+        Its beta is 0.2 for extraction and question answering, 0.4 for translation.
+        """
+        return cls(
+            mode="stable",
+            alpha=0.4,
+            beta=beta,
+            statistic="count",
+            weighted=False,
+            patch=False,
+            layers=None,
+        )
 
     @classmethod
     def of(cls, core: str | CoreConfig) -> CoreConfig:
-        """A config from a mode name or a config; anything else is a ValueError."""
+        """A config from a mode's or preset's name or a config; anything else is a ValueError."""
         if isinstance(core, cls):
             return core
+        if core == "paper":
+            return cls.paper()
         if isinstance(core, str):
             return cls(mode=core)
         raise _wrong("core", core, f"one of {', '.join(CORE_MODES)}, a CoreConfig or a CoreSet")

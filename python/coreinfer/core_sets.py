@@ -1,8 +1,9 @@
 """CoreSet: the neurons that decoding keeps, layer by layer, as a plain value that can be filed.
 
 A set comes out of `Llama.core_set`, goes back in through `Llama(core=...)` or `set_core_set`, and
-is saved as `.npz` (never pickled): one int32 array a layer, optionally the float32 scores, and a
-JSON header with the model's fingerprint. Every index is checked when a file is read.
+is saved as `.npz` (never pickled): one int32 array a layer, optionally the float32 scores and the
+float16 factors of the patch, and a JSON header with the model's fingerprint. Every index and value
+is checked when a file is read.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from typing import Any
 import numpy as np
 
 from . import sidecar
-from .config import STATISTICS
+from .config import MAX_PATCH_RANK, STATISTICS
 from .sidecar import MAX_CLUSTERS, MAX_FF, MAX_LAYERS, Archive, fingerprint_of, number, whole
 
 FORMAT_NAME = "coreinfer core set"
 FORMAT_VERSION = 1
+_MAX_EMBD = 1 << 20
 _MAX_FILE_BYTES = 1 << 30
+
+
+Patch = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +52,11 @@ class CoreSet:
         The cluster that chose the set, and the cosine of the prompt to it; None if none did.
     fingerprint : int or None
         Fingerprint of the model file the set belongs to; None fits any model of these shapes.
+    weighted : bool
+        Whether activations were weighted by the norms of the down projection's columns.
+    patch : list of (ndarray float16 (rank, k), ndarray float16 (n_embd, rank)) or None
+        Per layer the low-rank part by which the k kept neurons answer for the dropped ones:
+        y += out @ (in @ h); None for a layer without, an empty list if no layer has one.
     """
 
     layers: Sequence[np.ndarray | None]
@@ -60,6 +70,8 @@ class CoreSet:
     cluster: int | None = None
     cluster_similarity: float | None = None
     fingerprint: int | None = None
+    weighted: bool = False
+    patch: Sequence[Patch | None] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.layers) <= MAX_LAYERS:
@@ -80,6 +92,18 @@ class CoreSet:
         _statistic(given)
         if self.fingerprint is not None and not 0 <= self.fingerprint < 1 << 64:
             raise ValueError(f"fingerprint is {self.fingerprint}; expected 0 to 2**64 - 1")
+        if not isinstance(self.weighted, bool):
+            raise ValueError(f"weighted is {self.weighted!r}; expected True or False")
+        if len(self.patch) not in (0, len(layers)):
+            raise ValueError(
+                f"a core set of {len(layers)} layers has a patch for {len(self.patch)}; expected "
+                "one pair of matrices a layer, or none at all"
+            )
+        patch = [
+            _checked_patch(i, factors, layer)
+            for i, (factors, layer) in enumerate(zip(self.patch, layers, strict=False))
+        ]
+        object.__setattr__(self, "patch", patch if any(patch) else [])
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "scores", scores)
 
@@ -87,6 +111,11 @@ class CoreSet:
     def sizes(self) -> list[int]:
         """Neurons kept per layer; n_ff where a layer stays dense."""
         return [self.n_ff if layer is None else len(layer) for layer in self.layers]
+
+    @property
+    def patch_rank(self) -> int:
+        """The largest rank among the layers' patches; 0 without any."""
+        return max((len(factors[0]) for factors in self.patch if factors), default=0)
 
     @property
     def kept(self) -> float:
@@ -142,6 +171,9 @@ class CoreSet:
         for i, score in enumerate(self.scores):
             if score is not None:
                 arrays[f"scores_{i}"] = score
+        for i, factors in enumerate(self.patch):
+            if factors is not None:
+                arrays[f"patch_in_{i}"], arrays[f"patch_out_{i}"] = factors
         sidecar.save(path, "core set", self._header(), arrays)
 
     def _header(self) -> dict[str, Any]:
@@ -159,6 +191,8 @@ class CoreSet:
             "stability": self.stability,
             "cluster": self.cluster,
             "cluster_similarity": self.cluster_similarity,
+            "weighted": self.weighted,
+            "patched_layers": [i for i, factors in enumerate(self.patch) if factors is not None],
         }
 
     @classmethod
@@ -204,6 +238,30 @@ def _checked_scores(i: int, score: Any, n_ff: int) -> np.ndarray | None:
     return values
 
 
+def _checked_patch(i: int, factors: Any, layer: np.ndarray | None) -> Patch | None:
+    if factors is None:
+        return None
+    if layer is None:
+        raise ValueError(f"layer {i} stays dense but has a patch; expected none")
+    inner, outer = (np.ascontiguousarray(factor) for factor in factors)
+    shapes_fit = (
+        inner.ndim == 2
+        and outer.ndim == 2
+        and inner.shape[1] == len(layer)
+        and outer.shape[1] == inner.shape[0]
+        and 1 <= inner.shape[0] <= MAX_PATCH_RANK
+        and 1 <= outer.shape[0] <= _MAX_EMBD
+    )
+    if not shapes_fit or inner.dtype != np.float16 or outer.dtype != np.float16:
+        raise ValueError(
+            f"the patch of layer {i} is {inner.dtype} {inner.shape} and {outer.dtype} "
+            f"{outer.shape}; expected float16 (rank, {len(layer)}) and (n_embd, rank)"
+        )
+    if not (np.isfinite(inner).all() and np.isfinite(outer).all()):
+        raise ValueError(f"the patch of layer {i} holds NaN or Inf")
+    return inner, outer
+
+
 def _statistic(header: dict[str, Any]) -> str:
     value = header.get("statistic", "")
     if value not in ("", *STATISTICS):
@@ -212,25 +270,30 @@ def _statistic(header: dict[str, Any]) -> str:
     return value
 
 
-def _dense_layers(header: dict[str, Any], n_layer: int) -> set[int]:
-    value = header.get("dense_layers")
+def _layer_list(header: dict[str, Any], name: str, n_layer: int) -> set[int]:
+    value = header.get(name)
     if (
         not isinstance(value, list)
         or any(type(i) is not int or not 0 <= i < n_layer for i in value)
         or len(set(value)) != len(value)
     ):
         raise ValueError(
-            f"dense_layers is {value!r}; expected a list of different layers from 0 to "
-            f"{n_layer - 1}"
+            f"{name} is {value!r}; expected a list of different layers from 0 to {n_layer - 1}"
         )
     return set(value)
+
+
+def _read_patch(archive: Archive, i: int, layer: np.ndarray | None) -> Patch:
+    k = 0 if layer is None else len(layer)
+    inner = archive.rows(f"patch_in_{i}", np.float16, k, MAX_PATCH_RANK)
+    return inner, archive.rows(f"patch_out_{i}", np.float16, len(inner), _MAX_EMBD)
 
 
 def _read(archive: Archive) -> CoreSet:
     header = archive.header(FORMAT_NAME, FORMAT_VERSION)
     n_layer = whole(header, "n_layer", 1, MAX_LAYERS)
     n_ff = whole(header, "n_ff", 1, MAX_FF)
-    dense = _dense_layers(header, n_layer)
+    dense = _layer_list(header, "dense_layers", n_layer)
     layers = [
         None if i in dense else archive.array(f"layer_{i}", np.int32, n_ff) for i in range(n_layer)
     ]
@@ -239,6 +302,7 @@ def _read(archive: Archive) -> CoreSet:
         archive.array(f"scores_{i}", np.float32, n_ff) if f"scores_{i}" in archive else None
         for i in range(n_layer if scored else 0)
     ]
+    patched = _layer_list({"patched_layers": [], **header}, "patched_layers", n_layer)
     stability, similarity = header.get("stability"), header.get("cluster_similarity")
     cluster = header.get("cluster")
     return CoreSet(
@@ -255,4 +319,9 @@ def _read(archive: Archive) -> CoreSet:
             None if similarity is None else number(header, "cluster_similarity", -1, 1)
         ),
         fingerprint=fingerprint_of(header),
+        weighted=header.get("weighted", False),
+        patch=[
+            _read_patch(archive, i, layers[i]) if i in patched else None
+            for i in range(n_layer if patched else 0)
+        ],
     )

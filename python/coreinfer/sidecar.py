@@ -107,6 +107,17 @@ class Archive:
         _, data = self._member(name, dtype, shape[0] * shape[1], str(shape), shape.__eq__)
         return np.frombuffer(data, dtype=dtype).reshape(shape)
 
+    def rows(self, name: str, dtype: type, n_columns: int, max_rows: int) -> np.ndarray:
+        """One array (n, n_columns), n at most `max_rows`."""
+        shape, data = self._member(
+            name,
+            dtype,
+            max_rows * n_columns,
+            f"(n, {n_columns})",
+            lambda shape: len(shape) == 2 and shape[1] == n_columns,
+        )
+        return np.frombuffer(data, dtype=dtype).reshape(shape)
+
     def _member(
         self,
         name: str,

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 class Timings:
     """What the last call cost. Seconds are wall time; bytes are weights that one step reads.
 
-    Prefill seconds include counting; selection and compaction come after it and before the first
-    decoded token, so they belong to the time to first token of a generation with core neurons, as
-    do embedding the prompt and looking its cluster up. In exact mode drafts (made, and those that
-    came true) are inside the decode seconds; replays of `refresh` stand beside them.
+    Prefill seconds include counting; selection, compaction and the patch come after it and before
+    the first decoded token, so they belong to the time to first token of a generation with core
+    neurons, as do embedding the prompt and looking its cluster up. In exact mode drafts (made, and
+    those that came true) are inside the decode seconds; replays of `refresh` stand beside them.
     """
 
     load_seconds: float = 0.0
@@ -24,6 +24,8 @@ class Timings:
     select_seconds: float = 0.0
     compact_seconds: float = 0.0
     compact_bytes: int = 0
+    patch_seconds: float = 0.0
+    patch_bytes: int = 0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
     drafted_tokens: int = 0
@@ -77,6 +79,7 @@ COUNTERS = {
     "count_seconds": float,
     "select_seconds": float,
     "compact_seconds": float,
+    "patch_seconds": float,
     "decode_tokens": int,
     "decode_seconds": float,
     "drafted_tokens": int,

@@ -182,6 +182,7 @@ class TokenModel:
             **since(now, self._timings_before),
             compact_bytes=now["compact_bytes"],
             **self._lookup_seconds,
+            patch_bytes=session.patch_bytes,
             reused_tokens=self._reused,
             dense_weight_bytes=engine.weight_bytes,
             decode_weight_bytes=session.decode_weight_bytes,
@@ -282,15 +283,19 @@ class TokenModel:
             )
         return lookup
 
-    def _counted(self) -> tuple[str | None, float]:
-        """The statistic that a prompt's prefill counts, if any, and its alpha."""
-        if self._active.mode in ("stable", "exact"):
-            return self._active.statistic, self._active.alpha
-        if self._core.mode == "similar":
+    def _counted(self) -> dict[str, Any]:
+        """What a prompt's prefill counts, as the session's keyword arguments; {} for nothing."""
+        core = self._active
+        if core.mode in ("stable", "exact"):
+            counted = {"statistic": core.statistic, "alpha": core.alpha, "weighted": core.weighted}
+            if core.mode == "stable" and core.patch:
+                counted["samples"] = _core.PATCH_SAMPLES
+            return counted
+        if core.mode == "similar":
             lookup = self._need_clusters(self._lookup)
-            if lookup.needs_scores(self._core):
-                return lookup.clusters.statistic, lookup.clusters.alpha
-        return None, self._core.alpha
+            if lookup.needs_scores(core):
+                return {"statistic": lookup.clusters.statistic, "alpha": lookup.clusters.alpha}
+        return {}
 
     def _similar_core(self, session: _core.Session, text: str | None) -> CoreSet:
         """The neurons of the prompt's nearest cluster; `text` is what the prompt says, if known."""
@@ -311,7 +316,7 @@ class TokenModel:
         return replace(chosen, stability=stability, fingerprint=self.fingerprint)
 
     def _choose_core(self, session: _core.Session, text: str | None = None) -> None:
-        """Select from the prompt's statistics or by its cluster, and compact.
+        """Select from the prompt's statistics or by its cluster, compact, and fit the patch.
 
         Exact mode does so by itself, when drafting is expected to pay.
         """
@@ -324,23 +329,34 @@ class TokenModel:
             self._core_set = None
             return
         session.end_exact()
-        chosen: CoreSet | None = self._given
-        if self._core.mode == "similar":
-            chosen = self._similar_core(session, text)
         if core.mode == "stable":
-            raw = session.select(beta=core.beta, layers=layers)
-            chosen = CoreSet(
-                layers=raw.layers,
-                n_ff=raw.n_ff,
-                scores=raw.scores,
-                statistic=core.statistic,
-                alpha=core.alpha,
-                beta=core.beta,
-                n_tokens=raw.n_tokens,
-                stability=session.stability(beta=core.beta, layers=layers),
-                fingerprint=self.fingerprint,
-            )
-        self._decode_with(session, chosen)
+            self._stable_core(session, core, layers)
+        elif self._core.mode == "similar":
+            self._decode_with(session, self._similar_core(session, text))
+        else:
+            self._decode_with(session, self._given)
+
+    def _stable_core(
+        self, session: _core.Session, core: CoreConfig, layers: tuple[int, int] | None
+    ) -> None:
+        self._core_set = None
+        session.set_core(session.select(beta=core.beta, layers=layers))  # no work if unchanged
+        if core.patch:
+            session.fit_patch(rank=core.patch)
+        raw = session.core_set
+        self._core_set = CoreSet(
+            layers=raw.layers,
+            n_ff=raw.n_ff,
+            scores=raw.scores,
+            statistic=core.statistic,
+            alpha=core.alpha,
+            beta=core.beta,
+            n_tokens=raw.n_tokens,
+            stability=session.stability(beta=core.beta, layers=layers),
+            fingerprint=self.fingerprint,
+            weighted=core.weighted,
+            patch=raw.patch,
+        )
 
     def _decode_with(self, session: _core.Session, chosen: CoreSet | None) -> None:
         self._core_set = None
@@ -430,24 +446,24 @@ class TokenModel:
         self,
         session: _core.Session,
         ids: np.ndarray,
-        counted: tuple[str | None, float] | None = None,
+        counted: dict[str, Any] | None = None,
     ) -> None:
         """Make the cache hold exactly `ids`, dense, reusing what it can of the last text.
 
-        `counted` is the statistic to count and its alpha; by default what `core` asks for.
+        `counted` is what to count; by default what `core` asks for.
         """
         self._generation += 1
         self._timings_before = dict(session.timings)
         self._lookup_seconds = {}
         self._active = self._core if self._auto is None else self._auto.counting
         chooses = counted is None and self._active.mode == "stable"
-        statistic, alpha = self._counted() if counted is None else counted
-        self._reused = session.reusable(ids, statistic, alpha)
+        if counted is None:
+            counted = self._counted()
+        self._reused = session.reusable(ids, **counted)
         session.keep(self._reused)
         session.prefill(
             ids[self._reused :],
-            statistic=statistic,
-            alpha=alpha,
+            **counted,
             progress=self.prefill_progress,
             beta=self._active.beta if chooses else None,
             layers=self._active.layer_range(self.n_layer()) if chooses else None,
@@ -544,8 +560,7 @@ class TokenModel:
         if self._core.refresh is None or self._active.mode != "stable":
             return
         if session.n_past - session.n_dense >= self._core.refresh:
-            statistic, alpha = self._counted()
-            session.replay(statistic=statistic, alpha=alpha)
+            session.replay(**self._counted())
             self._choose_core(session)
 
     def neuron_scores(
@@ -565,7 +580,7 @@ class TokenModel:
         prompt = self.checked_prompt(prompt_ids)
         counted = CoreConfig(statistic=statistic, alpha=alpha)
         with self._computing() as session:
-            self._read(session, prompt, (counted.statistic, counted.alpha))
+            self._read(session, prompt, {"statistic": counted.statistic, "alpha": counted.alpha})
             raw = session.select(beta=1.0)
             return np.stack(raw.scores) / np.float32(raw.n_tokens)
 
@@ -688,4 +703,6 @@ def _to_core(core_set: CoreSet) -> Any:
         alpha=core_set.alpha,
         beta=core_set.beta,
         n_tokens=core_set.n_tokens,
+        weighted=core_set.weighted,
+        patch=list(core_set.patch) or None,
     )

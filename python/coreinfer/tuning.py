@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FORMAT_NAME = "coreinfer tuning"
 FORMAT_VERSION = 1
 _MAX_FILE_BYTES = 1 << 24
-_CONFIG_FIELDS = ("beta", "statistic", "alpha", "layers")
+_CONFIG_FIELDS = ("beta", "statistic", "alpha", "layers", "weighted", "patch")
 
 PROMPT_TOKENS = (64, 128, 256)  # lengths that are measured
 ANSWER_TOKENS = 48  # of the model's own continuation, forced through the core neurons

