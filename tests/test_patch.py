@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import pytest
 
 from coreinfer import CoreConfig, CoreSet, Llama, _core
 from make_synthetic_model import make_tiny_model
+from reference.neurons import ridge_patch
 
 SAMPLES = _core.PATCH_SAMPLES
 COUNTED = {"statistic": "flock", "samples": SAMPLES}
@@ -52,6 +54,33 @@ def test_kept_neurons_answer_better_for_what_the_prompt_repeats(engine):
     s.fit_patch(rank=64)
     patched = core_logits(s, int(tokens[-1]))
     assert np.square(patched - wanted).sum() < 0.5 * np.square(without - wanted).sum()
+
+
+@pytest.mark.parametrize("rank", [20, 8])
+def test_the_fit_is_the_ridge_regression_of_the_oracle(model, engine, rank):
+    m, beta, spec = 20, 0.4, _core.Session(engine, n_ctx=256)
+    spec.prefill(ids(m), statistic="flock", samples=m)
+    spec.set_core(spec.select(beta=beta))
+    spec.fit_patch(rank=rank, ridge=0.3)
+    tensors = {t.name: t.data for t in gguf.GGUFReader(model).tensors}
+    for i, (neurons, factors) in enumerate(
+        zip(spec.core_set.layers, spec.core_set.patch, strict=True)
+    ):
+        h, y = (a.astype(np.float64) for a in spec.samples(i))
+        w_down = tensors[f"blk.{i}.ffn_down.weight"].astype(np.float64)
+        np.testing.assert_allclose(h @ w_down.T, y, atol=2e-3 * np.abs(y).max())
+        whole, fitted = ridge_patch(h, y, neurons, w_down, 0.3)
+        inner, outer = (f.astype(np.float64) for f in factors)
+        scaled = h[:, neurons] / np.linalg.norm(h, axis=1, keepdims=True)
+        got = scaled @ (outer @ inner).T
+        if rank == m:
+            np.testing.assert_allclose(got, fitted, atol=4e-3 * np.abs(fitted).max())
+        # No other directions carry much more of what was fitted than those that were chosen.
+        singular = np.linalg.svd(fitted, compute_uv=False)
+        best = np.square(singular[:rank]).sum()
+        assert np.square(got).sum() > 0.93 * best
+        left = np.square(got - fitted).sum()
+        assert left < np.square(singular).sum() - 0.93 * best
 
 
 def test_the_set_says_what_it_carries_and_a_step_reads_it(engine):

@@ -1,12 +1,15 @@
 #include "neurons/patch.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <iterator>
 #include <random>
 
 #include "base/error.h"
 #include "base/half.h"
 #include "neurons/dense_algebra.h"
+#include "tensor/blocks.h"
 
 namespace coreinfer {
 namespace {
@@ -159,6 +162,28 @@ WeightPtr load_halves(Backend& backend, const std::vector<uint16_t>& values, int
   return backend.load({DType::kF16, rows, cols, reinterpret_cast<const std::byte*>(values.data())});
 }
 
+// In 8 bits where whole blocks fill the rows.
+WeightPtr load_bytes(Backend& backend, const std::vector<uint16_t>& values, int64_t rows,
+                     int64_t cols) {
+  constexpr int64_t kBlock = std::size(BlockQ8_0{}.qs);
+  if (cols % kBlock != 0) return load_halves(backend, values, rows, cols);
+  std::vector<BlockQ8_0> blocks(values.size() / kBlock);
+  for (size_t b = 0; b < blocks.size(); ++b) {
+    std::array<float, kBlock> x;
+    std::transform(values.begin() + static_cast<int64_t>(b) * kBlock,
+                   values.begin() + static_cast<int64_t>(b + 1) * kBlock, x.begin(), f16_to_f32);
+    float largest = 0.0f;
+    for (const float v : x) largest = std::max(largest, std::abs(v));
+    blocks[b].d = f32_to_f16(largest / 127.0f);
+    const float d = f16_to_f32(blocks[b].d);
+    for (size_t i = 0; i < x.size(); ++i) {
+      const float code = d > 0.0f ? std::nearbyint(x[i] / d) : 0.0f;
+      blocks[b].qs[i] = static_cast<int8_t>(std::clamp(code, -127.0f, 127.0f));
+    }
+  }
+  return backend.load({DType::kQ8_0, rows, cols, reinterpret_cast<const std::byte*>(blocks.data())});
+}
+
 }  // namespace
 
 void check(const PatchSpec& spec) {
@@ -263,7 +288,7 @@ void attach(Backend& backend, const LayerPatch& patch, FfnWeights& ffn) {
                 static_cast<long long>(k), static_cast<long long>(n_embd));
   }
   ffn.patch_in = load_halves(backend, patch.in, patch.rank, k);
-  ffn.patch_out = load_halves(backend, patch.out, n_embd, patch.rank);
+  ffn.patch_out = load_bytes(backend, patch.out, n_embd, patch.rank);
 }
 
 }  // namespace coreinfer

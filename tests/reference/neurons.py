@@ -152,3 +152,20 @@ def stability(
     prefix = core_sets(statistic, h[:, :p], act[:, :p], alpha, beta, layers)
     whole = core_sets(statistic, h, act, alpha, beta, layers)
     return (core_similarity(prefix, whole) - beta) / (1 - beta)
+
+
+def ridge_patch(
+    h: np.ndarray, y: np.ndarray, kept: np.ndarray, w_down: np.ndarray, ridge: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """What kept neurons can say of dropped ones, by ridge regression over sampled tokens.
+
+    h : (m, n_ff) inputs and y : (m, n_embd) outputs of a down projection w_down (n_embd, n_ff).
+    Returns the correction of full rank, (n_embd, k), and the fitted outputs, (m, n_embd).
+    """
+    scale = 1 / np.linalg.norm(h, axis=1, keepdims=True)
+    inner = h[:, kept] * scale
+    lost = (y - h[:, kept] @ w_down[:, kept].T) * scale
+    gram = inner @ inner.T
+    mu = ridge * np.trace(gram) / len(gram)
+    solution = np.linalg.solve(gram + mu * np.eye(len(gram)), lost)
+    return solution.T @ inner, gram @ solution
