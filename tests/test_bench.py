@@ -26,10 +26,10 @@ load_mode lazy_mode embeddings no_op_offload no_host repack fit_target fit_min_c
 n_depth test_time avg_ns stddev_ns avg_ts stddev_ts
 """.split()
 OWN_COLUMNS = """
-test isa core statistic alpha beta layer_first layer_last ffn_kept_frac n_prompt_select count_ns
-select_ns compact_ns compact_bytes compact_source_bytes weight_bytes_per_token eff_bw_gbs
-read_bw_gbs read_bw_bytes read_bw_share ttft_ns break_even_tokens verify_over_decode kv_bytes
-load_ns peak_rss logits_hash
+test isa core statistic alpha weighted beta layer_first layer_last ffn_kept_frac n_prompt_select
+count_ns select_ns compact_ns patch_rank patch_ns patch_bytes n_drafts accept acceptance
+compact_bytes compact_source_bytes weight_bytes_per_token eff_bw_gbs read_bw_gbs read_bw_bytes
+read_bw_share ttft_ns break_even_tokens verify_over_decode kv_bytes load_ns peak_rss logits_hash
 """.split()
 TEXT_COLUMNS = """
 build_commit cpu_info gpu_info backends model_filename model_type cpu_mask type_k type_v split_mode
@@ -144,7 +144,7 @@ def test_zero_leaves_a_kind_of_test_out(model):
         (["-o", "xml"], '-o is "xml", expected one of md, csv, json, jsonl, sql'),
         (["-ngl", "-1"], "-ngl is -1, expected 0 to"),
         (["-mg", "1024"], "-mg is 1024, expected 0 to 1023"),
-        (["--core", "sometimes"], '--core is "sometimes", expected one of off, stable'),
+        (["--core", "sometimes"], '--core is "sometimes", expected one of off, stable, exact'),
         (["--statistic", "mean"], "mean"),
         (["--beta", "0"], "--beta is 0, expected more than 0 and at most 1"),
         (["--alpha", "1.5"], "--alpha is 1.5, expected more than 0 and at most 1"),
@@ -153,6 +153,9 @@ def test_zero_leaves_a_kind_of_test_out(model):
         (["--layers", "3"], '--layers: "3" is not FIRST:LAST'),
         (["--layers", "3:3"], "has no layer"),
         (["--layers", "2:9", "--core", "stable", "-p", "4"], "has layers 0:3"),
+        (["--drafts", "16"], "expected 0 to 15"),
+        (["--patch", "2000"], "expected 0 to 1024"),
+        (["--core", "exact", "--verify", "2"], "decoding verifies by itself there"),
         (["--bandwidth", "-1"], "--bandwidth is -1, expected 0 (skip) to 1024 GiB"),
         (["-p"], "-p needs a value"),
         (["-p", "0", "-n", "0"], "no test to run"),
@@ -492,7 +495,7 @@ def test_generation_with_core_neurons_follows_a_prefill_and_dense_rows_do_too(mo
 @pytest.mark.parametrize("args", [["-n", 4], ["-n", 0, "--verify", 2]])
 def test_core_rows_without_a_prompt_are_refused(model, args):
     done = bench("-m", model, "-p", 0, *args, "--core", "stable", "--bandwidth", 0)
-    assert done.returncode == 1 and "has no prompt to choose neurons from" in done.stderr
+    assert done.returncode == 1 and "has no prompt to choose them from" in done.stderr
     assert not done.stdout
 
 
@@ -521,6 +524,41 @@ def test_core_rows_report_what_was_kept_and_what_it_cost(model):
         assert core["break_even_tokens"] == pytest.approx(spent / saved, rel=0.5 / saved + 1e-4)
     else:
         assert core["break_even_tokens"] is None
+
+
+def test_a_patched_row_reads_and_waits_for_its_patch(model):
+    plain, patched = rows_of(
+        model, "-p", 32, "-n", 3, "-d", 5, "-r", 2, "--core", "stable", "--patch", "0,8"
+    )[4:]
+    assert (plain["patch_rank"], patched["patch_rank"]) == (0, 8)
+    assert plain["patch_ns"] is None and patched["patch_ns"] > 0 and patched["patch_bytes"] > 0
+    extra = patched["weight_bytes_per_token"] - plain["weight_bytes_per_token"]
+    assert extra == patched["patch_bytes"]
+    assert patched["logits_hash"] != plain["logits_hash"]
+
+
+def test_a_patch_is_the_same_in_every_repetition_with_a_depth(model):
+    done = bench(
+        *("-m", model, "-p", 0, "-n", 0, "-pg", "8,3", "-d", 6, "-r", 3, "--bandwidth", 0),
+        *("--core", "stable", "--patch", 4),
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_exact_rows_draft_and_give_the_dense_logits(model):
+    args = ["-p", 6, "-n", 12, "-r", 3, "--core", "exact", "--drafts", "0,3"]
+    dense, none, drafted = rows_of(model, *args, "--accept", 0.5)[3:]
+    assert [r["core"] for r in (dense, none, drafted)] == ["off", "exact", "exact"]
+    # Without drafts the text is that of the dense row, and so are the logits.
+    assert none["logits_hash"] == dense["logits_hash"]
+    assert none["acceptance"] is None and none["n_drafts"] == 0
+    assert 0 < drafted["acceptance"] < 1 and drafted["accept"] == 0.5
+    assert drafted["compact_bytes"] > 0 and drafted["weight_bytes_per_token"] is None
+
+
+def test_drafts_that_are_forced_to_come_true_do(model):
+    row = rows_of(model, "-p", 6, "-n", 11, "--core", "exact", "--accept", 1, "--drafts", 2)[3]
+    assert row["acceptance"] == 1.0
 
 
 def test_layers_outside_the_range_stay_dense(model):

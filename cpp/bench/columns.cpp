@@ -38,6 +38,16 @@ template <typename T>
 std::optional<T> if_core(const Row& row, const T& value) {
   return row.setting.on ? std::optional<T>(value) : std::nullopt;
 }
+
+template <typename T>
+std::optional<T> if_exact(const Row& row, T value) {
+  return row.setting.exact ? std::optional<T>(value) : std::nullopt;
+}
+
+std::string core_mode(const CoreSetting& setting) {
+  if (!setting.on) return "off";
+  return setting.exact ? "exact" : "stable";
+}
 template <typename T>
 std::optional<T> if_measured(const Row& row, const T& value) {
   return row.bandwidth.gb_per_s > 0.0 ? std::optional<T>(value) : std::nullopt;
@@ -106,7 +116,7 @@ std::vector<Column> own_columns() {
   return {
       words("test", [](const Row& r) { return r.group.test.name(); }),
       words("isa", [](const Row& r) { return r.isa; }),
-      words("core", [](const Row& r) { return std::string(r.setting.on ? "stable" : "off"); }),
+      words("core", [](const Row& r) { return core_mode(r.setting); }),
       words("statistic",
             [](const Row& r) {
               return if_core(r, std::string(statistic_name(r.setting.spec.statistic)));
@@ -128,6 +138,9 @@ std::vector<Column> own_columns() {
       integer("patch_rank", [](const Row& r) { return if_core(r, r.setting.patch); }),
       integer("patch_ns", [](const Row& r) { return r.patch_ns; }),
       integer("patch_bytes", [](const Row& r) { return r.patch_bytes; }),
+      integer("n_drafts", [](const Row& r) { return if_exact(r, r.setting.drafts); }),
+      number("accept", [](const Row& r) { return if_exact(r, r.setting.accept); }),
+      number("acceptance", [](const Row& r) { return r.acceptance; }),
       integer("compact_bytes", [](const Row& r) { return r.compact_bytes; }),
       integer("compact_source_bytes", [](const Row& r) { return r.compact_source_bytes; }),
       integer("weight_bytes_per_token", [](const Row& r) { return r.weight_bytes; }),

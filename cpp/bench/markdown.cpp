@@ -70,6 +70,10 @@ class MarkdownPrinter final : public Printer {
       if (std::any_of(all.begin(), all.end(), patched)) {
         add("patch ms", 8, [](const Row& r) { return scaled(r.patch_ns, 2, 1e-6); });
       }
+      const auto drafts = [](const CoreSetting& c) { return c.exact; };
+      if (std::any_of(all.begin(), all.end(), drafts)) {
+        add("accepted", 8, [](const Row& r) { return scaled(r.acceptance, 2, 1.0); });
+      }
       add("pays after", 10, [](const Row& r) { return scaled(r.break_even_tokens(), 1, 1.0); });
     }
     const auto verifies = [](const Group& g) { return g.test.kind == TestKind::kVerify; };

@@ -10,6 +10,7 @@
 #include "base/thread_pool.h"
 #include "bench/usage.h"
 #include "bench/value_list.h"
+#include "engine/draft_pace.h"
 #include "engine/session.h"
 
 namespace coreinfer::bench {
@@ -20,6 +21,7 @@ constexpr int64_t kMaxBatch = 65536;
 constexpr int64_t kMaxThreads = 1024;
 constexpr int64_t kMaxLayers = 65536;
 constexpr int64_t kMaxGpus = 1023;
+constexpr int64_t kMaxDrafts = DraftPace::kMaxDrafts;
 constexpr int64_t kMaxVerify = kExactRows;  // tokens that one decode step can take
 
 std::string one_of(const std::string& flag, const std::string& text,
@@ -37,7 +39,7 @@ std::string parse_kv_type(const std::string&, const std::string& text) {
 }
 
 std::string parse_core(const std::string& flag, const std::string& text) {
-  return one_of(flag, text, {"off", "stable"});
+  return one_of(flag, text, {"off", "stable", "exact"});
 }
 
 Statistic parse_statistic(const std::string&, const std::string& text) {
@@ -87,6 +89,8 @@ class Parser {
     list({"--beta"}, params_.beta, parse_share);
     list({"--layers"}, params_.layers, parse_layers);
     integers({"--patch"}, params_.patch, kMaxPatchRank);
+    integers({"--drafts"}, params_.drafts, kMaxDrafts);
+    list({"--accept"}, params_.accept, parse_share);
     flag({"--weighted"}, [this] { params_.weighted = true; });
     option({"-pg"}, [this](const auto& flag, const auto& text) {
       const std::vector<std::string> pair = split_list(flag, text, ',');

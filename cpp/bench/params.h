@@ -39,12 +39,14 @@ struct BenchParams {
   std::vector<int64_t> main_gpu = {0};
   std::vector<std::string> type_k = {"f16"};
   std::vector<std::string> type_v = {"f16"};
-  std::vector<std::string> core = {"off"};  // "off", "stable"
+  std::vector<std::string> core = {"off"};  // "off", "stable", "exact"
   std::vector<Statistic> statistic = {StatisticSpec{}.statistic};
   std::vector<double> alpha = {0.4};
   std::vector<double> beta = {0.4};
   std::vector<LayerRange> layers = {kAllLayers};
-  std::vector<int64_t> patch = {0};  // ranks; 0: no patch
+  std::vector<int64_t> patch = {0};    // ranks; 0: no patch; of "stable"
+  std::vector<int64_t> drafts = {4};   // in one verification, of "exact"
+  std::vector<double> accept = {0.9};  // share of drafts that come true, of "exact"
 
   // ---- one for the whole run
   int64_t repetitions = 5;

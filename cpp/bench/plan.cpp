@@ -7,24 +7,50 @@
 namespace coreinfer::bench {
 namespace {
 
+void add_stable(const BenchParams& params, CoreSetting setting, std::vector<CoreSetting>* all) {
+  for (const int64_t patch : params.patch) {
+    setting.patch = patch;
+    setting.spec.samples = patch > 0 ? kPatchSamples : 0;
+    all->push_back(setting);
+  }
+}
+
+void add_exact(const BenchParams& params, CoreSetting setting, std::vector<CoreSetting>* all) {
+  setting.exact = true;
+  for (const int64_t drafts : params.drafts) {
+    for (const double accept : params.accept) {
+      setting.drafts = drafts;
+      setting.accept = accept;
+      all->push_back(setting);
+    }
+  }
+}
+
 // Dense, then every core setting that differs from those before it.
 std::vector<CoreSetting> core_settings(const BenchParams& params) {
   std::vector<CoreSetting> settings = {CoreSetting{}};
-  if (std::find(params.core.begin(), params.core.end(), "stable") == params.core.end()) {
-    return settings;
+  const auto asked = [&](const char* mode) {
+    return std::find(params.core.begin(), params.core.end(), mode) != params.core.end();
+  };
+  const bool stable = asked("stable"), exact = asked("exact");
+  if (!stable && !exact) return settings;
+  if (exact && !params.n_verify.empty()) {
+    throw_error(ErrorKind::kValue,
+                "--verify with --core exact: decoding verifies by itself there; use off or stable");
   }
   for (const Statistic statistic : params.statistic) {
     for (const double alpha : params.alpha) {
       for (const double beta : params.beta) {
         for (const LayerRange layers : params.layers) {
-          for (const int64_t patch : params.patch) {
-            StatisticSpec spec;
-            spec.statistic = statistic;
-            spec.alpha = alpha;
-            spec.weighted = params.weighted;
-            spec.samples = patch > 0 ? kPatchSamples : 0;
-            settings.push_back({true, spec, beta, layers, patch});
-          }
+          CoreSetting setting;
+          setting.on = true;
+          setting.spec.statistic = statistic;
+          setting.spec.alpha = alpha;
+          setting.spec.weighted = params.weighted;
+          setting.beta = beta;
+          setting.layers = layers;
+          if (stable) add_stable(params, setting, &settings);
+          if (exact) add_exact(params, setting, &settings);
         }
       }
       if (statistic == Statistic::kFlock) break;  // has no alpha
@@ -59,8 +85,8 @@ std::vector<Test> tests_at(const BenchParams& params, int64_t depth, bool prompt
 void check_prompt(const Test& test) {
   if (test.n_prompt + test.n_depth > 0) return;
   throw_error(ErrorKind::kValue,
-              "%s with --core stable has no prompt to choose neurons from: give -p (or -d) of at "
-              "least 1, or leave such tests out (-n 0) and use -pg",
+              "%s with core neurons has no prompt to choose them from: give -p (or -d) of at least "
+              "1, or leave such tests out (-n 0) and use -pg",
               test.name().c_str());
 }
 
@@ -113,7 +139,8 @@ std::string Test::name() const {
 
 std::string CoreSetting::name() const {
   if (!on) return "off";
-  std::string text(spec.weighted ? "weighted " : "");
+  std::string text(exact ? "exact " : "");
+  if (spec.weighted) text += "weighted ";
   text += statistic_name(spec.statistic);
   if (spec.statistic != Statistic::kFlock) text += format_string("(%g)", spec.alpha);
   text += format_string(" %g", beta);
@@ -124,6 +151,7 @@ std::string CoreSetting::name() const {
     }
   }
   if (patch > 0) text += format_string(" patch %lld", static_cast<long long>(patch));
+  if (exact) text += format_string(" %lld drafts %g", static_cast<long long>(drafts), accept);
   return text;
 }
 

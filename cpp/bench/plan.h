@@ -25,13 +25,17 @@ struct Test {
 
 // Which FFN weights a row decodes with.
 struct CoreSetting {
-  bool on = false;  // false: dense, and the rest has no meaning
+  bool on = false;     // false: dense, and the rest has no meaning
+  bool exact = false;  // the core neurons only draft; dense weights verify
   StatisticSpec spec;
   double beta = 0.0;
   LayerRange layers = kAllLayers;
-  int64_t patch = 0;  // rank
+  int64_t patch = 0;    // rank, unless exact
+  int64_t drafts = 0;   // if exact: in one verification
+  double accept = 0.0;  // if exact: share of drafts that come true
 
-  std::string name() const;  // "off", "flock 0.4", "weighted count(0.4) 0.2 6:26 patch 64"
+  // "off", "flock 0.4", "weighted count(0.4) 0.2 6:26 patch 64", "exact flock 0.2 4 drafts 0.9"
+  std::string name() const;
 };
 
 struct Group {

@@ -56,6 +56,7 @@ std::optional<double> Row::bandwidth_share() const {
 
 std::optional<double> Row::break_even_tokens() const {
   if (group.test.kind != TestKind::kGenerate || !setting.on || !dense_step_ns) return std::nullopt;
+  if (setting.exact) return std::nullopt;  // its steps have chosen and compacted themselves
   const double saved = *dense_step_ns - avg_ns() / static_cast<double>(group.test.n_gen);
   if (saved <= 0.0) return std::nullopt;
   return static_cast<double>(select_ns.value_or(0) + compact_ns.value_or(0) +

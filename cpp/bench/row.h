@@ -42,6 +42,7 @@ struct Row {
   std::optional<int64_t> ttft_ns;               // prefill, counting, select and compact
   std::optional<double> dense_step_ns;          // of the dense row of the same setting
   std::optional<double> verify_over_decode;     // time of a verification over a decode step
+  std::optional<double> acceptance;             // drafts that came true, over all
   int64_t load_ns = 0;
   uint64_t peak_rss = 0;
   uint64_t logits_hash = 0;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <random>
 
 #include "base/clock.h"
 #include "base/error.h"
@@ -53,12 +54,15 @@ TestRun::Ids TestRun::ids(int64_t begin, int64_t count) const {
 }
 
 void TestRun::to_depth() {
+  session_.set_exact(std::nullopt);
   session_.set_core(std::nullopt);
-  if (at_depth_ && depth_state_.empty()) {
+  // Scores cannot be taken back to any length, as the cache can.
+  const bool scores_grow = spec_ && (test_.n_prompt > 0 || setting_.exact);
+  if (at_depth_ && !scores_grow) {
     session_.keep(test_.n_depth);
     return;
   }
-  if (at_depth_) {
+  if (!depth_state_.empty()) {
     session_.load_state(depth_state_);
     return;
   }
@@ -69,14 +73,18 @@ void TestRun::to_depth() {
     depth_timings_ = session_.timings();
     depth_timings_.prefill_seconds -= before.prefill_seconds;
     depth_timings_.count_seconds -= before.count_seconds;
-    // Scores cannot be taken back to any length, as the cache can.
-    if (spec_ && test_.n_prompt > 0) depth_state_ = session_.save_state();
+    // A state has no samples: where a patch needs them the depth is read again.
+    if (scores_grow && spec_->samples == 0) depth_state_ = session_.save_state();
   }
   at_depth_ = true;
 }
 
 void TestRun::choose() {
   if (!setting_.on) return;
+  if (setting_.exact) {
+    session_.set_exact(ExactSpec{setting_.beta, layers(), setting_.drafts, true, false, false});
+    return;
+  }
   session_.set_core(session_.select(setting_.beta, layers()));
   if (setting_.patch > 0) session_.fit_patch({.rank = setting_.patch});
 }
@@ -109,6 +117,28 @@ int64_t TestRun::timed_decode(LogitsHash& hash) {
     ns += now_ns() - start;
     hash.add(session_.logits());
   }
+  return ns;
+}
+
+// As timed_decode, but the text takes some of what was drafted for it.
+int64_t TestRun::timed_drafting(LogitsHash& hash) {
+  std::mt19937 random(1);  // the same in every repetition
+  int64_t ns = 0;
+  for (int32_t id : ids(session_.n_past(), test_.n_gen)) {
+    const bool comes_true = static_cast<double>(random()) < setting_.accept * 0x1p32;
+    if (const auto expected = session_.expected()) {
+      if (comes_true) {
+        id = *expected;
+      } else if (id == *expected) {
+        id = id == 0 ? 1 : 0;
+      }
+    }
+    const int64_t start = now_ns();
+    session_.decode(id);
+    ns += now_ns() - start;
+    hash.add(session_.logits());
+  }
+  session_.set_exact(std::nullopt);  // what was drafted last counts as judged
   return ns;
 }
 
@@ -147,13 +177,15 @@ int64_t TestRun::repeat() {
   if (test_.kind == TestKind::kVerify) {
     ns += timed_verify(hash);
   } else if (test_.n_gen > 0) {
-    ns += timed_decode(hash);
+    ns += setting_.exact ? timed_drafting(hash) : timed_decode(hash);
   }
   const Timings& after = session_.timings();
   totals_.count_seconds += after.count_seconds - before.count_seconds;
   totals_.select_seconds += after.select_seconds - before.select_seconds;
   totals_.compact_seconds += after.compact_seconds - before.compact_seconds;
   totals_.patch_seconds += after.patch_seconds - before.patch_seconds;
+  totals_.drafted_tokens += after.drafted_tokens - before.drafted_tokens;
+  totals_.accepted_tokens += after.accepted_tokens - before.accepted_tokens;
   samples_ns_.push_back(ns);
   if (hash_ && *hash_ != hash.value()) {
     throw_error(ErrorKind::kState,
@@ -172,7 +204,8 @@ void TestRun::fill(Row& row) const {
   row.samples_ns = samples_ns_;
   row.logits_hash = *hash_;
   row.kv_bytes = static_cast<int64_t>(session_.kv_bytes());
-  if (test_.n_gen > 0) row.weight_bytes = static_cast<int64_t>(session_.decode_weight_bytes());
+  if (test_.n_gen > 0 && !setting_.exact)
+    row.weight_bytes = static_cast<int64_t>(session_.decode_weight_bytes());
   if (!verify_ratios_.empty()) row.verify_over_decode = median(verify_ratios_);
 
   const double choice_seconds =
@@ -195,6 +228,11 @@ void TestRun::fill(Row& row) const {
     row.patch_ns = to_ns(totals_.patch_seconds / n);
     row.patch_bytes = static_cast<int64_t>(session_.patch_bytes());
   }
+  if (totals_.drafted_tokens > 0) {
+    row.acceptance =
+        static_cast<double>(totals_.accepted_tokens) / static_cast<double>(totals_.drafted_tokens);
+  }
+  if (!session_.core_set()) return;  // nothing was drafted
   row.compact_bytes = static_cast<int64_t>(session_.compact_bytes());
   row.compact_source_bytes = static_cast<int64_t>(session_.compact_source_bytes());
   const CoreSet& set = *session_.core_set();

@@ -44,6 +44,7 @@ class TestRun {
   void choose();
   int64_t timed_prompt(LogitsHash& hash);
   int64_t timed_decode(LogitsHash& hash);
+  int64_t timed_drafting(LogitsHash& hash);
   int64_t timed_verify(LogitsHash& hash);
 
   const Group& group_;

@@ -72,15 +72,19 @@ tests, as lists; every combination is run:
   -ngl, --n-gpu-layers N    0: on the CPU; the model's number of layers or more: on a GPU; fewer:
                             the last N layers on a GPU (default: 0)
   -mg, --main-gpu N         which GPU (default: 0)
-  --core MODE               off: dense weights; stable: the core neurons of the prompt
-                            (default: off)
+  --core MODE               off: dense weights; stable: the core neurons of the prompt; exact: dense,
+                            with the core neurons' drafts verified (default: off)
   --statistic S             count, count_gate, count_abs or flock (default: flock)
   --alpha A                 share of a token's active neurons that are counted; not for flock
                             (default: 0.4)
   --beta B                  share of the neurons to keep (default: 0.4)
   --layers FIRST:LAST       layers with core neurons, LAST excluded, the others stay dense
                             (default: all)
-  --patch RANK              let the kept neurons answer for the dropped ones, 0: no (default: 0)
+  --patch RANK              let the kept neurons answer for the dropped ones, 0: no; of stable
+                            (default: 0)
+  --drafts N                drafts in one verification, of exact (default: 4)
+  --accept A                share of the drafts of exact that come true; forced, since ids are
+                            given and not drawn (default: 0.9)
   --weighted                weigh activations by the norms of the down projection's columns
 
 Values are separated by commas or given by repeating the flag. Ranges of whole numbers are
