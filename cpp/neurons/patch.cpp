@@ -181,7 +181,8 @@ WeightPtr load_bytes(Backend& backend, const std::vector<uint16_t>& values, int6
       blocks[b].qs[i] = static_cast<int8_t>(std::clamp(code, -127.0f, 127.0f));
     }
   }
-  return backend.load({DType::kQ8_0, rows, cols, reinterpret_cast<const std::byte*>(blocks.data())});
+  const auto* const bytes = reinterpret_cast<const std::byte*>(blocks.data());
+  return backend.load({DType::kQ8_0, rows, cols, bytes});
 }
 
 }  // namespace
