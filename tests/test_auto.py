@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,6 +80,33 @@ def test_a_limit_that_keeps_dense_weights_out_decides_at_once_and_says_what_is_k
     assert known.config.mode == "stable" and known.kl == 0.03
 
 
+def test_clusters_serve_where_the_prompt_s_own_neurons_may_not():
+    from test_clusters import make_clusters
+
+    clusters = make_clusters()
+    gamma = CoreConfig(mode="similar", gamma=0.9)
+    rows = (
+        row(0.4, 64, 0.03),
+        replace(row(0.4, 16, 0.02), config=gamma, clusters=clusters.digest),
+        replace(row(0.4, 16, 0.01, 9.0), config=gamma, clusters="others"),
+    )
+    tuning = Tuning(1, rows)
+
+    def decide(n_tokens, stability=0.9, resident=True, tuning=tuning):
+        auto = Auto(CoreConfig(mode="auto"), tuning, ffn_resident=resident, clusters=clusters)
+        return auto.decide(n_tokens, stability)
+
+    assert decide(100).config.mode == "stable"
+    assert decide(20).config == gamma and decide(20).kl == 0.02 and decide(20).until is None
+    assert decide(100, 0.1).config == gamma
+    assert decide(10).config.mode == "exact" and decide(10).until == 64
+    assert decide(10, resident=False).config.mode == "stable"
+    only_clusters = Tuning(1, rows[1:])
+    assert decide(100, tuning=only_clusters).config == gamma
+    assert decide(3, resident=False, tuning=only_clusters).config == gamma
+    assert decide(100, tuning=Tuning(1, rows[2:])).config.mode == "exact"
+
+
 # --- with a model ---
 
 
@@ -138,7 +166,7 @@ def test_auto_under_a_memory_limit_warns_that_nothing_is_known(tiny, monkeypatch
 def test_exact_under_a_memory_limit_says_what_to_do(tmp_path):
     from coreinfer import _core
     from synthetic_shapes import PAPER
-    from test_memory_limit import MIB, make_paper_model, replace
+    from test_memory_limit import MIB, make_paper_model
 
     path = tmp_path / "wide.gguf"
     shape = replace(
@@ -175,7 +203,8 @@ def test_all_neurons_cost_nothing_and_few_cost_much(tiny):
 
 
 def test_a_tuning_file_round_trips_and_is_found_beside_the_model(tiny, tmp_path):
-    tuning = Tuning(77, (row(0.4, 64, 0.04), row(0.2, 128, 0.3)))
+    clusters = replace(row(0.4, 64, 0.1), config=CoreConfig(mode="similar"), clusters="ab12")
+    tuning = Tuning(77, (row(0.4, 64, 0.04), row(0.2, 128, 0.3), clusters))
     model = tmp_path / "model.gguf"
     tuning.save(tuning_path(model))
     assert find_tuning(model, 77) == tuning
@@ -205,7 +234,8 @@ def test_a_damaged_tuning_file_is_a_clear_error(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("kl", float("nan")), ("kl", "0"), ("beta", 2.0), ("speed", -1), ("n_prompt", None)],
+    [("kl", float("nan")), ("kl", "0"), ("beta", 2.0), ("speed", -1), ("n_prompt", None)]
+    + [("mode", "exact"), ("clusters", 1), ("patch", 4096)],
 )
 def test_a_value_out_of_range_is_a_clear_error(field, value, tmp_path):
     path = tmp_path / "t.json"

@@ -506,7 +506,8 @@ def test_build_averages_the_scores_per_token_of_a_clusters_texts(tiny, built):
 
 
 def test_similar_decodes_with_the_neurons_of_the_nearest_cluster(tiny, built):
-    with load(tiny, core="similar", clusters=built, embedder=letters, gamma=0.25) as llm:
+    core = CoreConfig(mode="similar", gamma=0.25, patch=False)
+    with load(tiny, core=core, clusters=built, embedder=letters) as llm:
         for text in ("the night again", "4 and 5"):
             text_of_similar = llm(text, max_tokens=6, temperature=0)["choices"][0]["text"]
             core, timings = llm.core_set, llm.timings
@@ -519,7 +520,14 @@ def test_similar_decodes_with_the_neurons_of_the_nearest_cluster(tiny, built):
             llm.core = core
             assert llm(text, max_tokens=6, temperature=0)["choices"][0]["text"] == text_of_similar
             assert llm.timings.embed_seconds == llm.timings.lookup_seconds == 0
-            llm.core = CoreConfig(mode="similar", gamma=0.25)
+            llm.core = CoreConfig(mode="similar", gamma=0.25, patch=False)
+
+
+def test_a_cluster_s_neurons_are_patched_for_the_prompt(tiny, built):
+    with load(tiny, core="similar", clusters=built, embedder=letters, patch=4) as llm:
+        llm("the night again", max_tokens=2)
+        assert llm.core_set.patch_rank == 4 and llm.core_set.cluster is not None
+        assert llm.timings.patch_bytes > 0
 
 
 def test_the_text_decides_however_the_prompt_is_given(tiny, built):
@@ -622,7 +630,7 @@ def test_what_does_not_fit_is_refused_and_the_model_goes_on(tiny, built, tmp_pat
     ("options", "message"),
     [
         ({"core": "similar"}, "there are none; give clusters a file"),
-        ({"gamma": 0.2}, "gamma is 0.2; it needs core='similar'"),
+        ({"gamma": 0.2}, "gamma is 0.2; it needs core='similar', but core is '"),
         ({"core": "similar", "gamma": 0}, r"gamma is 0; expected a number in \(0, 1\]"),
         ({"embedder": letters}, "no clusters to use it with"),
     ],
@@ -779,7 +787,7 @@ def test_ctrl_c_leaves_no_file(tiny, data, tmp_path, capsys, monkeypatch):
             "--beta is 2.0; expected a number in (0, 1]",
         ),
         ("run m -p x --core similar".split(), "--core similar needs --clusters FILE"),
-        ("run m -p x --clusters c".split(), "no effect without --core similar"),
+        ("run m -p x --core off --clusters c".split(), "no effect without --core similar or auto"),
         (
             "run m -p x --core stable --gamma 0.2".split(),
             "--gamma: no effect without --core similar",

@@ -139,6 +139,22 @@ def test_a_replay_samples_what_was_decoded(engine):
     np.testing.assert_allclose(core_logits(s), core_logits(fresh), atol=2e-3)
 
 
+def test_a_replay_reads_what_is_dense_but_not_sampled(engine):
+    s = _core.Session(engine, n_ctx=256)
+    s.prefill(ids(30), statistic="flock")
+    s.set_exact(beta=0.4)
+    for token in ids(20, 2):
+        s.decode(int(token))
+    s.end_exact()
+    before = s.logits()
+    s.replay(**COUNTED)
+    assert s.timings["replay_tokens"] == 50 and s.n_dense == s.n_past == 50
+    np.testing.assert_allclose(s.logits(), before, atol=2e-3)
+    s.replay(**COUNTED)  # nothing is left to do
+    assert s.timings["replay_tokens"] == 50
+    assert len(s.samples(0)[0]) == 50
+
+
 def test_a_saved_state_carries_the_patch(engine):
     s = read(engine, ids(40))
     s.fit_patch(rank=8)

@@ -208,10 +208,16 @@ void Session::prefill(std::span<const int32_t> tokens, const std::optional<Stati
 
 void Session::replay(const std::optional<StatisticSpec>& spec,
                      const std::function<bool()>& cancelled) {
-  const std::vector<int32_t> again(tokens_.begin() + n_dense_, tokens_.end());
-  if (again.empty()) return;
+  forget_expected();
+  const bool counted =
+      !spec || (counts_ && counts_->spec() == *spec && counts_->n_tokens() == n_past());
+  const bool sampled =
+      !spec || spec->samples == 0 || (samples_ && samples_->n_tokens() == n_past());
+  if (tokens_.empty() || (n_dense_ == n_past() && counted && sampled)) return;
+  const int64_t from = reusable(tokens_, spec);
+  const std::vector<int32_t> again(tokens_.begin() + from, tokens_.end());
   const Timings before = timings_;
-  keep(n_dense_);
+  keep(from);
   prefill(again, spec, {}, cancelled);
   // It is no part of reading the prompt.
   timings_.replay_tokens += timings_.prefill_tokens - before.prefill_tokens;

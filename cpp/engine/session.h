@@ -129,9 +129,8 @@ class Session {
   // The token that exact mode expects next and has looked at already, if any.
   std::optional<int32_t> expected() const;
 
-  // Reads again, dense and in one batch, what was decoded with core weights: their cache entries
-  // are then dense ones, and the statistics have their tokens. Needs a statistic or none, as
-  // prefill.
+  // Reads again, dense and in one batch, what was decoded with core weights, and what the statistic
+  // has not counted or sampled: the session is then as after a prefill of all its tokens.
   void replay(const std::optional<StatisticSpec>& spec,
               const std::function<bool()>& cancelled = {});
 

@@ -357,7 +357,7 @@ void bind_session(nb::module_& m) {
           },
           nb::kw_only(), nb::arg("statistic") = nb::none(), nb::arg("alpha") = 0.4,
           nb::arg("weighted") = false, nb::arg("samples") = 0,
-          "Reads again, dense, what was decoded with core weights.")
+          "Reads again, dense, what was decoded with core weights or is not counted and sampled.")
       .def(
           "verify",
           [](Session& s, const Tokens& tokens) { return rows_of(s, tokens, &Session::verify); },

@@ -281,7 +281,9 @@ class Session:
         """
 
     def replay(self, *, statistic: str | None = None, alpha: float = 0.4, weighted: bool = False, samples: int = 0) -> None:
-        """Reads again, dense, what was decoded with core weights."""
+        """
+        Reads again, dense, what was decoded with core weights or is not counted and sampled.
+        """
 
     def verify(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> NDArray[numpy.float32]:
         """(n, n_vocab) float32 logits through the decode weights."""

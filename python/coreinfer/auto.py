@@ -1,13 +1,15 @@
 """Auto: which core setting decodes a prompt, with one promise: no worse text than was asked for.
 
-Flows in: what a user allows, a tuning table if there is one, and facts of the prompt. Flows out: a
-`Decision`. Without a table, decoding is exact: the text of dense decoding, core neurons only draft.
+Flows in: what a user allows, a tuning table and clusters if there are some, and facts of the
+prompt. Flows out: a `Decision`. Without a table, decoding is exact: the text of dense decoding, and
+core neurons only draft.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from .clusters import Clusters
 from .config import CoreConfig
 from .tuning import Choice, Tuning
 
@@ -19,7 +21,7 @@ class Decision:
     Attributes
     ----------
     config : CoreConfig
-        The setting: mode "exact" or "stable".
+        The setting: mode "exact", "stable" or "similar".
     reason : str
         In words, for people.
     kl : float or None
@@ -39,41 +41,59 @@ class Auto:
 
     _AGAIN = 32  # tokens between looks at a text that is not stable yet
 
-    def __init__(self, core: CoreConfig, tuning: Tuning | None, *, ffn_resident: bool) -> None:
+    def __init__(
+        self,
+        core: CoreConfig,
+        tuning: Tuning | None,
+        *,
+        ffn_resident: bool,
+        clusters: Clusters | None = None,
+    ) -> None:
         self._core = core
         self._resident = ffn_resident
         self._tuned = tuning is not None
-        self._choice: Choice | None = None if tuning is None else tuning.choose(core.max_kl)
+        self._choice: Choice | None = None
+        self._similar: Choice | None = None  # for prompts that the choice is not for
+        if tuning is not None:
+            self._choice = tuning.choose(core.max_kl)
+            if clusters is not None:
+                self._similar = tuning.choose(core.max_kl, clusters=clusters.digest)
 
     @property
     def counting(self) -> CoreConfig:
         """The setting whose statistic a prompt's prefill counts."""
-        if self._choice is not None:
-            return self._choice.config
+        for choice in (self._choice, self._similar):
+            if choice is not None:
+                return choice.config
         return replace(self._core, mode="exact" if self._resident else "stable")
 
     def decide(self, n_tokens: int, stability: float | None) -> Decision:
         """For a text of `n_tokens`; `stability` is that of `counting`, None if undefined."""
         allowed = f"KL {self._core.max_kl:g}"
-        choice = self._choice
+        choice, similar = self._choice, self._similar
         if not self._resident:
             # Dense weights come in a layer at a time: every dense token would read them all again.
-            if choice is None:
+            kept_out = "the memory limit keeps dense FFN weights out"
+            if choice is None and similar is None:
                 reason = (
-                    "the memory limit keeps dense FFN weights out, and how far the text is from "
-                    "dense decoding is not known: `coreinfer tune` without the limit measures it"
+                    f"{kept_out}, and how far the text is from dense decoding is not known: "
+                    "`coreinfer tune` without the limit measures it"
                 )
                 return Decision(self.counting, reason, None)
-            reason = f"the memory limit keeps dense FFN weights out; measured within {allowed}"
-            return Decision(choice.config, reason, choice.kl)
+            known = choice or similar
+            return Decision(known.config, f"{kept_out}; measured within {allowed}", known.kl)
+        until = None
         if choice is None:
             reason = f"nothing measured is within {allowed}" if self._tuned else "no tuning file"
-            return Decision(self.counting, reason, 0.0)
-        exact = replace(choice.config, mode="exact")
-        if n_tokens < choice.n_prompt:
+        elif n_tokens < choice.n_prompt:
             reason = f"{n_tokens} tokens; measured within {allowed} from {choice.n_prompt} on"
-            return Decision(exact, reason, 0.0, choice.n_prompt)
-        if (0.0 if stability is None else stability) < choice.stability:
+            until = choice.n_prompt
+        elif (0.0 if stability is None else stability) < choice.stability:
             reason = f"stability {stability or 0.0:.2f}, measured from {choice.stability:.2f} on"
-            return Decision(exact, reason, 0.0, n_tokens + self._AGAIN)
-        return Decision(choice.config, f"measured within {allowed}", choice.kl)
+            until = n_tokens + self._AGAIN
+        else:
+            return Decision(choice.config, f"measured within {allowed}", choice.kl)
+        if similar is not None and n_tokens >= similar.n_prompt:
+            reason += f"; the prompt's cluster is measured within {allowed}"
+            return Decision(similar.config, reason, similar.kl)
+        return Decision(replace(self.counting, mode="exact"), reason, 0.0, until)

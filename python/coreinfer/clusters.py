@@ -9,6 +9,7 @@ beside them.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -162,6 +163,14 @@ class Clusters:
                 f"the clusters belong to another model (fingerprint {self.fingerprint:016x}, "
                 f"this one has {fingerprint:016x}); build them with this model"
             )
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that other clusters do not have."""
+        hashed = hashlib.blake2b(digest_size=8)
+        for array in (self.centroids, self.n_texts, *self.scores):
+            hashed.update(np.ascontiguousarray(array).tobytes())
+        return hashed.hexdigest()
 
     def for_any_model(self) -> Clusters:
         """The same clusters without the fingerprint, for another quantisation of the model."""

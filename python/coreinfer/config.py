@@ -17,6 +17,16 @@ from typing import Any
 
 CORE_MODES = ("auto", "off", "stable", "similar", "exact")
 STATISTICS = ("count", "count_gate", "count_abs", "flock")
+# Which fields of CoreConfig mean something in which modes.
+FIELDS_OF_MODES = {
+    ("auto",): ("max_kl",),
+    ("stable", "auto"): ("refresh",),
+    ("exact", "auto"): ("max_drafts",),
+    ("stable", "exact"): ("alpha", "beta", "statistic", "weighted"),
+    ("stable", "similar"): ("patch",),
+    ("similar",): ("gamma", "blend"),
+    ("stable", "similar", "exact"): ("layers",),
+}
 CORE_PRESETS = ("paper",)  # names of whole CoreConfigs, beside the modes
 PATCH_RANK = 64  # of `patch=True`
 MAX_PATCH_RANK = 1024
@@ -306,6 +316,17 @@ class CoreConfig(Checked):
         if isinstance(core, str):
             return cls(mode=core)
         raise _wrong("core", core, f"one of {', '.join(CORE_MODES)}, a CoreConfig or a CoreSet")
+
+    def changed(self, **fields: Any) -> CoreConfig:
+        """With other values of some fields; ValueError for one that this mode does not look at."""
+        for modes, names in FIELDS_OF_MODES.items():
+            for name in names:
+                if name in fields and self.mode not in modes:
+                    wanted = " or ".join(f"core={mode!r}" for mode in modes)
+                    raise ValueError(
+                        f"{name} is {fields[name]!r}; it needs {wanted}, but core is {self.mode!r}"
+                    )
+        return dataclasses.replace(self, **fields)
 
     def layer_range(self, n_layer: int) -> tuple[int, int] | None:
         """The range for a model of `n_layer` layers, None for all; ValueError if outside."""

@@ -6,7 +6,6 @@ Text flows in and out here; ids, cache and neurons are `TokenModel`'s, response 
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import operator
 import os
@@ -74,7 +73,7 @@ class Llama(TokenModel):
         For "similar": a file that `coreinfer cluster build` made with this model, or `Clusters`.
     embedder
         Instead of the one that the clusters name; see `coreinfer.embedders.as_embedder`.
-    gamma
+    beta, gamma, patch, refresh, max_kl
         Of the `CoreConfig`, for short: `Llama(..., core="similar", clusters=FILE, gamma=0.2)`.
     tuning
         A file that `coreinfer tune` wrote; by default the one beside the model, if there is one.
@@ -120,7 +119,11 @@ class Llama(TokenModel):
         core: str | CoreConfig | CoreSet = DEFAULT_CORE_MODE,
         clusters: AnyClusters | None = None,
         embedder: AnyEmbedder | None = None,
+        beta: float | None = None,
         gamma: float | None = None,
+        patch: bool | int | None = None,
+        refresh: int | None = None,
+        max_kl: float | None = None,
         tuning: str | os.PathLike[str] | Tuning | None = None,
         last_n_tokens_size: int = SamplingConfig.penalty_last_n,
         verbose: bool = True,
@@ -148,11 +151,21 @@ class Llama(TokenModel):
             )
         self._penalty_last_n = SamplingConfig(penalty_last_n=last_n_tokens_size).penalty_last_n
         self.verbose = verbose
+        shorts = {
+            "beta": beta,
+            "gamma": gamma,
+            "patch": patch,
+            "refresh": refresh,
+            "max_kl": max_kl,
+        }
+        given = {name: value for name, value in shorts.items() if value is not None}
         core = core if isinstance(core, CoreSet) else CoreConfig.of(core)
-        if gamma is not None:
-            if isinstance(core, CoreSet) or core.mode != "similar":
-                raise ValueError(f"gamma is {gamma!r}; it needs core='similar'")
-            core = dataclasses.replace(core, gamma=gamma)
+        if isinstance(core, CoreSet) and given:
+            raise ValueError(
+                f"{', '.join(given)}: no effect, since core is a CoreSet; expected none"
+            )
+        if isinstance(core, CoreConfig):
+            core = core.changed(**given)
         super().__init__(
             _existing(model_path),
             config,

@@ -225,7 +225,8 @@ class TokenModel:
             tuning = Tuning.load(tuning)
         if tuning is not None and tuning.fingerprint != engine.fingerprint:
             raise ValueError("the tuning file belongs to another model file; run `coreinfer tune`")
-        return Auto(config, tuning, ffn_resident=engine.ffn_resident)
+        clusters = None if self._lookup is None else self._lookup.clusters
+        return Auto(config, tuning, ffn_resident=engine.ffn_resident, clusters=clusters)
 
     @property
     def decision(self) -> Decision | None:
@@ -273,6 +274,8 @@ class TokenModel:
         if self._core.mode == "similar":
             self._need_clusters(lookup).prepare()
         self._lookup = lookup
+        if self._auto is not None:
+            self._auto = self._make_auto(self._core)
 
     @staticmethod
     def _need_clusters(lookup: ClusterLookup | None) -> ClusterLookup:
@@ -293,22 +296,23 @@ class TokenModel:
             return counted
         if core.mode == "similar":
             lookup = self._need_clusters(self._lookup)
-            if lookup.needs_scores(core):
-                return {"statistic": lookup.clusters.statistic, "alpha": lookup.clusters.alpha}
+            if lookup.needs_scores(core) or core.patch:
+                counted = {"statistic": lookup.clusters.statistic, "alpha": lookup.clusters.alpha}
+                return {**counted, "samples": _core.PATCH_SAMPLES if core.patch else 0}
         return {}
 
     def _similar_core(self, session: _core.Session, text: str | None) -> CoreSet:
         """The neurons of the prompt's nearest cluster; `text` is what the prompt says, if known."""
-        lookup = self._need_clusters(self._lookup)
+        lookup, core = self._need_clusters(self._lookup), self._active
         own, n_tokens, stability = (), 0, None
-        if lookup.needs_scores(self._core):
-            layers = self._core.layer_range(self.n_layer())
-            raw = session.select(beta=self._core.gamma, layers=layers)
+        if lookup.needs_scores(core):
+            layers = core.layer_range(self.n_layer())
+            raw = session.select(beta=core.gamma, layers=layers)
             own, n_tokens = raw.scores, raw.n_tokens
-            stability = session.stability(beta=self._core.gamma, layers=layers)
+            stability = session.stability(beta=core.gamma, layers=layers)
         if text is None and self._text_of is not None:
             text = self._text_of(session.tokens)
-        chosen = lookup.choose(self._core, text or "", own, n_tokens)
+        chosen = lookup.choose(core, text or "", own, n_tokens)
         self._lookup_seconds = {
             "embed_seconds": lookup.embed_seconds,
             "lookup_seconds": lookup.lookup_seconds,
@@ -329,22 +333,24 @@ class TokenModel:
             self._core_set = None
             return
         session.end_exact()
-        if core.mode == "stable":
-            self._stable_core(session, core, layers)
-        elif self._core.mode == "similar":
-            self._decode_with(session, self._similar_core(session, text))
-        else:
+        if core.mode not in ("stable", "similar"):
             self._decode_with(session, self._given)
+            return
+        session.replay(**self._counted())  # no work after a prefill
+        if core.mode == "stable":
+            self._decode_with(session, self._stable_core(session, core, layers))
+        else:
+            self._decode_with(session, self._similar_core(session, text))
+        if core.patch:
+            chosen, self._core_set = self._core_set, None
+            session.fit_patch(rank=core.patch)
+            self._core_set = replace(chosen, patch=session.core_set.patch)
 
     def _stable_core(
         self, session: _core.Session, core: CoreConfig, layers: tuple[int, int] | None
-    ) -> None:
-        self._core_set = None
-        session.set_core(session.select(beta=core.beta, layers=layers))  # no work if unchanged
-        if core.patch:
-            session.fit_patch(rank=core.patch)
-        raw = session.core_set
-        self._core_set = CoreSet(
+    ) -> CoreSet:
+        raw = session.select(beta=core.beta, layers=layers)
+        return CoreSet(
             layers=raw.layers,
             n_ff=raw.n_ff,
             scores=raw.scores,
@@ -355,7 +361,6 @@ class TokenModel:
             stability=session.stability(beta=core.beta, layers=layers),
             fingerprint=self.fingerprint,
             weighted=core.weighted,
-            patch=raw.patch,
         )
 
     def _decode_with(self, session: _core.Session, chosen: CoreSet | None) -> None:
@@ -540,8 +545,10 @@ class TokenModel:
     def _decide(self, session: _core.Session, auto: Auto) -> None:
         """Settle what decodes the text, given how long and how stable it is."""
         counting = auto.counting
-        layers = counting.layer_range(self.n_layer())
-        stability = session.stability(beta=counting.beta, layers=layers)
+        stability = None
+        if counting.mode != "similar":
+            layers = counting.layer_range(self.n_layer())
+            stability = session.stability(beta=counting.beta, layers=layers)
         before = self._decision
         self._decision = auto.decide(session.n_past, stability)
         self._active = self._decision.config

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 FORMAT_NAME = "coreinfer tuning"
 FORMAT_VERSION = 1
 _MAX_FILE_BYTES = 1 << 24
-_CONFIG_FIELDS = ("beta", "statistic", "alpha", "layers", "weighted", "patch")
+_CONFIG_FIELDS = (
+    *("mode", "beta", "statistic", "alpha", "layers", "weighted", "patch", "gamma", "blend"),
+)
 
 PROMPT_TOKENS = (64, 128, 256)  # lengths that are measured
 ANSWER_TOKENS = 48  # of the model's own continuation, forced through the core neurons
@@ -42,7 +44,7 @@ class Row:
     Attributes
     ----------
     config : CoreConfig
-        The setting (mode "stable").
+        The setting (mode "stable" or "similar").
     n_prompt : int
         Tokens of the prompts.
     kl : float
@@ -57,6 +59,8 @@ class Row:
         Weight bytes that a decoded token reads, over dense.
     speed : float
         Tokens a second over dense decoding's, measured in turn.
+    clusters : str
+        Digest of the clusters that chose the neurons; "" where the prompt did.
     """
 
     config: CoreConfig
@@ -67,6 +71,7 @@ class Row:
     stability: float
     weight_share: float
     speed: float
+    clusters: str = ""
 
     def within(self, max_kl: float) -> bool:
         """Whether the divergence, its uncertainty included, is within `max_kl`."""
@@ -90,15 +95,17 @@ class Tuning:
     fingerprint: int
     rows: tuple[Row, ...]
 
-    def choose(self, max_kl: float) -> Choice | None:
+    def choose(self, max_kl: float, *, clusters: str = "") -> Choice | None:
         """The fastest setting that stays within `max_kl` from some prompt length on, or None.
 
+        Of those measured with these clusters (a digest), or of those without any.
         A setting counts from the shortest measured length at which it, and it at every longer
         length, is within; a setting that is not faster than dense decoding never does.
         """
         best: tuple[float, Choice] | None = None
-        for config in dict.fromkeys(row.config for row in self.rows):
-            rows = sorted((r for r in self.rows if r.config == config), key=lambda r: -r.n_prompt)
+        measured = [row for row in self.rows if row.clusters == clusters]
+        for config in dict.fromkeys(row.config for row in measured):
+            rows = sorted((r for r in measured if r.config == config), key=lambda r: -r.n_prompt)
             passing = []
             for row in rows:
                 if not row.within(max_kl) or row.speed <= 1.0:
@@ -168,10 +175,15 @@ class Tuning:
 def _row(entry: Any) -> Row:
     if not isinstance(entry, dict):
         raise ValueError(f"a row is {entry!r}; expected an object")
-    config = CoreConfig(mode="stable", **{f: entry[f] for f in _CONFIG_FIELDS})
+    config = CoreConfig(**{f: entry[f] for f in _CONFIG_FIELDS})
+    if config.mode not in ("stable", "similar"):
+        raise ValueError(f"mode is {config.mode!r}; expected stable or similar")
+    clusters = entry["clusters"]
+    if not isinstance(clusters, str):
+        raise ValueError(f"clusters is {clusters!r}; expected a digest")
     numbers = {}
     for f in dataclasses.fields(Row):
-        if f.name == "config":
+        if f.name in ("config", "clusters"):
             continue
         value = entry[f.name]
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -179,7 +191,7 @@ def _row(entry: Any) -> Row:
         if not math.isfinite(value) or (value < 0 and f.name != "stability"):
             raise ValueError(f"{f.name} is {value!r}; expected a number of at least 0")
         numbers[f.name] = value
-    return Row(config, **numbers)
+    return Row(config, **numbers, clusters=clusters)
 
 
 def tuning_path(model_path: str | os.PathLike[str]) -> Path:
@@ -271,6 +283,7 @@ def measure(
                 float(stability.min()),
                 float(share.mean()),
                 float(np.median(speed)),
+                llm.clusters.digest if config.mode == "similar" and llm.clusters else "",
             )
 
 

@@ -8,7 +8,14 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ..config import CORE_PRESETS, DEFAULT_CORE_MODE, CoreConfig, LoadConfig, SamplingConfig
+from ..config import (
+    CORE_PRESETS,
+    DEFAULT_CORE_MODE,
+    FIELDS_OF_MODES,
+    CoreConfig,
+    LoadConfig,
+    SamplingConfig,
+)
 from . import options
 from .progress import ProgressLine
 from .pull import resolve
@@ -18,16 +25,6 @@ if TYPE_CHECKING:
     from ..text_stream import TextStream
 
 DEFAULT_MAX_TOKENS = 512
-# Which fields of CoreConfig mean something in which modes.
-_FIELDS_OF_MODES = {
-    ("auto",): ("max_kl",),
-    ("stable", "auto"): ("refresh",),
-    ("exact", "auto"): ("max_drafts",),
-    ("stable", "exact"): ("alpha", "beta", "statistic", "weighted"),
-    ("stable",): ("patch",),
-    ("similar",): ("gamma", "blend"),
-    ("stable", "similar", "exact"): ("layers",),
-}
 DEFAULT_TEMPERATURE = 0.0  # a command gives the same answer again, dense and core comparable
 
 
@@ -67,7 +64,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     core.add_argument(
         "--clusters",
         metavar="FILE",
-        help="clusters for --core similar, which `coreinfer cluster build` made",
+        help="clusters for --core similar or auto, which `coreinfer cluster build` made",
     )
     core.add_argument(
         "--embedder",
@@ -137,7 +134,7 @@ def _core_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> C
     preset = vars(CoreConfig.of(args.preset)) if args.preset else {}
     asked = values.get("mode", preset.get("mode", "off"))
     mode = values.setdefault("mode", preset.get("mode", DEFAULT_CORE_MODE))
-    for wanted, names in _FIELDS_OF_MODES.items():
+    for wanted, names in FIELDS_OF_MODES.items():
         idle = [
             f"--{name.replace('_', '-')}" for name in names if name in values and mode not in wanted
         ]
@@ -150,8 +147,8 @@ def _core_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> C
         parser.error("--save-core: there is no core set without --core stable or similar")
     if mode == "similar" and args.clusters is None:
         parser.error("--core similar needs --clusters FILE (coreinfer cluster build makes one)")
-    if mode != "similar" and (args.clusters or args.embedder):
-        parser.error("--clusters, --embedder: no effect without --core similar")
+    if mode not in ("similar", "auto") and (args.clusters or args.embedder):
+        parser.error("--clusters, --embedder: no effect without --core similar or auto")
     return options.make(parser, CoreConfig, {**preset, **values})
 
 

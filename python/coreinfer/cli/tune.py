@@ -13,7 +13,16 @@ from itertools import product
 from typing import Any
 
 from ..config import CoreConfig, LoadConfig
-from ..tuning import ANSWER_TOKENS, BETAS, PROMPT_TOKENS, Row, Tuning, measure, tuning_path
+from ..tuning import (
+    ANSWER_TOKENS,
+    BETAS,
+    PROMPT_TOKENS,
+    Choice,
+    Row,
+    Tuning,
+    measure,
+    tuning_path,
+)
 from . import options
 from .progress import ProgressLine
 from .pull import resolve
@@ -56,6 +65,23 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         default=(CoreConfig.patch,),
         metavar="P,P",
         help="on, off or ranks of the patch (default: on)",
+    )
+    parser.add_argument(
+        "--clusters",
+        metavar="FILE",
+        help="measure decoding with the neurons of these clusters, too",
+    )
+    parser.add_argument(
+        "--embedder",
+        metavar="NAME|PATH",
+        help=options.EMBEDDER_HELP + " (default: the one that the clusters name)",
+    )
+    parser.add_argument(
+        "--gammas",
+        type=_list_of(float),
+        default=BETAS,
+        metavar="G,G",
+        help="shares of a cluster's neurons to measure (default: 0.2,0.4,0.6,0.8,0.9)",
     )
     parser.add_argument(
         "--layers",
@@ -115,6 +141,11 @@ def call(args: argparse.Namespace) -> int:
             args.statistics, [None, *(args.layers or ())], args.patches, args.betas
         )
     ]
+    if args.clusters is not None:
+        configs += [
+            options.make(parser, CoreConfig, {"mode": "similar", "gamma": gamma, "patch": patch})
+            for patch, gamma in product(args.patches, args.gammas)
+        ]
     for name, value in (("--texts", args.texts), ("-n", args.n_answer), *_named(args.prompts)):
         if value < 2:
             parser.error(f"{name} is {value}; expected at least 2")
@@ -124,7 +155,14 @@ def call(args: argparse.Namespace) -> int:
     from ..llama import Llama
 
     line = ProgressLine("measuring", "settings")
-    with Llama(resolve(args.model), **vars(load), core="off", verbose=False) as llm:
+    with Llama(
+        resolve(args.model),
+        **vars(load),
+        core="off",
+        clusters=args.clusters,
+        embedder=args.embedder,
+        verbose=False,
+    ) as llm:
         ids = llm.checked_ids(llm.tokenize(text, special=False))
         rows = []
         for row in measure(
@@ -144,16 +182,21 @@ def call(args: argparse.Namespace) -> int:
     if args.plot is not None:
         draw(rows, allowed, args.plot)
     tuning.save(path)
-    choice = tuning.choose(allowed)
-    if choice is None:
-        options.say(f"within KL {allowed:g}: nothing is faster than dense; auto stays exact")
-    else:
-        options.say(
-            f"within KL {allowed:g}: beta {choice.config.beta:g} from {choice.n_prompt} prompt "
-            f"tokens on (measured {choice.kl:.3f})"
-        )
+    for name, digest in {"prompt": "", "cluster": rows[-1].clusters}.items():
+        if name == "prompt" or digest:
+            options.say(_found(tuning.choose(allowed, clusters=digest), name, allowed))
     options.say(f"wrote {os.fspath(path)}")
     return 0
+
+
+def _found(choice: Choice | None, whose: str, allowed: float) -> str:
+    if choice is None:
+        return f"within KL {allowed:g}: nothing with the {whose}'s neurons is faster than dense"
+    share = choice.config.gamma if whose == "cluster" else choice.config.beta
+    return (
+        f"within KL {allowed:g}: {share:g} of the {whose}'s neurons from {choice.n_prompt} prompt "
+        f"tokens on (measured {choice.kl:.3f})"
+    )
 
 
 def _named(prompts: tuple[int, ...]) -> list[tuple[str, int]]:
@@ -171,7 +214,8 @@ def table(rows: list[Row]) -> str:
         c = row.config
         layers = "all" if c.layers is None else "{}:{}".format(*c.layers)
         lines.append(
-            f"| {row.n_prompt} | {c.statistic} | {layers} | {c.patch or 'off'} | {c.beta:g} "
+            f"| {row.n_prompt} | {'clusters' if row.clusters else c.statistic} | {layers} "
+            f"| {c.patch or 'off'} | {c.gamma if row.clusters else c.beta:g} "
             f"| {row.kl:.4f} ± {row.kl_error:.4f} | {row.agreement:.3f} "
             f"| {row.weight_share:.2f} | {row.speed:.2f} |"
         )
