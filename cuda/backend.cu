@@ -391,7 +391,7 @@ void CudaBackend::linear(Rows x, const Norm& norm, std::span<const Linear> linea
     const float* values = dense_values(x, norm, &stride);
     for (const Linear& l : linears) {
       gemm_->multiply(cuda_weight(*l.weight), values, stride, x.n, l.out, l.accumulate,
-                      options_.f32_activations);
+                      options_.f32_activations || l.f32);
       if (l.bias != nullptr) add_bias(*context_, l.out, l.bias->data());
     }
     return;

@@ -82,6 +82,7 @@ struct Linear {
   const Buffer* bias = nullptr;  // (rows) or null
   Rows out;
   bool accumulate = false;
+  bool f32 = false;  // no rounding of activations, in large batches either
 };
 
 // One feed-forward network, dense or compacted: decode does not know which.

@@ -188,7 +188,9 @@ void CpuBackend::embed(std::span<const int32_t> tokens, const Mat& table, float 
 
 void CpuBackend::linear(Rows x, const Norm& norm, std::span<const Linear> linears) {
   const std::lock_guard lock(mutex_);
-  Product product(isa_, options_.f32_activations, pool_, linear_scratch_, x, norm);
+  const bool f32 = options_.f32_activations || std::any_of(linears.begin(), linears.end(),
+                                                           [](const Linear& l) { return l.f32; });
+  Product product(isa_, f32, pool_, linear_scratch_, x, norm);
   const LinearTask task(product, linears);
   product.run(task.n_units(), task);
 }

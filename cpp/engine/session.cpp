@@ -356,11 +356,11 @@ void Session::fit_patch(const PatchSpec& spec) {
   compact_.layers = patched(*core_set_);
   CoreSet set = *core_set_;
   set.patch.resize(set.layers.size());
+  PatchFitter fitter(engine_->backend(), from, spec);
   for (size_t i = 0; i < set.layers.size(); ++i) {
     const auto& neurons = set.layers[i];
     if (!neurons || static_cast<int64_t>(neurons->size()) == set.n_ff) continue;
-    set.patch[i] = coreinfer::fit_patch(engine_->backend(), from, static_cast<int64_t>(i), *neurons,
-                                        compact_.layers[i], spec);
+    set.patch[i] = fitter.fit(static_cast<int64_t>(i), *neurons, compact_.layers[i]);
   }
   const size_t bytes = compact_.buffer_bytes + patch_bytes_of(set);
   engine_->memory().check_core(kv_capacity_bytes(), workspace_bytes(), bytes);

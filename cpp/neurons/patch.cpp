@@ -20,21 +20,24 @@ constexpr int kPasses = 2;
 // Directions that carry less than this share of the strongest one's energy are rounding noise.
 constexpr float kLeastEnergy = 1e-6f;
 
-// A matrix of float32 in host memory, by rows.
+// A matrix of float32 in host memory, by rows. It keeps its memory when it takes another shape.
 struct Matrix {
   int64_t rows = 0;
   int64_t cols = 0;
   std::vector<float> values{};
 
-  Matrix(int64_t rows, int64_t cols)
-      : rows(rows), cols(cols), values(static_cast<size_t>(rows * cols)) {}
+  void shape(int64_t n_rows, int64_t n_cols) {
+    rows = n_rows;
+    cols = n_cols;
+    values.resize(static_cast<size_t>(rows * cols));
+  }
   float* row(int64_t r) { return values.data() + r * cols; }
   const float* row(int64_t r) const { return values.data() + r * cols; }
 };
 
-Matrix transpose(const Matrix& a) {
+void transpose(const Matrix& a, Matrix& t) {
   constexpr int64_t kTile = 16;
-  Matrix t(a.cols, a.rows);
+  t.shape(a.cols, a.rows);
   for (int64_t c = 0; c < a.cols; c += kTile) {
     const int64_t c_end = std::min(c + kTile, a.cols);
     for (int64_t r = 0; r < a.rows; r += kTile) {
@@ -44,7 +47,6 @@ Matrix transpose(const Matrix& a) {
       }
     }
   }
-  return t;
 }
 
 // Products of host matrices on the backend.
@@ -57,24 +59,19 @@ class Products {
         {DType::kF32, a.rows, a.cols, reinterpret_cast<const std::byte*>(a.values.data())});
   }
 
-  // x w^T + bias. With `exact` in float32 whatever the weight's type: kExactRows at a time, since
-  // larger batches may round to fewer bits.
-  Matrix times(const Matrix& x, const Weight& w, const Buffer* bias, bool exact) {
+  // y = x w^T + bias.
+  void times(const Matrix& x, const Weight& w, const Buffer* bias, bool f32, Matrix& y) {
     const Rows in = room(in_, x.rows, x.cols);
     const Rows out = room(out_, x.rows, w.rows());
     backend_.write(x.values.data(), in.data, x.rows * x.cols);
-    const int64_t step = exact ? kExactRows : x.rows;
-    for (int64_t r = 0; r < x.rows; r += step) {
-      const int64_t n = std::min(step, x.rows - r);
-      const Linear linear{&w, bias, out.slice(r, n), false};
-      backend_.linear(in.slice(r, n), Norm{}, {&linear, 1});
-    }
-    Matrix y(x.rows, w.rows());
+    const Linear linear{&w, bias, out, false, f32};
+    backend_.linear(in, Norm{}, {&linear, 1});
+    y.shape(x.rows, w.rows());
     backend_.read(out.data, y.values.data(), y.rows * y.cols);
-    return y;
   }
-  // a b^T
-  Matrix times(const Matrix& a, const Matrix& b) { return times(a, *load(b), nullptr, true); }
+  void times(const Matrix& x, const Weight& w, Matrix& y) { times(x, w, nullptr, true, y); }
+  // y = a b^T
+  void times(const Matrix& a, const Matrix& b, Matrix& y) { times(a, *load(b), y); }
 
  private:
   Rows room(BufferPtr& buffer, int64_t n, int64_t width) {
@@ -101,54 +98,6 @@ void orthonormalise(Matrix& x) {
     const float scale = independent ? static_cast<float>(1.0 / std::sqrt(after)) : 0.0f;
     for (int64_t c = 0; c < x.cols; ++c) row[c] *= scale;
   }
-}
-
-// The regression's two sides.
-struct Problem {
-  Matrix kept;  // H (m, k)
-  Matrix lost;  // R (m, n_embd)
-};
-
-Problem make_problem(Products& products, const FfnSamples& samples, int64_t layer,
-                     std::span<const int32_t> neurons, const FfnWeights& ffn,
-                     const PatchSpec& spec) {
-  const int64_t m = samples.size(), k = static_cast<int64_t>(neurons.size());
-  Matrix kept(m, k);
-  std::vector<float> scale(static_cast<size_t>(m));
-  samples.visit_h(layer, [&](int64_t t, const float* h) {
-    const double squares = dot(h, h, samples.n_ff());
-    const double weight = std::pow(spec.decay, static_cast<double>(m - 1 - t));
-    scale[static_cast<size_t>(t)] =
-        squares > 0.0 ? static_cast<float>(weight / std::sqrt(squares)) : 0.0f;
-    float* const row = kept.row(t);
-    for (int64_t i = 0; i < k; ++i) row[i] = h[neurons[static_cast<size_t>(i)]];
-  });
-  // The bias is in both outputs, and so in neither's difference.
-  Matrix lost = products.times(kept, *ffn.down, ffn.down_bias.get(), false);
-  samples.visit_y(layer, [&](int64_t t, const float* y) {
-    float* const row = lost.row(t);
-    const float s = scale[static_cast<size_t>(t)];
-    for (int64_t i = 0; i < lost.cols; ++i) row[i] = (y[i] - row[i]) * s;
-  });
-  for (int64_t t = 0; t < m; ++t) {
-    const float s = scale[static_cast<size_t>(t)];
-    for (int64_t i = 0; i < k; ++i) kept.row(t)[i] *= s;
-  }
-  return {std::move(kept), std::move(lost)};
-}
-
-// (G + mu I)^-1
-Matrix ridge_inverse(Products& products, Matrix g, float mu, int64_t layer) {
-  for (int64_t i = 0; i < g.rows; ++i) g.row(i)[i] += mu;
-  if (cholesky(g.values.data(), g.rows, 0.0f) > 0) {
-    throw_error(ErrorKind::kNumeric,
-                "the patch of layer %lld has no solution: its regression is singular or holds NaN; "
-                "decode without a patch, or with a larger ridge",
-                static_cast<long long>(layer));
-  }
-  Matrix inverse(g.rows, g.rows);
-  invert_upper(g.values.data(), g.rows, inverse.values.data());
-  return products.times(inverse, inverse);
 }
 
 std::vector<uint16_t> halves(const Matrix& a) {
@@ -197,74 +146,151 @@ void check(const PatchSpec& spec) {
   }
 }
 
-LayerPatch fit_patch(Backend& backend, const FfnSamples& samples, int64_t layer,
-                     std::span<const int32_t> neurons, const FfnWeights& ffn,
-                     const PatchSpec& spec) {
-  check(spec);
-  Products products(backend);
-  const Problem problem = make_problem(products, samples, layer, neurons, ffn, spec);
-  const int64_t m = problem.kept.rows;
-  const Matrix g = products.times(problem.kept, problem.kept);
-  double trace = 0.0;
-  for (int64_t i = 0; i < m; ++i) trace += g.row(i)[i];
-  if (trace == 0.0) return {};
-  const auto mu = static_cast<float>(spec.ridge * trace / static_cast<double>(m));
-  const Matrix inverse = ridge_inverse(products, g, mu, layer);
+struct PatchFitter::Work {
+  explicit Work(Backend& backend) : products(backend) {}
 
-  // G (G + mu I)^-1 = I - mu (G + mu I)^-1, symmetric: the fitted outputs are `fit` R.
-  Matrix fit(m, m);
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < m; ++j) fit.row(i)[j] = (i == j ? 1.0f : 0.0f) - mu * inverse.row(i)[j];
+  Products products;
+  std::vector<float> scale;  // of each sample
+  Matrix kept, lost;         // H (m, k) and R (m, n_embd), the regression's two sides
+  Matrix turned;             // one of them, transposed
+  Matrix gram, upper, inverse, fit, energies;  // (m, m)
+  Matrix x, fitted, energy, small, inner;      // of `rank` rows
+  Matrix in, out;
+
+  void set_up(const FfnSamples& samples, int64_t layer, std::span<const int32_t> neurons,
+              const FfnWeights& ffn, const PatchSpec& spec);
+  void invert(double mu, int64_t layer);
+  int64_t find_directions(int64_t rank);
+};
+
+// The regression's two sides.
+void PatchFitter::Work::set_up(const FfnSamples& samples, int64_t layer,
+                               std::span<const int32_t> neurons, const FfnWeights& ffn,
+                               const PatchSpec& spec) {
+  const int64_t m = samples.size(), k = static_cast<int64_t>(neurons.size());
+  kept.shape(m, k);
+  scale.resize(static_cast<size_t>(m));
+  samples.visit_h(layer, [&](int64_t t, const float* h) {
+    const double squares = dot(h, h, samples.n_ff());
+    const double weight = std::pow(spec.decay, static_cast<double>(m - 1 - t));
+    scale[static_cast<size_t>(t)] =
+        squares > 0.0 ? static_cast<float>(weight / std::sqrt(squares)) : 0.0f;
+    float* const row = kept.row(t);
+    for (int64_t i = 0; i < k; ++i) row[i] = h[neurons[static_cast<size_t>(i)]];
+  });
+  // The bias is in both outputs, and so in neither's difference.
+  products.times(kept, *ffn.down, ffn.down_bias.get(), false, lost);
+  samples.visit_y(layer, [&](int64_t t, const float* y) {
+    float* const row = lost.row(t);
+    const float s = scale[static_cast<size_t>(t)];
+    for (int64_t i = 0; i < lost.cols; ++i) row[i] = (y[i] - row[i]) * s;
+  });
+  for (int64_t t = 0; t < m; ++t) {
+    const float s = scale[static_cast<size_t>(t)];
+    for (int64_t i = 0; i < k; ++i) kept.row(t)[i] *= s;
   }
-  // The strongest left directions X (rank, m) of fit R, by subspace iteration on fit R R^T fit.
+}
+
+// inverse = (G + mu I)^-1, and fit = G (G + mu I)^-1 = I - mu (G + mu I)^-1, symmetric: the fitted
+// outputs are fit R.
+void PatchFitter::Work::invert(double mu, int64_t layer) {
+  const auto ridge = static_cast<float>(mu);
+  const int64_t m = gram.rows;
+  for (int64_t i = 0; i < m; ++i) gram.row(i)[i] += ridge;
+  if (cholesky(gram.values.data(), m, 0.0f) > 0) {
+    throw_error(ErrorKind::kNumeric,
+                "the patch of layer %lld has no solution: its regression is singular or holds NaN; "
+                "decode without a patch, or with a larger ridge",
+                static_cast<long long>(layer));
+  }
+  upper.shape(m, m);
+  invert_upper(gram.values.data(), m, upper.values.data());
+  products.times(upper, upper, inverse);
+  fit.shape(m, m);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < m; ++j) {
+      fit.row(i)[j] = (i == j ? 1.0f : 0.0f) - ridge * inverse.row(i)[j];
+    }
+  }
+}
+
+// The strongest left directions X (rank, m) of fit R, by subspace iteration on fit R R^T fit. Then
+// V^T = U^-T X fit R with U^T U = (X fit R)(X fit R)^T is orthonormal, and with it
+// V^T A^T H = U^-T X fit R R^T (G + mu I)^-1 H. Leaves U^-T X fit in `fitted`, the factor of
+// (G + mu I)^-1 H in `energy`; returns how many rows they have.
+int64_t PatchFitter::Work::find_directions(int64_t rank) {
+  const int64_t m = fit.rows;
   const WeightPtr by_fit = products.load(fit);
-  const WeightPtr by_lost = products.load(products.times(problem.lost, problem.lost));  // R R^T
-  Matrix x(std::min(spec.rank, m), m);
+  products.times(lost, lost, energies);  // R R^T
+  const WeightPtr by_lost = products.load(energies);
+  x.shape(std::min(rank, m), m);
   std::mt19937 random(1);
   for (float& v : x.values) v = (random() & 1u) != 0 ? 1.0f : -1.0f;
-  Matrix fitted(0, 0), energy(0, 0);
   for (int pass = 0; pass <= kPasses; ++pass) {
     orthonormalise(x);
-    fitted = products.times(x, *by_fit, nullptr, true);        // X fit
-    energy = products.times(fitted, *by_lost, nullptr, true);  // X fit R R^T
-    if (pass < kPasses) x = products.times(energy, *by_fit, nullptr, true);
+    products.times(x, *by_fit, fitted);        // X fit
+    products.times(fitted, *by_lost, energy);  // X fit R R^T
+    if (pass < kPasses) products.times(energy, *by_fit, x);
   }
-
-  // V^T = U^-T X fit R with U^T U = (X fit R)(X fit R)^T is orthonormal, and with it
-  // V^T A^T H = U^-T X fit R R^T (G + mu I)^-1 H.
-  Matrix gram = products.times(energy, fitted);
+  products.times(energy, fitted, small);
   float strongest = 0.0f;
-  for (int64_t i = 0; i < gram.rows; ++i) strongest = std::max(strongest, gram.row(i)[i]);
-  const int64_t dropped = cholesky(gram.values.data(), gram.rows, kLeastEnergy * strongest);
-  solve_transposed(gram.values.data(), gram.rows, fitted.values.data(), m);
-  solve_transposed(gram.values.data(), gram.rows, energy.values.data(), m);
-  const int64_t rank = gram.rows - dropped;
+  for (int64_t i = 0; i < small.rows; ++i) strongest = std::max(strongest, small.row(i)[i]);
+  const int64_t dropped = cholesky(small.values.data(), small.rows, kLeastEnergy * strongest);
+  solve_transposed(small.values.data(), small.rows, fitted.values.data(), m);
+  solve_transposed(small.values.data(), small.rows, energy.values.data(), m);
+  int64_t found = 0;
+  for (int64_t i = 0; i < small.rows; ++i) {
+    if (small.row(i)[i] == 0.0f) continue;
+    std::copy_n(fitted.row(i), m, fitted.row(found));
+    std::copy_n(energy.row(i), m, energy.row(found++));
+  }
+  fitted.shape(small.rows - dropped, m);
+  energy.shape(small.rows - dropped, m);
+  return fitted.rows;
+}
+
+PatchFitter::PatchFitter(Backend& backend, const FfnSamples& samples, const PatchSpec& spec)
+    : samples_(samples), spec_(spec), work_(std::make_unique<Work>(backend)) {
+  check(spec);
+}
+
+PatchFitter::~PatchFitter() = default;
+
+LayerPatch PatchFitter::fit(int64_t layer, std::span<const int32_t> neurons,
+                            const FfnWeights& ffn) {
+  Work& w = *work_;
+  w.set_up(samples_, layer, neurons, ffn, spec_);
+  const int64_t m = w.kept.rows;
+  w.products.times(w.kept, w.kept, w.gram);
+  double trace = 0.0;
+  for (int64_t i = 0; i < m; ++i) trace += w.gram.row(i)[i];
+  if (trace == 0.0) return {};
+  w.invert(spec_.ridge * trace / static_cast<double>(m), layer);
+  const int64_t rank = w.find_directions(spec_.rank);
   if (rank == 0) return {};
-  for (int64_t i = 0, to = 0; i < gram.rows; ++i) {
-    if (gram.row(i)[i] == 0.0f) continue;
-    std::copy_n(fitted.row(i), m, fitted.row(to));
-    std::copy_n(energy.row(i), m, energy.row(to++));
-  }
-  for (Matrix* a : {&fitted, &energy}) {
-    a->rows = rank;
-    a->values.resize(static_cast<size_t>(rank * m));
-  }
-  const Matrix inner = products.times(energy, inverse);
-  Matrix in = products.times(inner, transpose(problem.kept));    // (rank, k)
-  Matrix out = products.times(fitted, transpose(problem.lost));  // (rank, n_embd)
+  w.products.times(w.energy, w.inverse, w.inner);
+  transpose(w.kept, w.turned);
+  w.products.times(w.turned, w.inner, w.in);  // (k, rank)
+  transpose(w.lost, w.turned);
+  w.products.times(w.turned, w.fitted, w.out);  // (n_embd, rank)
+  transpose(w.in, w.turned);
 
   // Each direction's scale goes to `out`, so that `in` uses the range of float16 well.
+  std::vector<float> largest(static_cast<size_t>(rank));
+  for (int64_t r = 0; r < rank; ++r) {
+    float& most = largest[static_cast<size_t>(r)];
+    float* const row = w.turned.row(r);
+    for (int64_t i = 0; i < w.turned.cols; ++i) most = std::max(most, std::abs(row[i]));
+    if (most == 0.0f) most = 1.0f;
+    for (int64_t i = 0; i < w.turned.cols; ++i) row[i] /= most;
+  }
+  for (int64_t i = 0; i < w.out.rows; ++i) {
+    for (int64_t r = 0; r < rank; ++r) w.out.row(i)[r] *= largest[static_cast<size_t>(r)];
+  }
   LayerPatch patch;
   patch.rank = rank;
-  for (int64_t r = 0; r < rank; ++r) {
-    float largest = 0.0f;
-    for (int64_t i = 0; i < in.cols; ++i) largest = std::max(largest, std::abs(in.row(r)[i]));
-    if (largest == 0.0f) continue;
-    for (int64_t i = 0; i < in.cols; ++i) in.row(r)[i] /= largest;
-    for (int64_t i = 0; i < out.cols; ++i) out.row(r)[i] *= largest;
-  }
-  patch.in = halves(in);
-  patch.out = halves(transpose(out));
+  patch.in = halves(w.turned);
+  patch.out = halves(w.out);
   const auto finite = [](uint16_t half) { return (half & 0x7c00u) != 0x7c00u; };
   if (!std::all_of(patch.in.begin(), patch.in.end(), finite) ||
       !std::all_of(patch.out.begin(), patch.out.end(), finite)) {

@@ -10,6 +10,7 @@
 // H) h.
 #pragma once
 
+#include <memory>
 #include <span>
 
 #include "backend/backend.h"
@@ -31,12 +32,23 @@ struct PatchSpec {
 };
 void check(const PatchSpec& spec);
 
-// The patch of one layer: `ffn` holds the picked neurons' weights. Rank 0 where there is nothing to
-// learn (no sample is active in a kept neuron); less than asked for when there are fewer tokens.
-// Throws kNumeric naming the layer for NaN or Inf.
-LayerPatch fit_patch(Backend& backend, const FfnSamples& samples, int64_t layer,
-                     std::span<const int32_t> neurons, const FfnWeights& ffn,
-                     const PatchSpec& spec);
+// Fits the patches of the layers that were sampled, one by one, in the same working memory.
+class PatchFitter {
+ public:
+  // `samples` must outlive it.
+  PatchFitter(Backend& backend, const FfnSamples& samples, const PatchSpec& spec);
+  ~PatchFitter();
+  // The patch of one layer: `ffn` holds the picked neurons' weights. Rank 0 where there is nothing
+  // to learn (no sample is active in a kept neuron); less than asked for when there are fewer
+  // tokens. Throws kNumeric naming the layer for NaN or Inf.
+  LayerPatch fit(int64_t layer, std::span<const int32_t> neurons, const FfnWeights& ffn);
+
+ private:
+  struct Work;
+  const FfnSamples& samples_;
+  const PatchSpec spec_;
+  std::unique_ptr<Work> work_;
+};
 
 // Puts the patch in the layout for computing. Throws kValue where it does not fit the layer.
 void attach(Backend& backend, const LayerPatch& patch, FfnWeights& ffn);
