@@ -85,25 +85,28 @@ class Fidelity:
         *,
         alpha: float = 0.4,
         layers: tuple[int, int] | None = None,
+        weighted: bool = False,
+        patch: int = 0,
         min_prompt: int = 32,
     ) -> dict[float, dict[str, float]]:
         """Per beta: KL to dense and agreement with dense, of prompts with >= min_prompt tokens.
 
+        `patch` is the rank of the patch, 0 for none.
         The first position comes from the dense prefill and is left out.
         """
         found: dict[float, list[tuple[float, float]]] = {beta: [] for beta in betas}
+        counted = {"statistic": statistic, "alpha": alpha, "weighted": weighted}
+        counted["samples"] = _core.PATCH_SAMPLES if patch else 0
         for (prompt, forced, _), dense in zip(self.texts, self.dense, strict=True):
             if len(prompt) < min_prompt:
                 continue
-            self.session.set_core(None)
-            self.session.reset()
-            self.session.prefill(prompt, statistic=statistic, alpha=alpha)
-            cores = {beta: self.session.select(beta=beta, layers=layers) for beta in betas}
-            for beta, core in cores.items():
+            for beta in betas:
                 self.session.reset()
                 self.session.set_core(None)
-                self.session.prefill(prompt)
-                self.session.set_core(core)
+                self.session.prefill(prompt, **counted)
+                self.session.set_core(self.session.select(beta=beta, layers=layers))
+                if patch:
+                    self.session.fit_patch(rank=patch)
                 got = self.session.score(forced)[1:]
                 p = np.exp(dense[1:].astype(np.float64))
                 kl = (p * (dense[1:].astype(np.float64) - got)).sum(axis=1).mean()
@@ -122,6 +125,8 @@ def main() -> None:
     parser.add_argument("--betas", nargs="*", type=float, default=[0.2, 0.4, 0.6, 0.8])
     parser.add_argument("--alpha", type=float, default=0.4)
     parser.add_argument("--layers", type=int, nargs=2, metavar=("FIRST", "LAST"))
+    parser.add_argument("--weighted", action="store_true", help="by the norms of what is written")
+    parser.add_argument("--patch", type=int, default=0, metavar="RANK", help="0: no patch")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--f32", action="store_true", help="no rounding of activations")
     args = parser.parse_args()
@@ -148,7 +153,14 @@ def main() -> None:
     print("| --- |" + " --- |" * len(args.betas))
     for statistic in args.statistics:
         layers = tuple(args.layers) if args.layers else None
-        rows = fidelity.core_figures(statistic, args.betas, alpha=args.alpha, layers=layers)
+        rows = fidelity.core_figures(
+            statistic,
+            args.betas,
+            alpha=args.alpha,
+            layers=layers,
+            weighted=args.weighted,
+            patch=args.patch,
+        )
         cells = " | ".join(f"{r['kl']:.3f}, {r['agreement']:.2f}" for r in rows.values())
         print(f"| {statistic} | {cells} |", flush=True)
 
