@@ -145,3 +145,47 @@ def test_an_expected_core_that_does_not_fit_is_refused_when_it_is_asked_for(mode
     with pytest.raises(MemoryError, match="lower beta"):
         session.set_core(session.select(beta=0.95))
     session.decode(3)
+
+
+# --- the plan knows the session to come ---
+
+SESSION = {"n_ctx": 8192, "n_batch": 64, "type_k": "f32", "type_v": "f32"}
+CACHE = 2 * 6 * 8192 * 2 * 128 * 4  # keys and values of 6 layers, 2 heads of 128 each
+
+
+def test_dense_weights_make_way_for_the_context(model):
+    """Where both do not fit, the weights come in a layer at a time instead of a refusal."""
+    free = _core.Engine(model)
+    limit = _core.memory()["rss"] + free.weight_bytes + CACHE // 2
+    alone = _core.Engine(model, memory_limit=limit)
+    assert alone.ffn_resident
+    with pytest.raises(MemoryError, match="lower n_ctx"):
+        _core.Session(alone, **SESSION)
+    del alone
+    planned = _core.Engine(model, memory_limit=limit, **SESSION)
+    assert not planned.ffn_resident
+    assert _core.Session(planned, **SESSION).n_ctx == 8192
+
+
+LLAMA = """
+import json, re, sys
+from coreinfer import Llama, _core
+def run(limit):
+    with Llama(sys.argv[1], core="stable", beta=0.2, n_ctx=512, n_batch=64, memory_limit=limit,
+               verbose=False) as llm:
+        llm("word " * 60, max_tokens=4, temperature=0)
+        return llm._engine.ffn_resident, llm.core_set.patch_rank
+try:
+    run(1 << 20)
+except MemoryError as error:
+    needed = re.search(r"but (\\d+) MiB are needed", str(error))[1]
+print(json.dumps([int(needed), run(needed + "MiB"), _core.memory()["peak_rss"]]))
+"""
+
+
+def test_the_limit_that_a_message_asks_for_is_enough_and_is_kept(model):
+    done = subprocess.run([sys.executable, "-c", LLAMA, model], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    needed, (resident, patch_rank), peak = json.loads(done.stdout)
+    assert not resident and patch_rank > 0
+    assert peak <= needed * MIB

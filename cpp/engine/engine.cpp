@@ -9,6 +9,7 @@
 #include "base/memory_use.h"
 #include "model/arch/arch.h"
 #include "neurons/column_norms.h"
+#include "neurons/ffn_samples.h"
 
 namespace coreinfer {
 namespace {
@@ -49,18 +50,37 @@ std::unique_ptr<Backend> make_backend(const EngineOptions& options, const GgufFi
 
 std::shared_ptr<const Engine> Engine::load(const std::string& path, const EngineOptions& options) {
   const int64_t start = now_ns();
+  return load(GgufFile::open(path), options, start);
+}
+
+std::shared_ptr<const Engine> Engine::load(std::shared_ptr<const GgufFile> file,
+                                           const EngineOptions& options) {
+  return load(std::move(file), options, now_ns());
+}
+
+std::shared_ptr<const Engine> Engine::load(std::shared_ptr<const GgufFile> file,
+                                           const EngineOptions& options, int64_t start_ns) {
   std::shared_ptr<Engine> engine(new Engine());
-  engine->file_ = GgufFile::open(path);
+  engine->file_ = std::move(file);
   engine->config_ = read_config(*engine->file_);
   engine->backend_ = make_backend(options, *engine->file_, engine->config_.n_layer);
   // A GPU has memory of its own; what the process holds on the host does not count there.
   const uint64_t device = engine->backend_->info().device_memory;
-  engine->memory_ = std::make_unique<MemoryPlan>(
-      device > 0 ? device : options.memory_limit, device > 0 ? 0 : memory_use().rss,
-      options.core_share, *engine->file_, engine->config_);
-  const WeightOptions weights{engine->memory_->ffn_resident(), options.progress};
+  MemoryBudget budget;
+  budget.limit = device > 0 ? device : options.memory_limit;
+  budget.process = device > 0 ? 0 : memory_use().rss;
+  budget.file_pages = device == 0;
+  budget.core_share = options.core_share;
+  if (options.session) {
+    const ModelConfig& c = engine->config_;
+    budget.session = session_memory(checked(*options.session, c), c);
+    budget.session.counts += FfnSamples::bytes(options.samples, c.n_layer, c.n_ff, c.n_embd);
+  }
+  engine->memory_ = std::make_unique<MemoryPlan>(budget, *engine->file_, engine->config_);
+  const WeightOptions weights{engine->memory_->ffn_resident(),
+                              device == 0 && engine->memory_->limited(), options.progress};
   engine->weights_ = load_weights(*engine->file_, engine->config_, *engine->backend_, weights);
-  engine->load_seconds_ = seconds_since(start);
+  engine->load_seconds_ = seconds_since(start_ns);
   return engine;
 }
 

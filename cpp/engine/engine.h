@@ -6,11 +6,13 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "backend/backend.h"
 #include "engine/memory_plan.h"
+#include "engine/session_options.h"
 #include "gguf/gguf_file.h"
 #include "model/config.h"
 #include "model/weights.h"
@@ -27,12 +29,16 @@ struct EngineOptions {
   // Share of the FFN weights that decoding will want beside the dense ones, for the limit: beta of
   // the core sets to come, 0 when decoding stays dense.
   double core_share = 0.0;
-  std::function<void(float)> progress;  // of loading, in [0, 1]
+  std::optional<SessionOptions> session;  // the one to come, for the limit; nothing: not counted
+  int64_t samples = 0;                    // FFN samples that its prefills will keep
+  std::function<void(float)> progress;    // of loading, in [0, 1]
 };
 
 class Engine {
  public:
   static std::shared_ptr<const Engine> load(const std::string& path, const EngineOptions& options);
+  static std::shared_ptr<const Engine> load(std::shared_ptr<const GgufFile> file,
+                                            const EngineOptions& options);
 
   const GgufFile& file() const { return *file_; }
   std::shared_ptr<const GgufFile> shared_file() const { return file_; }
@@ -48,6 +54,8 @@ class Engine {
 
  private:
   Engine() = default;
+  static std::shared_ptr<const Engine> load(std::shared_ptr<const GgufFile> file,
+                                            const EngineOptions& options, int64_t start_ns);
   std::shared_ptr<const GgufFile> file_;
   ModelConfig config_;
   std::unique_ptr<const MemoryPlan> memory_;

@@ -1,72 +1,110 @@
 #include "engine/memory_plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 
 #include "base/error.h"
+#include "model/weights.h"
+#include "tensor/dtype.h"
 
 namespace coreinfer {
 namespace {
 
-double mib(uint64_t bytes) { return static_cast<double>(bytes) / (1024.0 * 1024.0); }
+constexpr uint64_t kMiB = uint64_t{1} << 20;
+// What is not worth counting one by one: threads, tables, lists of tokens, the allocator's rest.
+constexpr uint64_t kSmallThings = 8 * kMiB;
+// Between two runs a process differs by less, so a figure from a message works in the next.
+constexpr uint64_t kReserve = 2 * kMiB;
+
+double mib(uint64_t bytes) { return static_cast<double>(bytes) / static_cast<double>(kMiB); }
 
 }  // namespace
 
-MemoryPlan::MemoryPlan(uint64_t limit, uint64_t process_bytes, double core_share,
-                       const GgufFile& file, const ModelConfig& config)
-    : limit_(limit), process_bytes_(process_bytes) {
-  if (limit == 0) return;
-  uint64_t layer_bytes = 0, all_bytes = 0;
+uint64_t core_weight_bytes(double share, uint64_t gate_and_up, uint64_t down, bool quantized) {
+  const double down_share = std::min(1.0, share + (quantized && share > 0.0 ? 0.2 : 0.0));
+  return static_cast<uint64_t>(share * static_cast<double>(gate_and_up) +
+                               down_share * static_cast<double>(down));
+}
+
+MemoryPlan::MemoryPlan(const MemoryBudget& budget, const GgufFile& file, const ModelConfig& config)
+    : budget_(budget) {
+  if (!limited()) return;
+  const auto bytes_of = [&](const std::string& name) {
+    const TensorInfo* info = file.find(name);
+    return info != nullptr ? info->nbytes : uint64_t{0};
+  };
   for (int64_t i = 0; i < config.n_layer; ++i) {
-    uint64_t bytes = 0;
-    for (const char* name : {"ffn_gate", "ffn_up", "ffn_down"}) {
-      const TensorInfo* info = file.find("blk." + std::to_string(i) + "." + name + ".weight");
-      if (info != nullptr) bytes += info->nbytes;
-    }
-    layer_bytes = std::max(layer_bytes, bytes);
-    ffn_bytes_ += bytes;
+    const std::string layer = "blk." + std::to_string(i) + ".";
+    const uint64_t gate = bytes_of(layer + "ffn_gate.weight");
+    const uint64_t up = bytes_of(layer + "ffn_up.weight");
+    const uint64_t down = bytes_of(layer + "ffn_down.weight");
+    ffn_bytes_ += gate + up + down;
+    layer_bytes_ = std::max(layer_bytes_, gate + up + down);
+    matrix_bytes_ = std::max({matrix_bytes_, gate, up, down});
+    core_bytes_ += core_weight_bytes(budget.core_share, gate + up, down, true);
   }
-  for (const TensorInfo& info : file.tensors()) all_bytes += info.nbytes;
-  other_bytes_ = all_bytes - ffn_bytes_;
-  staging_bytes_ = 2 * layer_bytes;
-  const auto core_bytes = static_cast<uint64_t>(core_share * static_cast<double>(ffn_bytes_));
-  ffn_resident_ = process_bytes_ + all_bytes + staging_bytes_ + core_bytes <= limit_;
+  for (const TensorInfo& info : file.tensors()) other_bytes_ += info.nbytes;
+  const uint64_t embeddings = bytes_of("token_embd.weight") + bytes_of("position_embd.weight");
+  other_bytes_ -= ffn_bytes_ + embeddings;
+  head_bytes_ = bytes_of("output.weight");
+  if (head_bytes_ == 0) {  // the embeddings again, copied
+    head_bytes_ = bytes_of("token_embd.weight");
+    other_bytes_ += head_bytes_;
+  }
+  if (budget.file_pages) {
+    embd_bytes_ = std::min(embeddings, ModelWeights::kEmbeddingBytes);
+  } else {
+    matrix_bytes_ = layer_bytes_;  // the next layer, while this one is computed with
+  }
+  ffn_resident_ = needed(true, budget.session, core_bytes_) <= budget.limit;
   if (!ffn_resident_) {
-    require(process_bytes_ + other_bytes_ + staging_bytes_,
-            "attention and head weights and one layer's FFN at a time");
+    require(needed(false, budget.session, core_bytes_),
+            "a layer's FFN at a time, this context and these core neurons: lower beta, n_ctx or "
+            "n_batch, use a smaller cache type, or no patch");
   }
+}
+
+uint64_t MemoryPlan::needed(bool ffn_resident, const SessionMemory& session,
+                            uint64_t core_bytes) const {
+  const uint64_t counts = core_bytes > 0 ? session.counts : 0;
+  const uint64_t run = embd_bytes_ + session.cache + session.workspace + counts + core_bytes;
+  uint64_t most = other_bytes_ + run + layer_bytes_ + matrix_bytes_;
+  if (ffn_resident) {
+    // Compaction reads a layer of the file; loading, a matrix.
+    most = other_bytes_ + ffn_bytes_ +
+           std::max(run + (core_bytes > 0 ? layer_bytes_ : 0), matrix_bytes_);
+  }
+  const uint64_t small = budget_.file_pages ? kSmallThings : 0;
+  return budget_.process + small + std::max(most, 2 * head_bytes_);
 }
 
 void MemoryPlan::require(uint64_t needed, const char* for_what) const {
-  if (limit_ == 0 || needed <= limit_) return;
-  throw_error(
-      ErrorKind::kMemory,
-      "memory_limit is %.1f MiB, but %.1f MiB are needed for %s (process %.1f, weights other "
-      "than FFN %.1f, FFN %.1f)",
-      mib(limit_), mib(needed), for_what, mib(process_bytes_), mib(other_bytes_), mib(ffn_bytes_));
+  if (!limited() || needed <= budget_.limit) return;
+  throw_error(ErrorKind::kMemory,
+              "memory_limit is %.1f MiB, but %.0f MiB are needed for the process (%.1f), weights "
+              "other than FFN (%.1f) and %s",
+              mib(budget_.limit), std::ceil(mib(needed + kReserve)), mib(budget_.process),
+              mib(other_bytes_), for_what);
 }
 
-void MemoryPlan::check_session(uint64_t cache_bytes, uint64_t workspace_bytes) const {
-  const uint64_t ffn = ffn_resident_ ? ffn_bytes_ : staging_bytes_;
-  require(process_bytes_ + other_bytes_ + ffn + cache_bytes + workspace_bytes,
-          "this context: lower n_ctx or n_batch, or use a smaller cache type");
+void MemoryPlan::check_session(const SessionMemory& session) const {
+  require(needed(ffn_resident_, session, core_bytes_),
+          ffn_resident_ ? "all FFN weights and this context: lower n_ctx or n_batch, or use a "
+                          "smaller cache type"
+                        : "a layer's FFN at a time and this context: lower n_ctx or n_batch, or "
+                          "use a smaller cache type");
 }
 
-uint64_t MemoryPlan::with_core(uint64_t cache_bytes, uint64_t workspace_bytes,
-                               uint64_t core_bytes) const {
-  const uint64_t ffn = ffn_resident_ ? ffn_bytes_ : staging_bytes_;
-  return process_bytes_ + other_bytes_ + ffn + cache_bytes + workspace_bytes + core_bytes;
+bool MemoryPlan::fits_core(const SessionMemory& session, uint64_t core_bytes) const {
+  return !limited() || needed(ffn_resident_, session, core_bytes) <= budget_.limit;
 }
 
-bool MemoryPlan::fits_core(uint64_t cache_bytes, uint64_t workspace_bytes,
-                           uint64_t core_bytes) const {
-  return limit_ == 0 || with_core(cache_bytes, workspace_bytes, core_bytes) <= limit_;
-}
-
-void MemoryPlan::check_core(uint64_t cache_bytes, uint64_t workspace_bytes,
-                            uint64_t core_bytes) const {
-  require(with_core(cache_bytes, workspace_bytes, core_bytes),
-          "this core set: lower beta or n_ctx");
+void MemoryPlan::check_core(const SessionMemory& session, uint64_t core_bytes) const {
+  require(needed(ffn_resident_, session, core_bytes),
+          ffn_resident_ ? "all FFN weights, this context and this core set: lower beta or n_ctx"
+                        : "a layer's FFN at a time, this context and this core set: lower beta or "
+                          "n_ctx");
 }
 
 }  // namespace coreinfer

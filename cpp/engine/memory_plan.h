@@ -1,44 +1,57 @@
-// MemoryPlan: what a memory limit leaves room for. Flows in: the limit and the sizes of a model's
-// parts. Flows out: whether dense FFN weights may stay resident, and an error that says what would
-// be needed where a limit cannot be met. It allocates nothing.
+// MemoryPlan: what a memory limit leaves room for. Flows in: the limit, what the process holds
+// without the model, and the sizes of a model's parts and of the session to come. Flows out:
+// whether dense FFN weights may stay resident, and an error that says what would be needed where a
+// limit cannot be met. It allocates nothing.
 #pragma once
 
 #include <cstdint>
 
+#include "engine/session_options.h"
 #include "gguf/gguf_file.h"
 #include "model/config.h"
 
 namespace coreinfer {
 
+// Bytes of a share of an FFN's neurons, at most: rows of gate and up are exact, columns of a
+// quantised down projection keep their groups' scales, for which a fifth of its dense bytes is
+// allowed.
+uint64_t core_weight_bytes(double share, uint64_t gate_and_up, uint64_t down, bool quantized);
+
+struct MemoryBudget {
+  uint64_t limit = 0;       // bytes that may be resident; 0: no limit
+  uint64_t process = 0;     // bytes that are, before the model is loaded
+  bool file_pages = true;   // pages of the mapped model file count when they are read
+  double core_share = 0.0;  // of the FFN weights that decoding will want beside the dense ones
+  SessionMemory session;    // of the session to come
+};
+
 class MemoryPlan {
  public:
-  // limit: bytes that this process may hold resident, 0 for none. process_bytes: what it holds
-  // before the model is loaded. core_share: of FFN weights that decoding will want beside the dense
-  // ones. Throws kMemory when not even the parts that every way of working
-  // needs would fit.
-  MemoryPlan(uint64_t limit, uint64_t process_bytes, double core_share, const GgufFile& file,
-             const ModelConfig& config);
+  // Throws kMemory when not even the way of working that needs least would fit.
+  MemoryPlan(const MemoryBudget& budget, const GgufFile& file, const ModelConfig& config);
 
-  uint64_t limit() const { return limit_; }
+  bool limited() const { return budget_.limit > 0; }
   bool ffn_resident() const { return ffn_resident_; }
 
-  // Throws kMemory unless a session of this cache and working memory fits beside the weights.
-  void check_session(uint64_t cache_bytes, uint64_t workspace_bytes) const;
+  // Throws kMemory unless such a session fits beside the weights.
+  void check_session(const SessionMemory& session) const;
   // Whether core weights of these bytes fit, too, also while the next prompt is read.
-  bool fits_core(uint64_t cache_bytes, uint64_t workspace_bytes, uint64_t core_bytes) const;
+  bool fits_core(const SessionMemory& session, uint64_t core_bytes) const;
   // Throws kMemory unless they do.
-  void check_core(uint64_t cache_bytes, uint64_t workspace_bytes, uint64_t core_bytes) const;
+  void check_core(const SessionMemory& session, uint64_t core_bytes) const;
 
  private:
-  uint64_t with_core(uint64_t cache_bytes, uint64_t workspace_bytes, uint64_t core_bytes) const;
+  uint64_t needed(bool ffn_resident, const SessionMemory& session, uint64_t core_bytes) const;
   void require(uint64_t needed, const char* for_what) const;
 
-  uint64_t limit_ = 0;
-  uint64_t process_bytes_ = 0;
-  uint64_t other_bytes_ = 0;  // weights that are not FFN, as computed with
-  uint64_t ffn_bytes_ = 0;    // all layers
-  uint64_t staging_bytes_ =
-      0;  // the largest layer's FFN, packed, and the file pages it is made from
+  MemoryBudget budget_;
+  uint64_t head_bytes_ = 0;    // the output matrix, which is loaded first
+  uint64_t other_bytes_ = 0;   // weights that are not FFN, as computed with
+  uint64_t embd_bytes_ = 0;    // pages of the embeddings in the file that are resident at a time
+  uint64_t ffn_bytes_ = 0;     // all layers
+  uint64_t layer_bytes_ = 0;   // FFN of the largest layer
+  uint64_t matrix_bytes_ = 0;  // the largest matrix of an FFN
+  uint64_t core_bytes_ = 0;    // of core_share
   bool ffn_resident_ = true;
 };
 

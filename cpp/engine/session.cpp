@@ -8,22 +8,6 @@
 namespace coreinfer {
 namespace {
 
-constexpr int64_t kMaxBatch = 65536;
-
-int64_t checked_context(const Engine& engine, int64_t n_ctx) {
-  const ModelConfig& c = engine.config();
-  if (n_ctx < 0 || n_ctx > (int64_t{1} << 26)) {
-    throw_error(ErrorKind::kValue, "n_ctx is %lld, expected 0 (the model's %lld) to 67108864",
-                static_cast<long long>(n_ctx), static_cast<long long>(c.n_ctx));
-  }
-  if (c.position_offset >= 0 && n_ctx > c.n_ctx) {
-    throw_error(ErrorKind::kValue, "n_ctx is %lld, but this %s model has learned %lld positions",
-                static_cast<long long>(n_ctx), c.architecture.c_str(),
-                static_cast<long long>(c.n_ctx));
-  }
-  return n_ctx == 0 ? c.n_ctx : n_ctx;
-}
-
 size_t patch_bytes_of(const CoreSet& set) {
   size_t values = 0;
   for (const LayerPatch& p : set.patch) values += p.in.size() + p.out.size();
@@ -32,48 +16,13 @@ size_t patch_bytes_of(const CoreSet& set) {
 
 }  // namespace
 
-KvType kv_type_from_name(const std::string& name) {
-  if (name == "f16") return KvType::kF16;
-  if (name == "f32") return KvType::kF32;
-  if (name == "q8_0") return KvType::kQ8_0;
-  throw_error(ErrorKind::kValue, "cache type is \"%s\", expected f16, f32 or q8_0", name.c_str());
-}
-
 Session::Session(std::shared_ptr<const Engine> engine, const SessionOptions& options)
-    : engine_(std::move(engine)), n_ctx_(checked_context(*engine_, options.n_ctx)) {
-  if (options.n_batch < 1 || options.n_batch > kMaxBatch) {
-    throw_error(ErrorKind::kValue, "n_batch is %lld, expected 1 to %lld",
-                static_cast<long long>(options.n_batch), static_cast<long long>(kMaxBatch));
-  }
-  n_batch_ = std::min(options.n_batch, n_ctx_);
+    : engine_(std::move(engine)), options_(checked(options, engine_->config())) {
   const ModelConfig& c = engine_->config();
-  KvSpec kv;
-  kv.type_k = options.type_k;
-  kv.type_v = options.type_v;
-  kv.n_layer = c.n_layer;
-  kv.n_ctx = n_ctx_;
-  kv.row_width = c.n_embd_kv();
-  kv.head_dim = c.head_dim;
-  cache_ = engine_->backend().make_kv_cache(kv);
-  transformer_ = std::make_unique<Transformer>(engine_->backend(), c, engine_->weights(),
-                                               std::max(n_batch_, std::min(kExactRows, n_ctx_)));
-  engine_->memory().check_session(kv_capacity_bytes(), workspace_bytes());
-}
-
-size_t Session::kv_capacity_bytes() const {
-  const KvSpec& kv = cache_->spec();
-  const auto row_bytes = [&](KvType type) {
-    switch (type) {
-      case KvType::kF32:
-        return 4 * kv.row_width;
-      case KvType::kF16:
-        return 2 * kv.row_width;
-      case KvType::kQ8_0:
-        break;
-    }
-    return kv.row_width + 2 * ((kv.row_width + 31) / 32);
-  };
-  return static_cast<size_t>(kv.n_layer * kv.n_ctx * (row_bytes(kv.type_k) + row_bytes(kv.type_v)));
+  engine_->memory().check_session(session_memory(options_, c));
+  cache_ = engine_->backend().make_kv_cache(kv_spec(options_, c));
+  transformer_ =
+      std::make_unique<Transformer>(engine_->backend(), c, engine_->weights(), max_rows(options_));
 }
 
 void Session::check_tokens(std::span<const int32_t> tokens) const {
@@ -88,9 +37,9 @@ void Session::check_tokens(std::span<const int32_t> tokens) const {
 
 void Session::check_room(size_t n) const {
   const int64_t wanted = n_past() + static_cast<int64_t>(n);
-  if (wanted > n_ctx_) {
+  if (wanted > n_ctx()) {
     throw_error(ErrorKind::kValue, "Requested tokens (%lld) exceed context window of %lld",
-                static_cast<long long>(wanted), static_cast<long long>(n_ctx_));
+                static_cast<long long>(wanted), static_cast<long long>(n_ctx()));
   }
 }
 
@@ -170,7 +119,7 @@ void Session::prefill(std::span<const int32_t> tokens, const std::optional<Stati
   try {
     engine_->file().check_unchanged();
     for (int64_t done = 0; done < total;) {
-      const int64_t n = std::min(n_batch_, total - done);
+      const int64_t n = std::min(n_batch(), total - done);
       Batch batch;
       batch.tokens = tokens.subspan(static_cast<size_t>(done), static_cast<size_t>(n));
       batch.first = n_past();
@@ -227,6 +176,12 @@ void Session::replay(const std::optional<StatisticSpec>& spec,
   timings_.count_seconds = before.count_seconds;
 }
 
+SessionMemory Session::memory() const {
+  SessionMemory m = session_memory(options_, engine_->config());
+  if (samples_) m.counts += samples_->bytes();
+  return m;
+}
+
 LayerRange Session::range(std::optional<LayerRange> layers) const {
   return layers.value_or(LayerRange{0, engine_->config().n_layer});
 }
@@ -254,7 +209,9 @@ void Session::make_samples(int64_t capacity) {
     if (capacity == 0) return;
     const ModelConfig& c = engine_->config();
     const size_t bytes = FfnSamples::bytes(capacity, c.n_layer, c.n_ff, c.n_embd);
-    engine_->memory().check_session(kv_capacity_bytes(), workspace_bytes() + bytes);
+    SessionMemory with_samples = memory();
+    with_samples.counts += bytes;
+    engine_->memory().check_session(with_samples);
     samples_.emplace(engine_->backend(), capacity, c.n_layer, c.n_ff, c.n_embd);
   }
   if (samples_->n_tokens() != n_past()) samples_->restart(n_past());
@@ -291,8 +248,7 @@ void Session::expect(const CoreShare& share) {
     return estimated_bytes(
         [&](size_t i) { return picked.contains(static_cast<int64_t>(i)) ? k : others; });
   };
-  const MemoryPlan& memory = engine_->memory();
-  if (!memory.fits_core(kv_capacity_bytes(), workspace_bytes(), bytes_with(n_ff))) return;
+  if (!engine_->memory().fits_core(memory(), bytes_with(n_ff))) return;
   core_set_.reset();
   compact_ = {};
   // Layers that stay dense are kept as they were brought in.
@@ -321,10 +277,10 @@ void Session::set_core(std::optional<CoreSet> set) {
     } else {
       passing_.reset();
       engine_->memory().check_core(
-          kv_capacity_bytes(), workspace_bytes(),
-          estimated_bytes([&](size_t i) {
-            return set->layers[i] ? static_cast<int64_t>(set->layers[i]->size()) : set->n_ff;
-          }) + patch_bytes_of(*set));
+          memory(), estimated_bytes([&](size_t i) {
+                      return set->layers[i] ? static_cast<int64_t>(set->layers[i]->size())
+                                            : set->n_ff;
+                    }) + patch_bytes_of(*set));
       engine_->file().check_unchanged();
       CompactWeights compacted = compact(engine_->backend(), engine_->weights(), *set);
       engine_->file().check_unchanged();
@@ -363,9 +319,11 @@ void Session::fit_patch(const PatchSpec& spec) {
     set.patch[i] = fitter.fit(static_cast<int64_t>(i), *neurons, compact_.layers[i]);
   }
   const size_t bytes = compact_.buffer_bytes + patch_bytes_of(set);
-  engine_->memory().check_core(kv_capacity_bytes(), workspace_bytes(), bytes);
+  engine_->memory().check_core(memory(), bytes);
   compact_.layers = patched(set);
   core_set_ = std::move(set);
+  // Where memory is short they go; the next prefill that keeps some has room made for them.
+  if (engine_->memory().limited()) samples_.reset();
   timings_.patch_seconds += seconds_since(start);
 }
 
@@ -383,23 +341,19 @@ size_t Session::decode_weight_bytes() const {
   return bytes;
 }
 
-// Weight bytes of a core set, before it is made, by the neurons kept of each layer: rows of gate
-// and up are exact, columns of a quantised down projection keep their groups' scales, for which a
-// fifth of its dense bytes is allowed.
-size_t Session::estimated_bytes(const std::function<int64_t(size_t)>& kept) const {
+// Weight bytes of a core set, before it is made, by the neurons kept of each layer.
+uint64_t Session::estimated_bytes(const std::function<int64_t(size_t)>& kept) const {
   const int64_t n_ff = engine_->config().n_ff;
-  double bytes = 0.0;
+  uint64_t bytes = 0;
   for (size_t i = 0; i < engine_->weights().layers.size(); ++i) {
     const int64_t k = kept(i);
     if (k == 0 || (k == n_ff && engine_->weights().ffn_resident)) continue;  // nothing is copied
     const CompactSource& s = engine_->weights().layers[i].source;
     const double share = static_cast<double>(k) / static_cast<double>(n_ff);
-    const auto rows = static_cast<double>(s.gate.bytes() + s.up.bytes());
-    const auto down = static_cast<double>(s.down.bytes());
-    const double scales = traits(s.down.type).quantized ? 0.2 : 0.0;
-    bytes += rows * share + down * std::min(1.0, share + scales);
+    bytes += core_weight_bytes(share, s.gate.bytes() + s.up.bytes(), s.down.bytes(),
+                               traits(s.down.type).quantized);
   }
-  return static_cast<size_t>(bytes);
+  return bytes;
 }
 
 // At most kExactRows tokens, so that each row's bits are those of decoding it alone.

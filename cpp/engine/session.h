@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "engine/engine.h"
+#include "engine/session_options.h"
 #include "engine/speculation.h"
 #include "forward/transformer.h"
 #include "neurons/compact.h"
@@ -24,14 +25,6 @@
 #include "sampling/sampler.h"
 
 namespace coreinfer {
-
-struct SessionOptions {
-  int64_t n_ctx = 0;      // 0: what the model was trained for
-  int64_t n_batch = 512;  // tokens that one prefill step takes
-  KvType type_k = KvType::kF16;
-  KvType type_v = KvType::kF16;
-};
-KvType kv_type_from_name(const std::string& name);
 
 // What select() will be asked for after a prefill.
 struct CoreShare {
@@ -63,8 +56,8 @@ class Session {
   Session(std::shared_ptr<const Engine> engine, const SessionOptions& options);
 
   const Engine& engine() const { return *engine_; }
-  int64_t n_ctx() const { return n_ctx_; }
-  int64_t n_batch() const { return n_batch_; }
+  int64_t n_ctx() const { return options_.n_ctx; }
+  int64_t n_batch() const { return options_.n_batch; }
   int64_t n_past() const { return static_cast<int64_t>(tokens_.size()); }
   int64_t n_dense() const { return n_dense_; }  // leading positions that the dense weights wrote
   const std::vector<int32_t>& tokens() const { return tokens_; }
@@ -142,20 +135,16 @@ class Session {
 
   const Timings& timings() const { return timings_; }
   size_t kv_bytes() const { return cache_->committed_bytes(); }
-  // Memory that the cache takes when it is full, and that every batch works in.
-  size_t kv_capacity_bytes() const;
-  size_t workspace_bytes() const {
-    return transformer_->workspace_bytes() + (samples_ ? samples_->bytes() : 0);
-  }
 
  private:
   void check_tokens(std::span<const int32_t> tokens) const;
   void check_room(size_t n) const;
   void run_decode(std::span<const int32_t> tokens, WantLogits want,
                   const std::function<bool()>& cancelled);
-  size_t estimated_bytes(const std::function<int64_t(size_t)>& kept) const;
+  uint64_t estimated_bytes(const std::function<int64_t(size_t)>& kept) const;
   void expect(const CoreShare& share);
   std::vector<FfnWeights> patched(const CoreSet& set) const;
+  SessionMemory memory() const;
   LayerRange range(std::optional<LayerRange> layers) const;
   const NeuronCounts& counted();
   NeuronCounts make_counts(const StatisticSpec& spec) const;
@@ -173,8 +162,7 @@ class Session {
   void make_samples(int64_t capacity);
 
   std::shared_ptr<const Engine> engine_;
-  int64_t n_ctx_;
-  int64_t n_batch_;
+  SessionOptions options_;  // checked
   KvCachePtr cache_;
   std::unique_ptr<Transformer> transformer_;
   std::vector<int32_t> tokens_;

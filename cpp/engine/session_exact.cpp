@@ -93,7 +93,7 @@ void Session::take_expected(int32_t token) {
 void Session::draft(int32_t token, const Sampler* sampler) {
   Speculation& s = *speculation_;
   logits_.clear();
-  const int64_t limit = std::min(s.spec.max_drafts, n_ctx_ - n_past() - 1);
+  const int64_t limit = std::min(s.spec.max_drafts, n_ctx() - n_past() - 1);
   const int64_t from_text = s.spec.text ? s.length(DraftPace::kText, limit) : 0;
   if (from_text > 0) {
     std::vector<int32_t> text = tokens_;

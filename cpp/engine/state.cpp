@@ -147,9 +147,9 @@ void Session::load_state(std::span<const std::byte> state) {
   std::vector<int32_t> tokens = r.array<int32_t>();
   check_tokens(tokens);
   const auto n_past = static_cast<int64_t>(tokens.size());
-  if (n_past > n_ctx_) {
+  if (n_past > n_ctx()) {
     throw_error(ErrorKind::kValue, "the saved state has %lld tokens, more than n_ctx (%lld)",
-                static_cast<long long>(n_past), static_cast<long long>(n_ctx_));
+                static_cast<long long>(n_past), static_cast<long long>(n_ctx()));
   }
   const auto n_dense = r.value<int64_t>();
   if (n_dense < 0 || n_dense > n_past) Reader::damaged("more dense positions than tokens");

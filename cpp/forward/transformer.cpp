@@ -21,13 +21,15 @@ Transformer::Transformer(Backend& backend, const ModelConfig& config, const Mode
   device_logits_ = backend.allocate(std::min(max_rows, kExactRows) * config.n_vocab);
 }
 
-size_t Transformer::workspace_bytes() const {
-  int64_t floats = static_cast<int64_t>(logits_.capacity());
-  for (const BufferPtr* b :
-       {&x_, &q_, &k_, &v_, &attended_, &block_, &hidden_, &act_gate_, &patch_, &device_logits_}) {
-    if (*b) floats += (*b)->size();
-  }
-  return 2 * sizeof(float) * static_cast<size_t>(floats);
+uint64_t Transformer::workspace_bytes(const ModelConfig& config, int64_t max_rows) {
+  const int64_t embd = config.n_embd, q = config.n_embd_q(), kv = config.n_embd_kv();
+  // As allocated above, and act_gate_.
+  const int64_t own =
+      (config.post_norm != Presence::kNever ? 2 : 1) * embd + 2 * (q + kv) + 2 * config.n_ff;
+  // The widest input in another form, at most as floats; queries as floats and as pairs of bf16.
+  const int64_t backend = std::max({embd, q, config.n_ff}) + 2 * q;
+  const int64_t logits = 2 * std::min(max_rows, kExactRows) * config.n_vocab;  // and on the host
+  return sizeof(float) * static_cast<uint64_t>(max_rows * (own + backend) + logits);
 }
 
 void Transformer::run(const Batch& batch, KvCache& cache) {
@@ -38,9 +40,7 @@ void Transformer::run(const Batch& batch, KvCache& cache) {
   }
   n_logits_ = 0;
   const Rows x = x_->rows(n, config_.n_embd);
-  const int64_t offset = std::max<int64_t>(config_.position_offset, 0);
-  backend_.embed(batch.tokens, weights_.token_embd, config_.embedding_scale, weights_.position_embd,
-                 batch.first + offset, x);
+  embed(batch.tokens, batch.first, x);
   // Dense weights that are not resident come in a layer at a time; the next one while this one
   // computes, where the backend can do both.
   FfnWeights staged, ahead;
@@ -58,15 +58,30 @@ void Transformer::run(const Batch& batch, KvCache& cache) {
       if (loads_ahead && i + 1 < config_.n_layer) {
         ahead = weights_.stage_ffn(static_cast<size_t>(i + 1));
       }
-      if (batch.passing != nullptr) (*batch.passing)(staged);
+      if (batch.passing != nullptr) {
+        (*batch.passing)(staged);  // reads the file again
+        if (!weights_.ffn_resident) weights_.drop_ffn_pages(static_cast<size_t>(i));
+      }
       staged = {};
-      if (!weights_.ffn_resident) weights_.drop_ffn_pages(static_cast<size_t>(i));
     } else {
       feed_forward(w, batch.ffn[static_cast<size_t>(i)], i, x, batch);
     }
   }
   if (batch.counts != nullptr) batch.counts->check_finite();
   head(x, batch.logits);
+}
+
+// Within a memory limit a few rows at a time, since each makes pages around it resident.
+void Transformer::embed(std::span<const int32_t> tokens, int64_t first, Rows x) {
+  const int64_t position = first + std::max<int64_t>(config_.position_offset, 0);
+  const int64_t step = weights_.memory_limited ? ModelWeights::kEmbeddingRows : x.n;
+  for (int64_t r = 0; r < x.n; r += step) {
+    const int64_t n = std::min(step, x.n - r);
+    backend_.embed(tokens.subspan(static_cast<size_t>(r), static_cast<size_t>(n)),
+                   weights_.token_embd, config_.embedding_scale, weights_.position_embd,
+                   position + r, x.slice(r, n));
+    if (weights_.memory_limited) weights_.drop_embedding_pages();
+  }
 }
 
 void Transformer::attention(const LayerWeights& w, int64_t layer, int64_t first, Rows x,

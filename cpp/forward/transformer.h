@@ -59,13 +59,14 @@ class Transformer {
   std::span<const float> logits(int64_t row = 0) const;
   int64_t n_logits() const { return n_logits_; }
 
-  // Bytes of working memory, which the backend's own share about doubles.
-  size_t workspace_bytes() const;
+  // Bytes of working memory, what the backend needs for the same rows included, at most.
+  static uint64_t workspace_bytes(const ModelConfig& config, int64_t max_rows);
 
   // Seconds that run() has spent counting; where a GPU does it, handing it over.
   double count_seconds() const { return count_seconds_; }
 
  private:
+  void embed(std::span<const int32_t> tokens, int64_t first, Rows x);
   void attention(const LayerWeights& w, int64_t layer, int64_t first, Rows x, KvCache& cache);
   void feed_forward(const LayerWeights& w, const FfnWeights& ffn, int64_t layer, Rows x,
                     const Batch& batch);

@@ -136,7 +136,12 @@ size_t ModelWeights::bytes_per_token() const {
 FfnWeights ModelWeights::stage_ffn(size_t layer) const {
   const LayerWeights& w = layers[layer];
   if (w.ffn.up) return w.ffn;
-  const auto load = [&](const Mat& mat) { return mat.empty() ? nullptr : backend->load(mat); };
+  const auto load = [&](const Mat& mat) -> WeightPtr {
+    if (mat.empty()) return nullptr;
+    WeightPtr weight = backend->load(mat);
+    if (backend->info().device_memory == 0) file->advise_dontneed(mat);
+    return weight;
+  };
   FfnWeights ffn;
   ffn.gate = load(w.source.gate);
   ffn.up = load(w.source.up);
@@ -154,12 +159,18 @@ void ModelWeights::drop_ffn_pages(size_t layer) const {
   }
 }
 
+void ModelWeights::drop_embedding_pages() const {
+  file->advise_dontneed(token_embd);
+  if (!position_embd.empty()) file->advise_dontneed(position_embd);
+}
+
 ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, Backend& backend,
                           const WeightOptions& options) {
   file.require_supported_types();
   Loader loader(file, config, backend);
   ModelWeights w;
   w.ffn_resident = options.ffn_resident;
+  w.memory_limited = options.memory_limited;
   w.file = &file;
   w.backend = &backend;
   const auto always = Presence::kAlways;

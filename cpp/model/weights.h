@@ -35,17 +35,23 @@ struct ModelWeights {
   WeightPtr output;  // (n_vocab, n_embd); the embeddings again where the head is tied
   std::vector<LayerWeights> layers;
   bool ffn_resident = true;
+  bool memory_limited = false;
 
   // Weight bytes that one dense decode step reads, and the part that is FFN weights.
   size_t bytes_per_token() const;
   size_t ffn_bytes() const;
 
   // The dense FFN of a layer: the resident one, or a copy made from the file now, whose memory goes
-  // when the returned value does.
+  // when the returned value does. Its pages in the file do not stay.
   FfnWeights stage_ffn(size_t layer) const;
-  // Mapped FFN pages that staging or compaction has read need not stay resident, where that is host
-  // memory which counts; for a GPU they may.
+  // Mapped pages that compaction or an embedding has read need not stay resident, where that is
+  // host memory which counts; for a GPU they may.
   void drop_ffn_pages(size_t layer) const;
+  void drop_embedding_pages() const;
+  // So many rows of embeddings make at most so many bytes of the file resident: Linux maps 64 KiB
+  // around a page that is asked for, and a row may lie in two such pieces.
+  static constexpr int64_t kEmbeddingRows = 64;
+  static constexpr uint64_t kEmbeddingBytes = kEmbeddingRows * 2 * (uint64_t{64} << 10);
 
   const GgufFile* file = nullptr;  // not an owner
   Backend* backend = nullptr;      // not an owner
@@ -53,6 +59,7 @@ struct ModelWeights {
 
 struct WeightOptions {
   bool ffn_resident = true;
+  bool memory_limited = false;          // resident pages count, those of the mapped file too
   std::function<void(float)> progress;  // gets [0, 1]
 };
 

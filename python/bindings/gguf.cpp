@@ -139,6 +139,11 @@ nb::object gguf_object(std::shared_ptr<const GgufFile> file) {
   return nb::cast(PyGgufFile(std::move(file)));
 }
 
+std::shared_ptr<const GgufFile> gguf_file(nb::handle object) {
+  if (!nb::isinstance<PyGgufFile>(object)) return nullptr;
+  return nb::cast<const PyGgufFile&>(object).file;
+}
+
 void bind_gguf(nb::module_& m) {
   nb::class_<TensorInfo>(m, "TensorInfo", "Name, type, shape and place of one tensor of a file.")
       .def_prop_ro("name", [](const TensorInfo& t) { return t.name; })

@@ -21,6 +21,7 @@ std::string system_path(nb::handle path);
 void bind_errors(nb::module_& m);                              // C++ Error -> Python exceptions
 void bind_gguf(nb::module_& m);                                // GgufFile
 nb::object gguf_object(std::shared_ptr<const GgufFile> file);  // as Python's GgufFile
+std::shared_ptr<const GgufFile> gguf_file(nb::handle object);  // null if it is none
 void bind_engine(nb::module_& m);                              // Engine, memory()
 void bind_session(nb::module_& m);                             // CoreSet, Sampler, Session
 

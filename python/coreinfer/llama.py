@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from . import completion, foreign, models
+from . import _core, completion, foreign, models
 from .chat import ChatTemplate
 from .completion import Request
 from .config import (
@@ -166,8 +166,14 @@ class Llama(TokenModel):
             )
         if isinstance(core, CoreConfig):
             core = core.changed(**given)
+        path = _existing(model_path)
+        file = _core.GgufFile(os.fsencode(path))
+        # Before the weights: what the vocabulary takes counts when a memory limit is planned.
+        self.metadata: dict[str, Any] = file.metadata
+        self._tokenizer = Tokenizer.from_metadata(self.metadata)
         super().__init__(
-            _existing(model_path),
+            path,
+            file,
             config,
             core,
             prefill_progress,
@@ -176,8 +182,6 @@ class Llama(TokenModel):
             text_of=self._text,
             tuning=tuning,
         )
-        self.metadata: dict[str, Any] = self._open_engine().gguf.metadata
-        self._tokenizer = Tokenizer.from_metadata(self.metadata)
         self._chat_template: ChatTemplate | None = None
         if verbose:
             self._announce()

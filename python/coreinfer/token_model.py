@@ -48,6 +48,7 @@ class TokenModel:
     def __init__(
         self,
         model_path: str,
+        file: _core.GgufFile,
         config: LoadConfig,
         core: CoreConfig | CoreSet,
         prefill_progress: Callable[[int, int], None] | None,
@@ -60,11 +61,16 @@ class TokenModel:
         self.prefill_progress = prefill_progress
         self._config = config
         self._engine: _core.Engine | None = _core.Engine(
-            os.fsencode(model_path),
+            file,
             n_threads=config.n_threads or 0,
             f32_activations=config.f32_activations,
             memory_limit=config.memory_limit or 0,
             core_share=_core_share(core),
+            n_ctx=config.n_ctx,
+            n_batch=config.n_batch,
+            type_k=config.type_k,
+            type_v=config.type_v,
+            samples=_samples(core),
             n_gpu_layers=config.n_gpu_layers,
             main_gpu=config.main_gpu,
             vram_limit=config.vram_limit or 0,
@@ -700,6 +706,12 @@ def _core_share(core: CoreConfig | CoreSet) -> float:
         return core.kept
     return 0.0 if core.mode == "off" else core.beta
     return {"stable": core.beta, "similar": core.gamma}.get(core.mode, 0.0)
+
+
+def _samples(core: CoreConfig | CoreSet) -> int:
+    """FFN samples that prefills keep for a patch."""
+    patched = isinstance(core, CoreConfig) and core.mode in ("stable", "similar") and core.patch
+    return _core.PATCH_SAMPLES if patched else 0
 
 
 def _to_core(core_set: CoreSet) -> Any:
