@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib.util
 import json
@@ -18,6 +19,7 @@ from coreinfer import Clusters, CoreConfig, CoreSet, Llama, SimilarityClusters, 
 from coreinfer.cli import main
 from coreinfer.cluster_lookup import ClusterLookup, blend_ranks, core_neurons, top_neurons
 from coreinfer.embedders import as_embedder
+from coreinfer.tuning import Tuning, measure
 from make_synthetic_model import make_tiny_model
 from sidecar_bytes import header_npy, npy, rewrite
 
@@ -528,6 +530,24 @@ def test_a_cluster_s_neurons_are_patched_for_the_prompt(tiny, built):
         llm("the night again", max_tokens=2)
         assert llm.core_set.patch_rank == 4 and llm.core_set.cluster is not None
         assert llm.timings.patch_bytes > 0
+
+
+def test_auto_decodes_with_a_cluster_that_was_measured(tiny, built):
+    config = CoreConfig(mode="similar", gamma=0.9)
+    ids = np.random.default_rng(0).integers(0, 256, 200, dtype=np.int32)
+    with load(tiny, clusters=built, embedder=letters) as llm:
+        row = next(iter(measure(llm, ids, [config], n_prompts=(8,), n_texts=2, n_answer=4)))
+        fingerprint = llm.fingerprint
+    assert row.clusters == built.digest and row.kl > 0
+    tuning = Tuning(fingerprint, (dataclasses.replace(row, kl=0.01, kl_error=0.0, speed=1.2),))
+    options = {"clusters": built, "embedder": letters, "core": "auto", "tuning": tuning}
+    with load(tiny, **options) as llm:
+        llm("the night again and again", max_tokens=3)
+        assert llm.decision.config == config and llm.decision.kl == 0.01
+        assert llm.core_set.cluster is not None
+        llm.set_clusters(None)
+        llm("the night again and again", max_tokens=3)
+        assert llm.decision.config.mode == "exact" and llm.core_set is None
 
 
 def test_the_text_decides_however_the_prompt_is_given(tiny, built):
