@@ -148,6 +148,7 @@ class Session {
   LayerRange range(std::optional<LayerRange> layers) const;
   const NeuronCounts& counted();
   NeuronCounts make_counts(const StatisticSpec& spec) const;
+  void make_samples(int64_t capacity);
   bool decodes_dense() const { return !core_set_ || exact(); }
 
   // Exact mode.
@@ -159,7 +160,6 @@ class Session {
   void judge(bool all);
   void count_kept();
   void forget_expected();
-  void make_samples(int64_t capacity);
 
   std::shared_ptr<const Engine> engine_;
   SessionOptions options_;  // checked

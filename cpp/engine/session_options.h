@@ -30,7 +30,7 @@ int64_t max_rows(const SessionOptions& options);
 struct SessionMemory {
   uint64_t cache = 0;      // keys and values when the context is full
   uint64_t workspace = 0;  // what every batch works in
-  uint64_t counts = 0;     // neuron scores, and core sets made of them
+  uint64_t counts = 0;     // neuron scores, core sets made of them, and FFN samples where kept
 };
 SessionMemory session_memory(const SessionOptions& options, const ModelConfig& config);
 
