@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import gguf
 import numpy as np
 import pytest
@@ -191,6 +193,20 @@ def test_wrong_settings_are_said_and_leave_the_set(engine, spec, message):
     with pytest.raises(ValueError, match=message):
         s.fit_patch(**spec)
     assert s.core_set is not None and s.patch_bytes == 0
+
+
+def test_a_regression_without_a_solution_is_said_and_leaves_the_set(model, tmp_path):
+    path = tmp_path / "huge.gguf"
+    shutil.copy(model, path)
+    tensors = {t.name: t.data for t in gguf.GGUFReader(path, "r+").tensors}
+    tensors["blk.1.ffn_down.weight"] *= np.float32(1e9)
+    tensors["blk.1.ffn_down.weight"].base.flush()
+    s = read(_core.Engine(str(path)), ids(40))
+    with pytest.raises(ArithmeticError, match="the patch of layer 1 holds NaN, Inf or values past"):
+        s.fit_patch(rank=8)
+    assert s.core_set is not None and s.patch_bytes == 0
+    s.decode(3)
+    assert np.isfinite(s.logits()).all()
 
 
 def test_without_samples_or_a_set_there_is_nothing_to_fit(engine):
