@@ -249,6 +249,7 @@ class Backend {
 struct CpuOptions {
   int n_threads = 0;             // 0: ThreadPool::default_threads()
   bool f32_activations = false;  // no 8-bit or bf16 rounding of activations anywhere
+  bool memory_limited = false;   // memory is given back that might be used again later
 };
 std::unique_ptr<Backend> make_cpu_backend(const CpuOptions& options);
 

@@ -11,6 +11,7 @@
 #include <mutex>
 
 #include "backend/backend.h"
+#include "base/aligned_buffer.h"
 #include "base/thread_pool.h"
 #include "kernels/isa.h"
 #include "kernels/vector.h"
@@ -71,6 +72,9 @@ class CpuBackend final : public Backend {
   CompactWeights compact(std::span<const CompactSource> layers, Room* room) override;
 
  private:
+  // Room for a core of `bytes`; the mutex is held.
+  std::shared_ptr<AlignedBuffer> take_compact_memory(size_t bytes);
+
   CpuOptions options_;
   Isa isa_;
   ThreadPool pool_;
@@ -80,6 +84,7 @@ class CpuBackend final : public Backend {
   std::shared_ptr<LinearScratch> linear_scratch_;
   std::shared_ptr<AttendScratch> attend_scratch_;
   std::shared_ptr<NeuronScratch> neuron_scratch_;
+  std::shared_ptr<AlignedBuffer> compact_memory_;  // of the last core, for the next
 };
 
 }  // namespace coreinfer

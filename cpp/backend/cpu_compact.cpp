@@ -86,6 +86,22 @@ void check(const CompactSource& source) {
 
 }  // namespace
 
+// Fresh pages cost more than all the copying into them: the system has to find and to clear them.
+// So the last core's buffer is written again once that core is gone, unless it is twice as large as
+// needed or memory is short. What it held needs no clearing: every byte of a core is written.
+std::shared_ptr<AlignedBuffer> CpuBackend::take_compact_memory(size_t bytes) {
+  std::shared_ptr<AlignedBuffer> memory = std::move(compact_memory_);
+  const bool serves =
+      memory && memory.use_count() == 1 && memory->size() >= bytes && memory->size() / 2 <= bytes;
+  if (!serves) {
+    memory.reset();
+    // Cores of one size differ a little in bytes; pages that are never written are not there.
+    memory = std::make_shared<AlignedBuffer>(bytes + bytes / 16);
+  }
+  if (!options_.memory_limited) compact_memory_ = memory;
+  return memory;
+}
+
 CompactWeights CpuBackend::compact(std::span<const CompactSource> layers, Room* room) {
   const std::lock_guard lock(mutex_);
   const auto copy_layer = [&](std::span<const Target> matrices) {
@@ -127,7 +143,7 @@ CompactWeights CpuBackend::compact(std::span<const CompactSource> layers, Room* 
     base = reinterpret_cast<std::byte*>(room->buffer->data()) + room->used;
     room->used += result.buffer_bytes;
   } else {
-    const auto own = std::make_shared<AlignedBuffer>(needed);
+    const std::shared_ptr<AlignedBuffer> own = take_compact_memory(needed);
     base = own->as<std::byte>();
     memory = own;
   }

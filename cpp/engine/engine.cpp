@@ -35,15 +35,16 @@ std::unique_ptr<Backend> make_backend(const EngineOptions& options, const GgufFi
                 "n_gpu_layers is %lld, expected 0 (CPU), a number of layers, or -1 (all %lld)",
                 static_cast<long long>(n), static_cast<long long>(n_layer));
   }
-  if (n == 0) return make_cpu_backend(options.cpu);
+  CpuOptions cpu = options.cpu;
+  cpu.memory_limited = options.memory_limit > 0;
+  if (n == 0) return make_cpu_backend(cpu);
   CudaOptions cuda;
   cuda.device = options.main_gpu;
   cuda.f32_activations = options.cpu.f32_activations;
   cuda.memory_limit = options.vram_limit;
   std::unique_ptr<Backend> gpu = make_cuda_backend(cuda);
   if (n < 0 || n >= n_layer) return gpu;
-  return make_split_backend(make_cpu_backend(options.cpu), std::move(gpu),
-                            last_layers(file, n_layer, n));
+  return make_split_backend(make_cpu_backend(cpu), std::move(gpu), last_layers(file, n_layer, n));
 }
 
 }  // namespace

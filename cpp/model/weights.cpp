@@ -152,7 +152,7 @@ FfnWeights ModelWeights::stage_ffn(size_t layer) const {
 }
 
 void ModelWeights::drop_ffn_pages(size_t layer) const {
-  if (backend->info().device_memory > 0) return;
+  if (!memory_limited) return;
   const CompactSource& source = layers[layer].source;
   for (const Mat* mat : {&source.gate, &source.up, &source.down}) {
     if (!mat->empty()) file->advise_dontneed(*mat);

@@ -44,8 +44,9 @@ struct ModelWeights {
   // The dense FFN of a layer: the resident one, or a copy made from the file now, whose memory goes
   // when the returned value does. Its pages in the file do not stay.
   FfnWeights stage_ffn(size_t layer) const;
-  // Mapped pages that compaction or an embedding has read need not stay resident, where that is
-  // host memory which counts; for a GPU they may.
+  // Mapped pages that compaction or an embedding has read need not stay resident. Where they may,
+  // the next core set is gathered without faults: each costs as much as the gathering from its
+  // page.
   void drop_ffn_pages(size_t layer) const;
   void drop_embedding_pages() const;
   // So many rows of embeddings make at most so many bytes of the file resident: Linux maps 64 KiB
