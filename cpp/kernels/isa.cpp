@@ -21,7 +21,7 @@ constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAmx, I
 struct Features {
   bool avx2 = false;
   bool avx512 = false;
-  bool avx512_vbmi2 = false;
+  bool avx512_vbmi = false;
   bool amx = false;
   bool neon = false;
 };
@@ -61,7 +61,7 @@ Features detect() {
   f.avx2 = bit(b7, 5) && fma && f16c;
   f.avx512 = f.avx2 && (saved & kZmm) == kZmm && bit(b7, 16) && bit(b7, 17) && bit(b7, 30) &&
              bit(b7, 31) && bit(c7, 11);
-  f.avx512_vbmi2 = f.avx512 && bit(c7, 1) && bit(c7, 6);
+  f.avx512_vbmi = f.avx512 && bit(c7, 1);
   uint32_t a71, b71, c71, d71;
   const bool bf16 = __get_cpuid_count(7, 1, &a71, &b71, &c71, &d71) && bit(a71, 5);
   f.amx = f.avx512 && bf16 && (saved & kTiles) == kTiles && bit(d7, 22) && bit(d7, 24) &&
@@ -173,6 +173,6 @@ Isa best_isa() {
   }
 }
 
-bool has_avx512_vbmi2() { return features().avx512_vbmi2; }
+bool has_avx512_vbmi() { return features().avx512_vbmi; }
 
 }  // namespace coreinfer

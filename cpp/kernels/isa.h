@@ -33,7 +33,7 @@ Isa best_isa();
 // The available set of that name; throws kValue as best_isa() does.
 Isa find_isa(std::string_view name);
 
-// AVX-512 VBMI and VBMI2 (byte permutes and byte compression), asked beside kAvx512.
-bool has_avx512_vbmi2();
+// AVX-512 VBMI (byte permutes), asked beside kAvx512.
+bool has_avx512_vbmi();
 
 }  // namespace coreinfer

@@ -13,20 +13,16 @@ namespace {
 static_assert(std::endian::native == std::endian::little);
 
 #include "kernels/packed_source.inc"
-
-inline void pick_codes(const uint8_t* codes, const ColumnMap& map, int64_t column, int,
-                       uint8_t* to) {
-  const int32_t* const first = map.first_pick + column / kSuperCols;
-  for (int32_t i = first[0]; i < first[1]; ++i) *to++ = codes[map.picks[i] - column];
-}
-
+//
+#include "kernels/packed_scales.inc"
+//
 #include "kernels/packed_strip.inc"
 
 PackStripFn find_pack_strip(Isa isa, DType type) {
   switch (isa) {
     case Isa::kAmx:
     case Isa::kAvx512:
-      return has_avx512_vbmi2() ? pack_strip_avx512(type) : pack_strip_avx2(type);
+      return has_avx512_vbmi() ? pack_strip_avx512(type) : pack_strip_avx2(type);
     case Isa::kAvx2:
       return pack_strip_avx2(type);
     case Isa::kScalar:
@@ -62,11 +58,18 @@ StripPacker::StripPacker(Isa isa, const Mat& from, std::span<const int32_t> row_
     const auto first = std::lower_bound(columns.picks.begin(), columns.picks.end(), column);
     first_pick_.push_back(static_cast<int32_t>(first - columns.picks.begin()));
   }
-  masks_.resize(static_cast<size_t>((from.cols + 63) / 64));
-  for (int32_t pick : columns.picks) masks_[static_cast<size_t>(pick / 64)] |= 1ull << (pick % 64);
+  within_.resize(columns.picks.size() + 15);
+  for (size_t i = 0; i < columns.picks.size(); ++i) {
+    within_[i] = static_cast<uint8_t>(columns.picks[i] % columns.group_size);
+  }
   map_.picks = columns.picks.data();
   map_.first_pick = first_pick_.data();
-  map_.masks = masks_.data();
+  map_.within = within_.data();
+}
+
+const std::byte* StripPacker::source_row(int64_t row) const {
+  if (row >= to_.rows) return nullptr;
+  return from_.row(row_picks_.empty() ? row : row_picks_[static_cast<size_t>(row)]);
 }
 
 void StripPacker::pack(int64_t begin, int64_t end) const {
@@ -77,11 +80,8 @@ void StripPacker::pack(int64_t begin, int64_t end) const {
   for (int64_t s = begin; s < end; ++s) {
     job.strip = to_.strip(s);
     for (int64_t r = 0; r < kStripRows; ++r) {
-      const int64_t row = s * kStripRows + r;
-      const bool present = row < to_.rows;
-      const int64_t source =
-          present && !row_picks_.empty() ? row_picks_[static_cast<size_t>(row)] : row;
-      job.rows[r] = present ? from_.row(source) : nullptr;
+      job.rows[r] = source_row(s * kStripRows + r);
+      job.next[r] = s + 1 < end ? source_row((s + 1) * kStripRows + r) : nullptr;
     }
     pack_(job);
   }

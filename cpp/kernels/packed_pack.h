@@ -25,12 +25,15 @@ class StripPacker {
   void pack(int64_t begin, int64_t end) const;
 
  private:
+  // Where a row of the packed matrix stands in the file; null past the last.
+  const std::byte* source_row(int64_t row) const;
+
   Mat from_;
   std::span<const int32_t> row_picks_;
   PackedView to_;
   PackStripFn pack_;
   std::vector<int32_t> packed_groups_, first_pick_;
-  std::vector<uint64_t> masks_;
+  std::vector<uint8_t> within_;
   ColumnMap map_;
 };
 

@@ -14,13 +14,9 @@ namespace coreinfer {
 namespace {
 
 #include "kernels/packed_source.inc"
-
-inline void pick_codes(const uint8_t* codes, const ColumnMap& map, int64_t column, int,
-                       uint8_t* to) {
-  const int32_t* const first = map.first_pick + column / kSuperCols;
-  for (int32_t i = first[0]; i < first[1]; ++i) *to++ = codes[map.picks[i] - column];
-}
-
+//
+#include "kernels/packed_scales.inc"
+//
 #include "kernels/packed_strip.inc"
 
 }  // namespace

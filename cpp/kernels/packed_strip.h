@@ -19,13 +19,14 @@ struct ColumnMap {
   // Of picked columns only (all null where every column is kept):
   const int32_t* picks = nullptr;       // ascending columns of the file
   const int32_t* first_pick = nullptr;  // per 256 columns of the file, and one more at the end
-  const uint64_t* masks = nullptr;      // per 64 columns of the file: bit i is column i
+  const uint8_t* within = nullptr;      // per pick: its column in its group; 15 more at the end
 };
 
 struct StripJob {
   ColumnMap map;
   int64_t cols = 0;                        // of a row in the file
   const std::byte* rows[kStripRows] = {};  // null: a row of zeros
+  const std::byte* next[kStripRows] = {};  // rows that will be packed then, to be fetched; or null
   const PackedView* to = nullptr;
   std::byte* strip = nullptr;
 };
@@ -35,6 +36,6 @@ using PackStripFn = void (*)(const StripJob& job);
 // The functions for a quantised type; the second and third fall back to null without x86-64.
 PackStripFn pack_strip_plain(DType type);
 PackStripFn pack_strip_avx2(DType type);
-PackStripFn pack_strip_avx512(DType type);  // needs VBMI2, too
+PackStripFn pack_strip_avx512(DType type);  // needs VBMI, too
 
 }  // namespace coreinfer
