@@ -13,6 +13,9 @@
 namespace coreinfer {
 namespace {
 
+// Strips that a thread claims at once. Within them the next one is fetched ahead.
+constexpr int64_t kChunkUnits = 8;
+
 // One matrix to be made: rows or columns of `from`.
 struct Target {
   const Mat* from = nullptr;
@@ -104,18 +107,18 @@ std::shared_ptr<AlignedBuffer> CpuBackend::take_compact_memory(size_t bytes) {
 
 CompactWeights CpuBackend::compact(std::span<const CompactSource> layers, Room* room) {
   const std::lock_guard lock(mutex_);
-  const auto copy_layer = [&](std::span<const Target> matrices) {
-    int64_t units = 0;
-    for (const Target& t : matrices) units += t.units();
+  const auto gather = [&](std::span<const Target> matrices) {
+    std::vector<int64_t> first{0};  // unit of each matrix
+    for (const Target& t : matrices) first.push_back(first.back() + t.units());
     pool_.run([&](ThreadPool::Context& context) {
       int64_t begin, end;
-      while (context.next(units, 8, &begin, &end)) {
-        int64_t before = 0;
-        for (const Target& t : matrices) {
-          const int64_t from = std::max(begin - before, int64_t{0});
-          const int64_t to = std::min(end - before, t.units());
-          if (from < to) copy_units(t, from, to);
-          before += t.units();
+      while (context.next(first.back(), kChunkUnits, &begin, &end)) {
+        auto i = static_cast<size_t>(std::upper_bound(first.begin(), first.end(), begin) -
+                                     first.begin() - 1);
+        for (; begin < end; ++i) {
+          const int64_t to = std::min(end, first[i + 1]);
+          copy_units(matrices[i], begin - first[i], to - first[i]);
+          begin = to;
         }
       }
     });
@@ -152,13 +155,17 @@ CompactWeights CpuBackend::compact(std::span<const CompactSource> layers, Room* 
     t.plain.data = base + t.offset;
     if (t.groups) t.packer = std::make_shared<StripPacker>(isa_, *t.from, t.rows, t.strips);
   }
-  // A layer after the other, so that the file's pages of each can be given back.
-  auto first = targets.begin();
-  for (const CompactSource& source : layers) {
-    const auto last = first + (source.gate.empty() ? 2 : 3);
-    copy_layer({first, last});
-    if (source.finished) source.finished();
-    first = last;
+  // All at once, or a layer after the other where the file's pages of each are to be given back.
+  if (std::none_of(layers.begin(), layers.end(), [](const auto& l) { return bool(l.finished); })) {
+    gather(targets);
+  } else {
+    auto first = targets.begin();
+    for (const CompactSource& source : layers) {
+      const auto last = first + (source.gate.empty() ? 2 : 3);
+      gather({first, last});
+      if (source.finished) source.finished();
+      first = last;
+    }
   }
 
   auto target = targets.begin();

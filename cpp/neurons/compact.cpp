@@ -16,7 +16,7 @@ CompactWeights compact(Backend& backend, const ModelWeights& weights, const Core
     if (!set.layers[i] || static_cast<int64_t>(set.layers[i]->size()) == set.n_ff) continue;
     CompactSource source = weights.layers[i].source;
     source.neurons = *set.layers[i];
-    source.finished = [&weights, i] { weights.drop_ffn_pages(i); };
+    if (weights.memory_limited) source.finished = [&weights, i] { weights.drop_ffn_pages(i); };
     sources.push_back(std::move(source));
     picked.push_back(i);
   }
