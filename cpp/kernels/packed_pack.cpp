@@ -67,9 +67,14 @@ StripPacker::StripPacker(Isa isa, const Mat& from, std::span<const int32_t> row_
   map_.within = within_.data();
 }
 
-const std::byte* StripPacker::source_row(int64_t row) const {
-  if (row >= to_.rows) return nullptr;
-  return from_.row(row_picks_.empty() ? row : row_picks_[static_cast<size_t>(row)]);
+void StripPacker::find_rows(int64_t strip, const std::byte* (&rows)[kStripRows]) const {
+  const size_t stride = from_.stride();
+  for (int64_t r = 0; r < kStripRows; ++r) {
+    const int64_t row = strip * kStripRows + r;
+    const bool picked = !row_picks_.empty() && row < to_.rows;
+    const int64_t source = picked ? row_picks_[static_cast<size_t>(row)] : row;
+    rows[r] = row < to_.rows ? from_.data + static_cast<size_t>(source) * stride : nullptr;
+  }
 }
 
 void StripPacker::pack(int64_t begin, int64_t end) const {
@@ -79,10 +84,8 @@ void StripPacker::pack(int64_t begin, int64_t end) const {
   job.to = &to_;
   for (int64_t s = begin; s < end; ++s) {
     job.strip = to_.strip(s);
-    for (int64_t r = 0; r < kStripRows; ++r) {
-      job.rows[r] = source_row(s * kStripRows + r);
-      job.next[r] = s + 1 < end ? source_row((s + 1) * kStripRows + r) : nullptr;
-    }
+    find_rows(s, job.rows);
+    find_rows(s + 1 < end ? s + 1 : s, job.next);
     pack_(job);
   }
 }

@@ -25,8 +25,8 @@ class StripPacker {
   void pack(int64_t begin, int64_t end) const;
 
  private:
-  // Where a row of the packed matrix stands in the file; null past the last.
-  const std::byte* source_row(int64_t row) const;
+  // Where a strip's rows stand in the file; null past the last.
+  void find_rows(int64_t strip, const std::byte* (&rows)[kStripRows]) const;
 
   Mat from_;
   std::span<const int32_t> row_picks_;

@@ -231,9 +231,9 @@ void pack_strip(const StripJob& job) {
     if (!f.has_super() && picks && job.map.first_pick[chunk + 1] == job.map.first_pick[chunk]) {
       continue;
     }
+    fetch_ahead<kType>(job, chunk, n_chunks);
     const uint8_t* rows[kStripRows];
     for (int r = 0; r < kStripRows; ++r) {
-      fetch_ahead<kType>(job, r, chunk, n_chunks);
       const std::byte* const row = job.rows[r];
       rows[r] = row == nullptr
                     ? kZeros
