@@ -17,10 +17,11 @@ import pytest
 
 from coreinfer import Clusters, CoreConfig, CoreSet, Llama, SimilarityClusters, build_clusters
 from coreinfer.cli import main
-from coreinfer.cluster_lookup import ClusterLookup, blend_ranks, core_neurons, top_neurons
+from coreinfer.cluster_lookup import ClusterLookup, blend_scores, core_neurons, top_neurons
 from coreinfer.embedders import as_embedder
 from coreinfer.tuning import Tuning, measure
 from make_synthetic_model import make_tiny_model
+from measure_similarity import compare, cut_prompts
 from sidecar_bytes import header_npy, npy, rewrite
 
 RIVER = [f"the river rose {word} in the night" for word in ("high", "fast", "again", "twice")]
@@ -471,11 +472,12 @@ def test_core_neurons_marks_the_share_of_every_layer():
     assert marks.tolist() == [True, False, True, False, False, False, False, True]
 
 
-def test_blended_ranks_weigh_both_orders():
-    own, cluster = np.array([0.1, 0.2, 0.0, 0.2]), np.array([9.0, 7.0, 8.0, 0.0])
-    np.testing.assert_allclose(blend_ranks(own, cluster, 1), [2, 3.5, 0, 3.5])
-    np.testing.assert_allclose(blend_ranks(own, cluster, 0), [4, 2, 3, 0])
-    np.testing.assert_allclose(blend_ranks(own, cluster, 0.25), [3.5, 2.375, 2.25, 0.875])
+def test_blended_scores_weigh_what_a_token_activates():
+    own, cluster = np.array([8, 0, 4], np.float32), np.array([0, 1, 3], np.float32)
+    assert blend_scores(own, 4, cluster, 1).tolist() == [2, 0, 1]
+    assert blend_scores(own, 4, cluster, 0).tolist() == [0, 1, 3]
+    blended = blend_scores(own, 4, cluster, 0.25)
+    assert blended.tolist() == [0.5, 0.75, 2.5] and blended.dtype == np.float32
 
 
 def test_layers_out_of_range_stay_dense():
@@ -823,3 +825,31 @@ def test_wrong_usage_exits_with_2_and_names_the_flag(capsys, argv, message):
         main(argv)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+# --- the measurement ---
+
+
+def test_measured_prompts_have_the_length_asked_for(tiny):
+    with load(tiny) as llm:
+        cut = cut_prompts(llm, ["a", *TEXTS], 10, 3)
+        assert [ids.size for ids in cut] == [10, 10, 10]
+        assert cut[0].tolist() == llm.prompt_ids(TEXTS[0])[-10:].tolist()
+        whole = cut_prompts(llm, TEXTS, 0, 20)
+        assert [ids.tolist() for ids in whole] == [llm.prompt_ids(text).tolist() for text in TEXTS]
+
+
+def test_measured_divergence_is_none_with_all_neurons_and_some_with_few(tiny, built):
+    with load(tiny, clusters=built, embedder=letters) as llm:
+        prompts = cut_prompts(llm, TEXTS, 12, 3)
+        cores = {
+            "all": CoreConfig(mode="similar", gamma=1),
+            "few": CoreConfig(mode="similar", gamma=0.1),
+            "own": CoreConfig(beta=0.1),
+            "blended": CoreConfig(mode="similar", gamma=0.1, blend=1),
+        }
+        rows = compare(llm, prompts, cores, 8)
+    assert np.abs(rows["all"] - [0, 1]).max() < 1e-4
+    assert rows["few"].shape == (3, 2) and (rows["few"][:, 0] > 0.01).all()
+    assert np.array_equal(rows["own"], rows["blended"])
+    assert not np.array_equal(rows["own"], rows["few"])

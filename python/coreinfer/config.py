@@ -255,7 +255,7 @@ class CoreConfig(Checked):
     )
     blend: float = parameter(
         0.0,
-        "weight of the prompt's own neurons beside its cluster's, by rank; 0 is the cluster alone",
+        "weight of the prompt's own neuron scores beside its cluster's; 0 is the cluster alone",
         "float",
         low=0,
         high=1,
