@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from coreinfer._core.testing import DraftPace, text_drafts
 
 from coreinfer import CoreConfig, Llama, _core
 from make_synthetic_model import make_tiny_model
+from measure_refresh import compare, forced
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +196,26 @@ def test_refresh_reads_the_answer_again_dense(tmp_path):
     dense = Llama(str(path), core="off", verbose=False, n_batch=16)
     dense.eval(prompt + taken[:24])
     assert llm._session.n_dense == len(prompt) + 24
+
+
+def test_measured_refresh_is_what_a_generation_does(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    make_tiny_model(path, "llama", "Q8_0")
+    core = CoreConfig(beta=0.3, refresh=8, patch=False)
+    with Llama(str(path), core=core, verbose=False) as llm:
+        prompt = llm.prompt_ids("ab" * 20)
+        taken = np.array(list(itertools.islice(llm.generate(prompt, temp=0), 25)), np.int32)
+        llm.core = replace(core, refresh=None)
+        refreshed = forced(llm, prompt, taken, 8)
+        fixed = forced(llm, prompt, taken, None)
+        assert refreshed.shape == fixed.shape == (25, llm.n_vocab())
+        assert refreshed.argmax(axis=1).tolist() == taken.tolist()
+        assert np.abs(refreshed[:8] - fixed[:8]).max() < 1e-4 < np.abs(refreshed - fixed).max()
+
+        pieces = [np.concatenate([prompt, taken])]
+        kl = compare(llm, pieces, prompt.size, llm.core, [None, 1])
+        assert kl[None].shape == (1, 25) and kl[None][0, 1:].mean() > 0.01
+        assert np.abs(kl[1]).max() < 1e-4  # every token from a dense prefill
 
 
 # --- how much to draft ---
