@@ -282,6 +282,13 @@ def test_pools_of_blocks_wrap_around_without_gaps(dtype, tmp_path, monkeypatch):
             assert np.std(values) / spec.scale == pytest.approx(1.0, abs=0.15)
 
 
+@pytest.mark.parametrize("zeros", [0.5, 0.95])
+def test_relu_makes_about_the_asked_share_of_zeros(tmp_path, zeros):
+    make_paper_model(tmp_path / "m.gguf", TINY["opt"], "F16", zeros=zeros)
+    h = ReferenceModel(tmp_path / "m.gguf").forward(range(40, 60)).h
+    assert (h == 0).mean() == pytest.approx(zeros, abs=0.03)
+
+
 def test_command_line_errors(tmp_path, capsys):
     assert (
         main(

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,7 @@ def make_paper_model(
     output_type: str | None = None,
     *,
     seed: int = 0,
+    zeros: float = 0.5,
     name: str = "synthetic",
 ) -> ModelShape:
     """Write a model of real size at disk speed; all matrices are cut from pools of random blocks.
@@ -106,7 +108,8 @@ def make_paper_model(
     A pool has a prime number of blocks and every tensor starts elsewhere in it, so rows of a
     tensor are shifted against each other and no two are equal. `output_type` is the head's type
     (the embedding's, where the head is tied). A type that does not fit a tensor's row length is
-    replaced as llama.cpp's quantiser does, with a note on stderr.
+    replaced as llama.cpp's quantiser does, with a note on stderr. `zeros` is about the share of an
+    OPT layer's activations that ReLU makes zero; in trained models it is 0.9 and more.
     """
     head = "token_embd.weight" if shape.tied else "output.weight"
     specs = {spec.name: spec for spec in tensor_specs(shape.check())}
@@ -131,7 +134,12 @@ def make_paper_model(
     def data(tensor: StoredTensor) -> Iterator[np.ndarray]:
         spec = specs[tensor.name]
         if spec.kind != "matrix":
-            yield _float_values(rng, spec, shape)
+            values = _float_values(rng, spec, shape)
+            if spec.name.endswith("ffn_up.bias"):
+                # What it is added to has a deviation of about 1.
+                deviation = (1 + spec.scale**2) ** 0.5
+                values -= np.float32(NormalDist(0, deviation).inv_cdf(zeros))
+            yield values
             return
         per_block, block_bytes = block_size(tensor.dtype)
         if (tensor.dtype, spec.scale) not in pools:
@@ -200,8 +208,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, help="file to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, help="number of layers (default: the model's own)")
+    parser.add_argument(
+        "--zeros",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="of an OPT layer's activations, about (default: 0.5; trained models: 0.9 and more)",
+    )
     args = parser.parse_args(argv)
     shape = PAPER[args.shape]
+    if not 0 < args.zeros < 1:
+        parser.error(f"--zeros must lie between 0 and 1, got {args.zeros:g}")
     if args.layers is not None:
         if args.layers < 1:
             parser.error(f"--layers must be at least 1, got {args.layers}")
@@ -213,6 +230,7 @@ def main(argv: list[str] | None = None) -> int:
             args.type.upper(),
             args.output_type and args.output_type.upper(),
             seed=args.seed,
+            zeros=args.zeros,
             name=f"synthetic {args.shape} {args.type}",
         )
     except OSError as error:
