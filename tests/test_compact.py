@@ -49,13 +49,13 @@ class Ffn:
         for i, (name, shape) in enumerate(self.shapes.items()):
             self.data[name], self.values[name] = matrix(type_name, *shape, seed=seed + i)
 
-    def load(self, backend, name: str):
-        return backend.load(self.type_name, self.data[name], *self.shapes[name])
+    def load(self, backend, name: str, **options):
+        return backend.load(self.type_name, self.data[name], *self.shapes[name], **options)
 
-    def layer(self, backend, neurons, gated: bool = True, up_bias=()):
+    def layer(self, backend, neurons, gated: bool = True, up_bias=(), zeros: bool = False):
         gate = self.load(backend, "gate") if gated else None
         return testing.TestLayer(gate, self.load(backend, "up"), self.load(backend, "down"),
-                                 neurons.tolist(), list(up_bias))  # fmt: skip
+                                 neurons.tolist(), list(up_bias), zeros)  # fmt: skip
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -91,6 +91,25 @@ def test_products_with_picked_weights_equal_numpy(isa, type_name, f32):
             scattered = np.zeros((n, N_FF), dtype=np.float32)
             scattered[:, neurons] = h
             check_product(y, scattered, ffn.values["down"], type_name, isa, f32)
+
+
+@pytest.mark.parametrize("type_name", PLAIN_TYPES)
+def test_picked_columns_for_zeros_give_what_all_give_with_zeros_elsewhere(isa, type_name):
+    backend = testing.TestBackend(isa, False, 2)
+    ffn = Ffn(type_name, n_embd=203)
+    dense = ffn.load(backend, "down", zeros=True)
+    for selection in SELECTIONS:
+        neurons = picks(selection)
+        made = backend.compact([ffn.layer(backend, neurons, gated=False, zeros=True)])
+        _, down = made.layers[0]
+        assert (down.rows, down.cols) == (203, len(neurons))
+        for n in (1, 5):
+            h = np.maximum(activations(n, len(neurons)), 0)
+            scattered = np.zeros((n, N_FF), dtype=np.float32)
+            scattered[:, neurons] = h
+            np.testing.assert_array_equal(
+                backend.linear(h, [down])[0], backend.linear(scattered, [dense])[0]
+            )
 
 
 @pytest.mark.parametrize("f32", [False, True], ids=["fast", "f32"])

@@ -116,6 +116,67 @@ def test_product_equals_numpy(isa, type_name, f32):
             check_product(y, x, w, type_name, isa, f32)
 
 
+def after_relu(n: int, cols: int) -> np.ndarray:
+    """Activations of which about nine in ten are zero, others in each token."""
+    return np.maximum(activations(n, cols) - 1.3, 0).astype(np.float32)
+
+
+@pytest.mark.parametrize("type_name", TENSOR_TYPES)
+def test_product_with_mostly_zeros_equals_numpy(isa, type_name):
+    backend = testing.TestBackend(isa, False, 2)
+    for rows, cols in shapes(type_name) + [(1100, 256)]:
+        data, w = matrix(type_name, rows, cols)
+        weight = backend.load(type_name, data, rows, cols, zeros=True)
+        bias = activations(1, rows, seed=3)[0]
+        for n in (1, 2, 16, 17, 40):
+            x = after_relu(n, cols)
+            (y,) = backend.linear(x, [weight])
+            check_product(y, x, w, type_name, isa, False)
+            (added,) = backend.linear(x, [weight], [bias], accumulate=True)
+            np.testing.assert_array_equal(added, 1 + (y + bias))
+
+
+@pytest.mark.parametrize("type_name", PLAIN_TYPES)
+def test_columns_that_meet_zeros_are_not_read(isa, type_name):
+    rows, cols = 83, 300
+    data, _ = matrix(type_name, rows, cols)
+    x = after_relu(1, cols)
+    stored = np.frombuffer(data, np.uint8).reshape(rows, cols, -1).copy()
+    stored[:, x[0] == 0] = 0xFF  # NaN
+    backend = testing.TestBackend(isa)
+    sound = backend.load(type_name, data, rows, cols, zeros=True)
+    holed = backend.load(type_name, stored.tobytes(), rows, cols, zeros=True)
+    np.testing.assert_array_equal(*(backend.linear(x, [w])[0] for w in (sound, holed)))
+    for n in (1, 3):
+        (y,) = backend.linear(np.full((n, cols), np.nan, np.float32), [sound])
+        assert np.isnan(y).all()
+        (y,) = backend.linear(np.zeros((n, cols), np.float32), [sound])
+        assert not y.any()
+
+
+@pytest.mark.parametrize("type_name", PLAIN_TYPES)
+def test_bits_of_a_row_of_mostly_zeros_depend_on_nothing_but_the_row(isa, type_name):
+    rows, cols = 1061, 200
+    data, _ = matrix(type_name, rows, cols)
+    scalar = testing.TestBackend("scalar")
+    x = after_relu(16, cols)
+    weight = scalar.load(type_name, data, rows, cols, zeros=True)
+    alone = np.concatenate([scalar.linear(x[i : i + 1], [weight])[0] for i in range(16)])
+    for threads in (1, 2, 3):
+        backend = testing.TestBackend(isa, False, threads)
+        weight = backend.load(type_name, data, rows, cols, zeros=True)
+        for n in (1, 2, 5, 16):
+            np.testing.assert_array_equal(backend.linear(x[:n], [weight])[0], alone[:n])
+
+
+def test_norms_do_not_go_before_a_matrix_for_zeros(isa):
+    data, _ = matrix("F16", 16, 64)
+    backend = testing.TestBackend(isa)
+    weight = backend.load("F16", data, 16, 64, zeros=True)
+    with pytest.raises(RuntimeError, match="a norm before a matrix that expects zeros"):
+        backend.linear(activations(1, 64), [weight], norm_weight=np.ones(64, np.float32))
+
+
 @pytest.mark.parametrize("type_name", PACKED_TYPES)
 def test_largest_codes_do_not_saturate(isa, type_name):
     rows, cols = 16, 256

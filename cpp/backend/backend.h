@@ -52,9 +52,10 @@ class Weight {
  public:
   virtual ~Weight() = default;
   DType type() const { return type_; }
-  int64_t rows() const { return rows_; }   // outputs
-  int64_t cols() const { return cols_; }   // inputs (picked columns for a compacted matrix)
-  size_t bytes() const { return bytes_; }  // bytes that one pass over the matrix reads
+  int64_t rows() const { return rows_; }  // outputs
+  int64_t cols() const { return cols_; }  // inputs (picked columns for a compacted matrix)
+  // Bytes that one pass over the matrix reads, zeros among its inputs left aside.
+  size_t bytes() const { return bytes_; }
 
  protected:
   DType type_ = DType::kF32;
@@ -164,6 +165,7 @@ struct CompactSource {
   Mat down;  // (n_embd, n_ff)
   BufferPtr up_bias;
   BufferPtr down_bias;
+  bool zeros = false;                // most inputs of `down` are zero: load_for_zeros
   std::span<const int32_t> neurons;  // ascending, within [0, n_ff)
   std::function<void()> finished;    // called, if given, once the matrices have been read
 };
@@ -210,6 +212,9 @@ class Backend {
   virtual BufferPtr load_vector(const Mat& mat) = 0;  // float32 copy of a (1, n) tensor
   // Copies a matrix into the layout for computing; the Mat's memory is not needed any more.
   virtual WeightPtr load(const Mat& mat) = 0;
+  // The same for a matrix whose inputs are mostly zeros (what ReLU gives): columns that meet a zero
+  // need not be read.
+  virtual WeightPtr load_for_zeros(const Mat& mat) { return load(mat); }
   virtual KvCachePtr make_kv_cache(const KvSpec& spec) = 0;
 
   // ---- one layer

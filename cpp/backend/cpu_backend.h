@@ -36,6 +36,7 @@ inline void norm_row(const VectorKernels& kernels, const Norm& norm, const float
   }
 }
 
+struct ColumnScratch;
 struct LinearScratch;
 struct AttendScratch;
 struct NeuronScratch;
@@ -54,6 +55,7 @@ class CpuBackend final : public Backend {
   void copy(const float* from, float* to, int64_t n) override;
   BufferPtr load_vector(const Mat& mat) override;
   WeightPtr load(const Mat& mat) override;
+  WeightPtr load_for_zeros(const Mat& mat) override;
   KvCachePtr make_kv_cache(const KvSpec& spec) override;
 
   void embed(std::span<const int32_t> tokens, const Mat& table, float scale, const Mat& positions,
@@ -82,6 +84,7 @@ class CpuBackend final : public Backend {
   // Grown at first use and kept; each is defined and made in the file of its operation, which is
   // why the pointers are shared ones (they may point to a type that is incomplete here).
   std::shared_ptr<LinearScratch> linear_scratch_;
+  std::shared_ptr<ColumnScratch> column_scratch_;
   std::shared_ptr<AttendScratch> attend_scratch_;
   std::shared_ptr<NeuronScratch> neuron_scratch_;
   std::shared_ptr<AlignedBuffer> compact_memory_;  // of the last core, for the next

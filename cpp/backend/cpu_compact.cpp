@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "backend/cpu_backend.h"
+#include "backend/cpu_columns.h"
 #include "backend/cpu_weight.h"
 #include "base/aligned_buffer.h"
 #include "base/error.h"
@@ -24,22 +25,28 @@ struct Target {
   ColumnGroupsPtr groups{};               // when packed
   PackedView strips{};                    // when packed
   std::shared_ptr<StripPacker> packer{};  // when packed, once the buffer is there
-  Mat plain{};                            // when not
+  ColumnsView by_columns{};               // a float `down` for zeros
+  Mat plain{};                            // when neither
   size_t offset = 0;                      // in the buffer
 
   int64_t n_rows() const { return rows.empty() ? from->rows : static_cast<int64_t>(rows.size()); }
-  size_t bytes() const { return groups ? strips.bytes() : plain.bytes(); }
+  bool stored_by_columns() const { return by_columns.rows > 0; }
+  size_t bytes() const {
+    return groups ? strips.bytes() : stored_by_columns() ? by_columns.bytes() : plain.bytes();
+  }
   // Units of work: strips of 16 rows.
   int64_t units() const { return (n_rows() + kStripRows - 1) / kStripRows; }
 };
 
-Target make_target(const Mat& from, std::span<const int32_t> rows,
-                   std::span<const int32_t> columns) {
+Target make_target(const Mat& from, std::span<const int32_t> rows, std::span<const int32_t> columns,
+                   bool zeros = false) {
   Target t{.from = &from, .rows = rows, .columns = columns};
   if (traits(from.type).quantized) {
     t.groups = columns.empty() ? all_columns(from.type, from.cols)
                                : picked_columns(from.type, from.cols, columns);
     t.strips = packed_layout(from.type, t.n_rows(), *t.groups);
+  } else if (zeros) {
+    t.by_columns = columns_layout(from, columns);
   } else {
     const auto cols = columns.empty() ? from.cols : static_cast<int64_t>(columns.size());
     t.plain = {from.type, t.n_rows(), cols, nullptr};
@@ -70,9 +77,12 @@ void copy_plain(const Target& t, int64_t begin, int64_t end) {
 void copy_units(const Target& t, int64_t begin, int64_t end) {
   if (t.groups) {
     t.packer->pack(begin, end);
-  } else {
-    copy_plain(t, begin * kStripRows, std::min(end * kStripRows, t.n_rows()));
+    return;
   }
+  begin *= kStripRows;
+  end = std::min(end * kStripRows, t.n_rows());
+  if (t.stored_by_columns()) return store_columns(*t.from, t.columns, begin, end, t.by_columns);
+  copy_plain(t, begin, end);
 }
 
 void check(const CompactSource& source) {
@@ -129,7 +139,7 @@ CompactWeights CpuBackend::compact(std::span<const CompactSource> layers, Room* 
     check(source);
     if (!source.gate.empty()) targets.push_back(make_target(source.gate, source.neurons, {}));
     targets.push_back(make_target(source.up, source.neurons, {}));
-    targets.push_back(make_target(source.down, {}, source.neurons));
+    targets.push_back(make_target(source.down, {}, source.neurons, source.zeros));
   }
   for (Target& t : targets) {
     t.offset = result.buffer_bytes;
@@ -152,6 +162,7 @@ CompactWeights CpuBackend::compact(std::span<const CompactSource> layers, Room* 
   }
   for (Target& t : targets) {
     t.strips.data = base + t.offset;
+    t.by_columns.data = base + t.offset;
     t.plain.data = base + t.offset;
     if (t.groups) t.packer = std::make_shared<StripPacker>(isa_, *t.from, t.rows, t.strips);
   }
@@ -172,6 +183,7 @@ CompactWeights CpuBackend::compact(std::span<const CompactSource> layers, Room* 
   const auto take = [&]() -> WeightPtr {
     const Target& t = *target++;
     if (t.groups) return std::make_shared<CpuWeight>(t.strips, t.groups, memory);
+    if (t.stored_by_columns()) return std::make_shared<CpuWeight>(t.by_columns, memory);
     return std::make_shared<CpuWeight>(t.plain, memory);
   };
   for (const CompactSource& source : layers) {

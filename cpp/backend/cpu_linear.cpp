@@ -1,10 +1,11 @@
 // The CPU backend's operations around matrix products: load, embed, linear, ffn_hidden. What is
-// multiplied how is cpu_product.h's matter.
+// multiplied how is cpu_product.h's and cpu_columns.h's matter.
 #include <algorithm>
 #include <array>
 #include <cstring>
 
 #include "backend/cpu_backend.h"
+#include "backend/cpu_columns.h"
 #include "backend/cpu_product.h"
 #include "base/error.h"
 #include "kernels/dequantize.h"
@@ -13,7 +14,8 @@
 namespace coreinfer {
 namespace {
 
-int64_t strips_of(const Weight& w) { return (w.rows() + kStripRows - 1) / kStripRows; }
+int64_t strips_of(int64_t rows) { return (rows + kStripRows - 1) / kStripRows; }
+int64_t strips_of(const Weight& w) { return strips_of(w.rows()); }
 
 // Outputs of a strip, fewer than 16 in a matrix's last.
 int64_t rows_of(const Weight& w, int64_t strip) {
@@ -153,6 +155,21 @@ WeightPtr CpuBackend::load(const Mat& mat) {
   return std::make_shared<CpuWeight>(strips, std::move(columns), std::move(memory));
 }
 
+// Only float types have kernels that leave columns out.
+WeightPtr CpuBackend::load_for_zeros(const Mat& mat) {
+  if (traits(mat.type).quantized) return load(mat);
+  ColumnsView columns = columns_layout(mat, {});
+  auto memory = std::make_shared<AlignedBuffer>(columns.bytes());
+  columns.data = memory->as<std::byte>();
+  pool_.run([&](ThreadPool::Context& context) {
+    int64_t begin, end;
+    while (context.next(strips_of(mat.rows), 4, &begin, &end)) {
+      store_columns(mat, {}, begin * kStripRows, std::min(end * kStripRows, mat.rows), columns);
+    }
+  });
+  return std::make_shared<CpuWeight>(columns, std::move(memory));
+}
+
 void CpuBackend::embed(std::span<const int32_t> tokens, const Mat& table, float scale,
                        const Mat& positions, int64_t first_position, Rows out) {
   const auto n = static_cast<int64_t>(tokens.size());
@@ -188,6 +205,22 @@ void CpuBackend::embed(std::span<const int32_t> tokens, const Mat& table, float 
 
 void CpuBackend::linear(Rows x, const Norm& norm, std::span<const Linear> linears) {
   const std::lock_guard lock(mutex_);
+  std::array<Linear, Product::kMaxWeights> others;
+  if (x.n <= kExactRows) {
+    size_t n = 0;
+    for (const Linear& l : linears) {
+      if (!static_cast<const CpuWeight*>(l.weight)->stored_by_columns()) {
+        others[n++] = l;
+      } else if (norm.weight != nullptr) {
+        throw_error(ErrorKind::kState, "a norm before a matrix that expects zeros");
+      } else {
+        if (!column_scratch_) column_scratch_ = std::make_shared<ColumnScratch>();
+        multiply_columns(isa_, pool_, *column_scratch_, x, l);
+      }
+    }
+    if (n == 0) return;
+    linears = {others.data(), n};
+  }
   const bool f32 = options_.f32_activations || std::any_of(linears.begin(), linears.end(),
                                                            [](const Linear& l) { return l.f32; });
   Product product(isa_, f32, pool_, linear_scratch_, x, norm);

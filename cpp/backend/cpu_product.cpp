@@ -287,8 +287,19 @@ void Product::packed_tile(const CpuWeight& w, int64_t strip, const FloatRows& x,
 
 void Product::plain_tile(const CpuWeight& w, int64_t strip, const FloatRows& x, int64_t n,
                          float* panel, float* tile) const {
-  const Mat& mat = w.plain();
   const int64_t row = strip * kStripRows;
+  if (w.stored_by_columns()) {
+    const ColumnsView& columns = w.by_columns();
+    const ColumnsPanelFn widen = kernels_.columns_panel(columns.type);
+    std::fill_n(tile, n * kStripRows, 0.0f);
+    for (int64_t c = 0; c < columns.cols; c += kPanelCols) {
+      const int64_t n_cols = std::min(kPanelCols, columns.cols - c);
+      widen(columns.at(c, row), columns.stride(), n_cols, panel);
+      kernels_.dot_panel(panel, n_cols, {x.data + c, x.stride}, n, tile);
+    }
+    return;
+  }
+  const Mat& mat = w.plain();
   const int64_t rows = std::min<int64_t>(kStripRows, mat.rows - row);
   if (x_.n <= kExactRows) {
     const DotRowFn dot = kernels_.dot_row(mat.type);
@@ -353,8 +364,13 @@ void Product::bf16_panel(const ProductUnit::Part& part, int64_t begin, int64_t e
                          uint16_t* panel) const {
   const CpuWeight& w = *outputs_[part.weight].weight;
   if (w.packed()) return bf16_->unpack(w.type())(w.strips(), part.strip, begin, end, panel);
-  const Mat& mat = w.plain();
   const int64_t row = part.strip * kStripRows;
+  if (w.stored_by_columns()) {
+    const ColumnsView& columns = w.by_columns();
+    return bf16_->columns(columns.type)(columns.at(0, row), columns.stride(), begin,
+                                        std::min(end, columns.cols), panel);
+  }
+  const Mat& mat = w.plain();
   bf16_->transpose(mat.type)(mat.row(row), mat.stride(),
                              std::min<int64_t>(kStripRows, mat.rows - row), begin,
                              std::min(end, mat.cols), panel);

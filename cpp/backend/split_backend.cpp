@@ -108,8 +108,12 @@ class SplitBackend final : public Backend {
     return std::make_shared<SplitBuffer>(cpu_->load_vector(mat));
   }
   WeightPtr load(const Mat& mat) override {
-    const bool on_gpu = part_.matrices.count(mat.data) != 0;
-    return std::make_shared<SplitWeight>((on_gpu ? gpu_ : cpu_)->load(mat), on_gpu);
+    const bool there = is_on_gpu(mat);
+    return std::make_shared<SplitWeight>((there ? gpu_ : cpu_)->load(mat), there);
+  }
+  WeightPtr load_for_zeros(const Mat& mat) override {
+    const bool there = is_on_gpu(mat);
+    return std::make_shared<SplitWeight>((there ? gpu_ : cpu_)->load_for_zeros(mat), there);
   }
   KvCachePtr make_kv_cache(const KvSpec& spec) override {
     KvSpec below = spec, above = spec;
@@ -191,7 +195,7 @@ class SplitBackend final : public Backend {
     std::vector<CompactSource> sources[2];  // of the CPU, of the GPU
     for (const CompactSource& layer : layers) {
       CompactSource source = layer;
-      const bool gpu = part_.matrices.count(layer.up.data) != 0;
+      const bool gpu = is_on_gpu(layer.up);
       if (gpu && layer.up_bias) source.up_bias = on_gpu(*layer.up_bias);
       sources[gpu ? 1 : 0].push_back(std::move(source));
     }
@@ -203,7 +207,7 @@ class SplitBackend final : public Backend {
     all.source_bytes = made[0].source_bytes + made[1].source_bytes;
     size_t taken[2] = {};
     for (const CompactSource& layer : layers) {
-      const int side = part_.matrices.count(layer.up.data) != 0 ? 1 : 0;
+      const int side = is_on_gpu(layer.up) ? 1 : 0;
       FfnWeights ffn = std::move(made[side].layers[taken[side]++]);
       for (WeightPtr* w : {&ffn.gate, &ffn.up, &ffn.down}) {
         if (*w) *w = std::make_shared<SplitWeight>(*w, side == 1);
@@ -242,6 +246,8 @@ class SplitBackend final : public Backend {
       gpu_->read(there.data + r * there.stride, host.data + r * host.stride, host.width);
     }
   }
+
+  bool is_on_gpu(const Mat& mat) const { return part_.matrices.count(mat.data) != 0; }
 
   // A buffer of ours on the GPU; one that a compaction there has made is there already.
   BufferPtr on_gpu(const Buffer& buffer) {

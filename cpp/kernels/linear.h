@@ -68,13 +68,25 @@ using DotPanelFn = void (*)(const float* panel, int64_t n_cols, const FloatRows&
 using DotRowFn = void (*)(const std::byte* row, int64_t n, const FloatRows& x, int64_t n_tokens,
                           float* tile);
 
+// 16 rows of a float matrix that is stored column by column, from `first` on: panel[column * 16 +
+// row] of n_cols columns.
+using ColumnsPanelFn = void (*)(const std::byte* first, size_t stride, int64_t n_cols,
+                                float* panel);
+
+// y += matrix * x for such a matrix, its n_rows (a multiple of 16) rows from `first` on. x has a
+// value for each of n listed columns; they are added in that order, one fused multiply-add each.
+using AddColumnsFn = void (*)(const std::byte* first, size_t stride, const int32_t* columns,
+                              const float* x, int64_t n, int64_t n_rows, float* y);
+
 struct LinearKernels {
   QuantizeFn quantize;
   DotStripFn (*dot_strip)(DType type, bool dense);  // never null for a packed type
   UnpackPanelFn (*unpack_panel)(DType type);        // nor this
   TransposePanelFn transpose_panel;
   DotPanelFn dot_panel;
-  DotRowFn (*dot_row)(DType type);  // never null for a float type
+  DotRowFn (*dot_row)(DType type);              // never null for a float type
+  ColumnsPanelFn (*columns_panel)(DType type);  // nor these
+  AddColumnsFn (*add_columns)(DType type);
 };
 
 const LinearKernels& linear_kernels(Isa isa);

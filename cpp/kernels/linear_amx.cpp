@@ -123,6 +123,27 @@ void transpose(const std::byte* rows, size_t row_stride, int64_t n_rows, int64_t
   }
 }
 
+// 16 elements as bf16.
+template <DType kType>
+inline __m256i load_16(const std::byte* p) {
+  if constexpr (kType == DType::kF32) return to_bf16(_mm512_loadu_ps(p));
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return kType == DType::kF16 ? to_bf16(_mm512_cvtph_ps(halves)) : halves;
+}
+
+template <DType kType>
+void columns(const std::byte* first, size_t stride, int64_t begin, int64_t end, uint16_t* panel) {
+  const int64_t padded = (end + kTileCols - 1) / kTileCols * kTileCols;
+  const auto column = [&](int64_t c) {
+    return _mm512_cvtepu16_epi32(c < end ? load_16<kType>(first + stride * static_cast<size_t>(c))
+                                         : _mm256_setzero_si256());
+  };
+  for (int64_t c = begin; c < padded; c += 2, panel += kPairSize) {
+    const __m512i even = column(c), odd = column(c + 1);
+    _mm512_storeu_si512(panel, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+  }
+}
+
 // ---- Tiles: 0 to 3 are sums, 4 and 5 tokens, 6 and 7 weights ------------------------------------
 
 struct alignas(64) TileConfig {
@@ -226,6 +247,11 @@ const Bf16Kernels* bf16_kernels(Isa isa) {
           [](DType type) {
             return for_float_type(
                 type, []<DType kType>() -> Bf16Kernels::TransposeFn { return transpose<kType>; });
+          },
+      .columns =
+          [](DType type) {
+            return for_float_type(
+                type, []<DType kType>() -> Bf16Kernels::ColumnsFn { return columns<kType>; });
           },
       .multiply = multiply,
       .begin = begin,

@@ -34,6 +34,11 @@ struct Bf16Kernels {
                                int64_t begin, int64_t end, uint16_t* panel);
   TransposeFn (*transpose)(DType type);
 
+  // The same of 16 rows of a float matrix that is stored column by column, `first` in column 0.
+  using ColumnsFn = void (*)(const std::byte* first, size_t stride, int64_t begin, int64_t end,
+                             uint16_t* panel);
+  ColumnsFn (*columns)(DType type);
+
   // For each of n_panels (1 or 2) panels of n_tiles tiles of columns:
   // sums[p][token * 16 + output] += panel[p] * tokens, or = where `first`. Token tile i starts at
   // tokens + i * token_stride; sums hold whole token tiles.

@@ -402,6 +402,8 @@ const LinearKernels& linear_kernels_neon() {
       .transpose_panel = transpose_panel,
       .dot_panel = dot_panel,
       .dot_row = find_dot_row,
+      .columns_panel = find_columns_panel,
+      .add_columns = find_add_columns,
   };
   return kTable;
 }

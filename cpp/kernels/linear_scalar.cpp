@@ -136,6 +136,29 @@ void dot_row(const std::byte* row, int64_t n, const FloatRows& x, int64_t n_toke
   }
 }
 
+template <DType kType>
+void columns_panel(const std::byte* first, size_t stride, int64_t n_cols, float* panel) {
+  for (int64_t c = 0; c < n_cols; ++c) {
+    dequantize_row(kType, first + stride * static_cast<size_t>(c), panel + c * kStripRows,
+                   kStripRows);
+  }
+}
+
+template <DType kType>
+void add_columns(const std::byte* first, size_t stride, const int32_t* columns, const float* x,
+                 int64_t n, int64_t n_rows, float* y) {
+  float values[kStripRows];
+  for (int64_t i = 0; i < n; ++i) {
+    const std::byte* const column = first + stride * static_cast<size_t>(columns[i]);
+    for (int64_t r = 0; r < n_rows; ++r) {
+      if (r % kStripRows == 0) {
+        dequantize_row(kType, column + row_bytes(kType, r), values, kStripRows);
+      }
+      y[r] = std::fma(values[r % kStripRows], x[i], y[r]);
+    }
+  }
+}
+
 }  // namespace
 
 const LinearKernels& linear_kernels_scalar() {
@@ -148,6 +171,16 @@ const LinearKernels& linear_kernels_scalar() {
       .dot_row =
           [](DType type) {
             return for_float_type(type, []<DType kType>() -> DotRowFn { return dot_row<kType>; });
+          },
+      .columns_panel =
+          [](DType type) {
+            return for_float_type(
+                type, []<DType kType>() -> ColumnsPanelFn { return columns_panel<kType>; });
+          },
+      .add_columns =
+          [](DType type) {
+            return for_float_type(type,
+                                  []<DType kType>() -> AddColumnsFn { return add_columns<kType>; });
           },
   };
   return kTable;

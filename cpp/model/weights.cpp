@@ -25,8 +25,8 @@ class Loader {
     return presence == Presence::kAlways ? file_.require(full, ne) : file_.maybe(full, ne);
   }
 
-  WeightPtr matrix(const Mat& mat) {
-    const WeightPtr weight = backend_.load(mat);
+  WeightPtr matrix(const Mat& mat, bool zeros = false) {
+    const WeightPtr weight = zeros ? backend_.load_for_zeros(mat) : backend_.load(mat);
     file_.check_unchanged();
     file_.advise_dontneed(mat);  // the weight is a copy
     return weight;
@@ -104,10 +104,11 @@ LayerWeights load_layer(Loader& loader, const ModelConfig& c, const LayerConfig&
   s.down = loader.mat("ffn_down.weight", {c.n_ff, c.n_embd}, always);
   s.up_bias = loader.vector("ffn_up.bias", c.n_ff, c.ffn_bias);
   s.down_bias = loader.vector("ffn_down.bias", c.n_embd, c.ffn_bias);
+  s.zeros = c.activation == Activation::kRelu;
   if (!ffn_resident) return w;
   if (c.gated) w.ffn.gate = loader.matrix(s.gate);
   w.ffn.up = loader.matrix(s.up);
-  w.ffn.down = loader.matrix(s.down);
+  w.ffn.down = loader.matrix(s.down, s.zeros);
   w.ffn.up_bias = s.up_bias;
   w.ffn.down_bias = s.down_bias;
   return w;
@@ -136,16 +137,16 @@ size_t ModelWeights::bytes_per_token() const {
 FfnWeights ModelWeights::stage_ffn(size_t layer) const {
   const LayerWeights& w = layers[layer];
   if (w.ffn.up) return w.ffn;
-  const auto load = [&](const Mat& mat) -> WeightPtr {
+  const auto load = [&](const Mat& mat, bool zeros = false) -> WeightPtr {
     if (mat.empty()) return nullptr;
-    WeightPtr weight = backend->load(mat);
+    WeightPtr weight = zeros ? backend->load_for_zeros(mat) : backend->load(mat);
     if (backend->info().device_memory == 0) file->advise_dontneed(mat);
     return weight;
   };
   FfnWeights ffn;
   ffn.gate = load(w.source.gate);
   ffn.up = load(w.source.up);
-  ffn.down = load(w.source.down);
+  ffn.down = load(w.source.down, w.source.zeros);
   ffn.up_bias = w.source.up_bias;
   ffn.down_bias = w.source.down_bias;
   return ffn;

@@ -77,6 +77,7 @@ struct TestLayer {
   TestWeight up, down;
   std::vector<int32_t> neurons;
   std::vector<float> up_bias;
+  bool zeros = false;
 };
 
 class TestBackend {
@@ -84,13 +85,13 @@ class TestBackend {
   TestBackend(const std::string& isa, bool f32_activations, int n_threads)
       : backend_({n_threads, f32_activations}, find_isa(isa)) {}
 
-  TestWeight load(const std::string& type, nb::bytes data, int64_t rows, int64_t cols) {
+  TestWeight load(const std::string& type, nb::bytes data, int64_t rows, int64_t cols, bool zeros) {
     Mat mat{type_of(type), rows, cols, reinterpret_cast<const std::byte*>(data.c_str())};
     if (mat.bytes() != data.size()) {
       throw_error(ErrorKind::kValue, "%zu bytes of %s, expected %zu", data.size(), type.c_str(),
                   mat.bytes());
     }
-    WeightPtr weight = backend_.load(mat);
+    WeightPtr weight = zeros ? backend_.load_for_zeros(mat) : backend_.load(mat);
     return {std::move(data), mat, std::move(weight)};
   }
 
@@ -164,6 +165,7 @@ class TestBackend {
       s.down = layer.down.mat;
       if (!layer.up_bias.empty()) s.up_bias = buffer(layer.up_bias.data(), layer.up_bias.size());
       s.neurons = layer.neurons;
+      s.zeros = layer.zeros;
       sources.push_back(s);
     }
     CompactWeights made = backend_.compact(sources, nullptr);
@@ -211,23 +213,25 @@ void bind_testing_linear(nb::module_& testing) {
       .def_prop_ro("rows", [](const TestWeight& w) { return w.weight->rows(); })
       .def_prop_ro("cols", [](const TestWeight& w) { return w.weight->cols(); })
       .def_prop_ro("bytes", [](const TestWeight& w) { return w.weight->bytes(); })
-      .def_prop_ro(
-          "address",
-          [](const TestWeight& w) {
-            const CpuWeight& cpu = w.cpu();
-            return reinterpret_cast<uintptr_t>(cpu.packed() ? cpu.strips().data : cpu.plain().data);
-          })
+      .def_prop_ro("address",
+                   [](const TestWeight& w) {
+                     const CpuWeight& cpu = w.cpu();
+                     return reinterpret_cast<uintptr_t>(cpu.packed() ? cpu.strips().data
+                                                        : cpu.stored_by_columns()
+                                                            ? cpu.by_columns().data
+                                                            : cpu.plain().data);
+                   })
       .def("values", &TestWeight::values, nb::arg("isa"));
   nb::class_<TestLayer>(testing, "TestLayer")
       .def(
           "__init__",
           [](TestLayer* self, std::optional<TestWeight> gate, TestWeight up, TestWeight down,
-             std::vector<int32_t> neurons, std::vector<float> up_bias) {
-            new (self) TestLayer{std::move(gate), std::move(up), std::move(down),
-                                 std::move(neurons), std::move(up_bias)};
+             std::vector<int32_t> neurons, std::vector<float> up_bias, bool zeros) {
+            new (self) TestLayer{std::move(gate),    std::move(up),      std::move(down),
+                                 std::move(neurons), std::move(up_bias), zeros};
           },
           nb::arg("gate").none(), nb::arg("up"), nb::arg("down"), nb::arg("neurons"),
-          nb::arg("up_bias") = std::vector<float>{});
+          nb::arg("up_bias") = std::vector<float>{}, nb::arg("zeros") = false);
   nb::class_<TestCompact>(testing, "TestCompact")
       .def_ro("layers", &TestCompact::layers)
       .def_ro("up_bias", &TestCompact::up_bias)
@@ -237,7 +241,7 @@ void bind_testing_linear(nb::module_& testing) {
       .def(nb::init<const std::string&, bool, int>(), nb::arg("isa"),
            nb::arg("f32_activations") = false, nb::arg("n_threads") = 1)
       .def("load", &TestBackend::load, nb::arg("type_name"), nb::arg("data"), nb::arg("rows"),
-           nb::arg("cols"))
+           nb::arg("cols"), nb::arg("zeros") = false)
       .def("linear", &TestBackend::linear, nb::arg("x").noconvert(), nb::arg("weights"),
            nb::arg("biases") = std::vector<FloatVector>{}, nb::arg("norm_weight") = nb::none(),
            nb::arg("accumulate") = false)
