@@ -187,6 +187,31 @@ void check_plain(Isa isa, DType type) {
   }
 }
 
+// Matrices that are stored column by column.
+void check_columns(Isa isa, DType type) {
+  constexpr int64_t kRows = 48, kCols = 37;
+  const LinearKernels& plain = linear_kernels(Isa::kScalar);
+  const LinearKernels& fast = linear_kernels(isa);
+  const std::vector<std::byte> data = random_matrix(type, kCols, kRows);
+  const size_t stride = row_bytes(type, kRows);
+  std::vector<float> panel(kCols * kStripRows), other(panel.size());
+  plain.columns_panel(type)(data.data(), stride, kCols, panel.data());
+  fast.columns_panel(type)(data.data(), stride, kCols, other.data());
+  check(same(panel, other), isa, type, "panel of columns");
+  std::vector<int32_t> columns;
+  for (int32_t c = 0; c < kCols; c += 2) columns.push_back(c);
+  for (size_t n = 0; n <= columns.size(); ++n) {
+    const std::vector<float> x = normal_values(n);
+    std::vector<float> sums = normal_values(kRows), others = sums;
+    const auto count = static_cast<int64_t>(n);
+    plain.add_columns(type)(data.data(), stride, columns.data(), x.data(), count, kRows,
+                            sums.data());
+    fast.add_columns(type)(data.data(), stride, columns.data(), x.data(), count, kRows,
+                           others.data());
+    check(same(sums, others), isa, type, "sum of columns");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -196,6 +221,7 @@ int main() {
         check_packed(isa, t.type);
       } else {
         check_plain(isa, t.type);
+        check_columns(isa, t.type);
       }
     }
     std::printf("checked %s\n", std::string(isa_name(isa)).c_str());
