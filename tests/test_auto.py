@@ -46,9 +46,24 @@ def test_a_setting_slower_than_dense_is_never_chosen():
     assert Tuning(1, (row(0.4, 64, 0.0, speed=0.98),)).choose(0.05) is None
 
 
-def decide(tuning, n_tokens=100, stability=0.9, resident=True, **core):
-    auto = Auto(CoreConfig(mode="auto", **core), tuning, ffn_resident=resident)
+class SomeClusters:
+    digest = "c1"
+
+
+def decide(tuning, n_tokens=100, stability=0.9, resident=True, clusters=None, **core):
+    auto = Auto(CoreConfig(mode="auto", **core), tuning, ffn_resident=resident, clusters=clusters)
     return auto.decide(n_tokens, stability)
+
+
+def test_a_patch_learns_from_clusters_only_as_it_was_measured_to():
+    alone = row(0.6, 64, 0.03)
+    learned = row(0.4, 64, 0.03, clusters="c1")
+    others = row(0.2, 64, 0.03, clusters="c2")
+    both = Tuning(1, (alone, learned, others))
+    assert decide(both).config == CoreConfig(beta=0.6)
+    assert decide(both, clusters=SomeClusters()).config == CoreConfig(beta=0.4)
+    only = Tuning(1, (alone, others))
+    assert decide(only, clusters=SomeClusters()).config == CoreConfig(beta=0.6, prior=False)
 
 
 def test_without_a_table_decoding_is_exact():

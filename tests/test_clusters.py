@@ -11,14 +11,24 @@ import pickle
 import random
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from coreinfer import Clusters, CoreConfig, CoreSet, Llama, SimilarityClusters, build_clusters
+from coreinfer import (
+    Clusters,
+    CoreConfig,
+    CoreSet,
+    Llama,
+    SimilarityClusters,
+    _core,
+    build_clusters,
+)
 from coreinfer.cli import main
 from coreinfer.cluster_lookup import ClusterLookup, blend_scores, core_neurons, top_neurons
 from coreinfer.embedders import as_embedder
+from coreinfer.patch_prior import PatchPrior
 from coreinfer.tuning import Tuning, measure
 from make_synthetic_model import make_tiny_model
 from measure_similarity import compare, cut_prompts
@@ -322,10 +332,83 @@ def test_saved_clusters_come_back_whole(tmp_path):
     assert os.listdir(tmp_path) == ["c.npz"]
 
 
-def test_arrays_of_other_names_may_lie_in_the_file(tmp_path):
-    make_clusters().save(tmp_path / "c.npz")
-    rewrite(tmp_path / "c.npz", {"patch_h_0": npy(np.ones((7, 64), np.float16))})
-    assert Clusters.load(tmp_path / "c.npz").n_clusters == 3
+def make_prior(n_layer: int = 2, n_ff: int = 64, **changes) -> PatchPrior:
+    rng = np.random.default_rng(2)
+    values = {
+        "h": [rng.random((4, n_ff)).astype(np.float16) for _ in range(n_layer)],
+        "y": [rng.random((4, 8)).astype(np.float16) for _ in range(n_layer)],
+        "weights": [np.full(4, 0.25, np.float32)] * n_layer,
+    }
+    return PatchPrior(**{**values, **changes})
+
+
+def test_a_file_keeps_the_prior(tmp_path):
+    before = make_clusters(prior=make_prior())
+    before.save(tmp_path / "c.npz")
+    after = Clusters.load(tmp_path / "c.npz")
+    assert after.digest == before.digest != make_clusters().digest
+    for name, array in before.prior.arrays().items():
+        np.testing.assert_array_equal(after.prior.arrays()[name], array)
+    bad = np.full((4, 64), np.nan, np.float16)
+    rewrite(tmp_path / "c.npz", {"patch_h_1": npy(bad)})
+    with pytest.raises(ValueError, match="h of layer 1 holds a NaN"):
+        Clusters.load(tmp_path / "c.npz")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"h": []}, "a prior of 0 inputs, 2 outputs and 2 weights"),
+        ({"weights": [np.ones(4, np.float32)]}, "2 outputs and 1 weights"),
+        ({"h": [np.ones((4, 64), np.float32)] * 2}, "h of layer 0 is float32"),
+        ({"y": [np.ones((4, 8), np.float16), np.ones((3, 8), np.float16)]}, "y of layer 1 is"),
+        ({"weights": [-np.ones(4, np.float32)] * 2}, "layer 0 has a weight below 0"),
+        ({"weights": [np.full(4, np.inf, np.float32)] * 2}, "weights of layer 0 holds"),
+    ],
+)
+def test_a_prior_refuses_what_cannot_be_right(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_prior(**changes)
+
+
+def test_clusters_refuse_the_prior_of_another_shape():
+    with pytest.raises(ValueError, match="the prior is of 3 layers with 64 neurons; expected 2"):
+        make_clusters(prior=make_prior(3))
+
+
+def test_a_patch_learns_from_the_texts_of_the_clusters_file(tiny, built):
+    assert built.prior.n_rows == 128 and built.prior.n_embd == 256
+    prompt = TEXTS[0]
+
+    def factors(llm: Llama) -> np.ndarray:  # (k, n_embd), what the patch adds a kept activation
+        llm.score(llm.prompt_ids(prompt), [1])
+        inner, outer = (a.astype(np.float64) for a in llm.core_set.patch[0])
+        return (outer @ inner).T
+
+    with load(tiny, core=CoreConfig(beta=0.2), clusters=built) as llm:
+        learned = factors(llm)
+        llm.core = CoreConfig(beta=0.2, prior=False)
+        own = factors(llm)
+        llm.core = CoreConfig(beta=0.2)
+        rounding = 0.01 * np.abs(own).max()
+        assert np.abs(factors(llm) - learned).max() < rounding
+        llm.set_clusters(replace(built, prior=None))
+        assert np.abs(factors(llm) - own).max() < rounding
+        assert np.abs(learned - own).max() > 10 * rounding
+        other = replace(built.prior, h=built.prior.h[:2], y=built.prior.y[:2],
+                        weights=built.prior.weights[:2])  # fmt: skip
+        with pytest.raises(ValueError, match="prior is of 2 layers, n_ff 512 and n_embd 256"):
+            llm._open_session().fit_patch(_core.PatchPrior(other.h, other.y, other.weights))
+
+
+def test_no_prior_is_built_where_none_is_wanted(tiny):
+    with load(tiny) as llm:
+        with pytest.raises(ValueError, match="patch_rows is -1; expected 0 to"):
+            build_clusters(llm, TEXTS, embedder=letters, patch_rows=-1)
+        clusters = build_clusters(
+            llm, TEXTS, embedder=letters, n_clusters=1, patch_rows=0, random_state=0
+        )
+    assert clusters.prior is None
 
 
 def test_the_nearest_cluster_is_that_of_the_largest_cosine():
@@ -396,7 +479,10 @@ def header_with(**changes) -> bytes:
         ({"n_texts": npy(np.array([2, 2]))}, "n_texts has shape"),
         ({"n_texts": npy(np.array([2, 2, 1]))}, "cluster 2 has 1 texts"),
         ({"header": header_with(format="coreinfer core set")}, "does not say"),
-        ({"header": header_with(version=2)}, "version 2; this build reads 1"),
+        ({"header": header_with(version=1)}, "version 1; this build reads 2"),
+        ({"header": header_with(patch_rows=-1)}, "patch_rows is -1"),
+        ({"header": header_with(patch_rows=4)}, "n_embd is 0"),
+        ({"header": header_with(patch_rows=4, n_embd=8)}, "patch_h_0 is missing"),
         ({"header": header_with(n_layer=3)}, "scores_2 is missing"),
         ({"header": header_with(n_clusters=0)}, "n_clusters is 0"),
         ({"header": header_with(n_features=1 << 40)}, "n_features is"),
@@ -809,7 +895,8 @@ def test_ctrl_c_leaves_no_file(tiny, data, tmp_path, capsys, monkeypatch):
             "--beta is 2.0; expected a number in (0, 1]",
         ),
         ("run m -p x --core similar".split(), "--core similar needs --clusters FILE"),
-        ("run m -p x --core off --clusters c".split(), "no effect without --core similar or auto"),
+        ("run m -p x --core off --clusters c".split(), "--clusters: no effect without --core"),
+        ("run m -p x --core stable --embedder e".split(), "--embedder: no effect without --core"),
         (
             "run m -p x --core stable --gamma 0.2".split(),
             "--gamma: no effect without --core similar",

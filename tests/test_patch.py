@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from coreinfer import CoreConfig, CoreSet, Llama, _core
+from coreinfer.patch_prior import PatchPrior, PatchPriorBuilder
 from make_synthetic_model import make_tiny_model
 from reference.neurons import ridge_patch
 
@@ -83,6 +84,69 @@ def test_the_fit_is_the_ridge_regression_of_the_oracle(model, engine, rank):
         assert np.square(got).sum() > 0.93 * best
         left = np.square(got - fitted).sum()
         assert left < np.square(singular).sum() - 0.93 * best
+
+
+@pytest.fixture(scope="module")
+def prior(engine) -> PatchPrior:
+    """Of another text of 60 tokens, all of which fit."""
+    s = _core.Session(engine, n_ctx=256)
+    s.prefill(ids(60, seed=8), statistic="flock", samples=60)
+    builder = PatchPriorBuilder(engine.n_layer, 64)
+    for i in range(engine.n_layer):
+        h, y = s.samples(i)
+        builder.add(i, h, y)
+    return builder.build(s.samples(0)[0].shape[1])
+
+
+def test_the_fit_with_a_prior_is_the_ridge_regression_of_the_oracle(model, engine, prior):
+    s = _core.Session(engine, n_ctx=256)
+    s.prefill(ids(20), statistic="flock", samples=20)
+    s.set_core(s.select(beta=0.4))
+    s.fit_patch(_core.PatchPrior(prior.h, prior.y, prior.weights), rank=84, prior_weight=2.0)
+    tensors = {t.name: t.data for t in gguf.GGUFReader(model).tensors}
+    for i, (neurons, factors) in enumerate(zip(s.core_set.layers, s.core_set.patch, strict=True)):
+        h, y = (a.astype(np.float64) for a in s.samples(i))
+        w_down = tensors[f"blk.{i}.ffn_down.weight"].astype(np.float64)
+        rows = tuple(a[i].astype(np.float64) for a in (prior.h, prior.y, prior.weights))
+        _, fitted = ridge_patch(h, y, neurons, w_down, 0.3, rows, 2.0)
+        _, without = ridge_patch(h, y, neurons, w_down, 0.3)
+        inner, outer = (f.astype(np.float64) for f in factors)
+        got = (h[:, neurons] / np.linalg.norm(h, axis=1, keepdims=True)) @ (outer @ inner).T
+        np.testing.assert_allclose(got, fitted[:20], atol=6e-3 * np.abs(fitted).max())
+        assert np.abs(without - fitted[:20]).max() > 0.05 * np.abs(fitted).max()
+
+
+def test_a_prior_stands_for_the_tokens_it_is_made_of():
+    rng = np.random.default_rng(4)
+    w_down = rng.standard_normal((6, 40))
+    builder = PatchPriorBuilder(1, 12)
+    texts = [rng.standard_normal((30, 5)) @ rng.standard_normal((5, 40)) for _ in range(2)]
+    for h in texts:  # of rank 10 together: nothing is lost
+        builder.add(0, h.astype(np.float32), (h @ w_down.T).astype(np.float32))
+    builder.add(0, np.zeros((4, 40), np.float32), np.zeros((4, 6), np.float32))
+    prior = builder.build(40)
+    unit = np.concatenate([h / np.linalg.norm(h, axis=1, keepdims=True) for h in texts])
+    h, y, weights = (a[0].astype(np.float64) for a in (prior.h, prior.y, prior.weights))
+    wanted = unit.T @ unit / 64
+    np.testing.assert_allclose((h.T * weights) @ h, wanted, atol=2e-3 * np.abs(wanted).max())
+    counted = np.sqrt(weights)[:, None]  # the last two rows are nothing but rounding
+    np.testing.assert_allclose(counted * (h @ w_down.T), counted * y, atol=2e-3 * counted.max())
+
+
+@pytest.mark.parametrize("n_rows", [8, 16])
+def test_few_rows_stand_for_most_of_many_tokens(n_rows):
+    rng = np.random.default_rng(5)
+    strength = 0.8 ** np.arange(40)
+    builder = PatchPriorBuilder(1, n_rows)
+    texts = [(rng.standard_normal((50, 40)) * strength).astype(np.float32) for _ in range(6)]
+    for h in texts:
+        builder.add(0, h, h[:, :3])
+    prior = builder.build(40)
+    unit = np.concatenate([h / np.linalg.norm(h, axis=1, keepdims=True) for h in texts])
+    h, weights = prior.h[0].astype(np.float64), prior.weights[0].astype(np.float64)
+    wanted, got = unit.T @ unit / len(unit), (h.T * weights) @ h
+    best = np.sort(np.linalg.eigvalsh(wanted))[: 40 - n_rows].sum()
+    assert best <= np.trace(wanted - got) < 1.3 * best + 0.01
 
 
 def test_the_set_says_what_it_carries_and_a_step_reads_it(engine):

@@ -301,7 +301,7 @@ std::vector<FfnWeights> Session::patched(const CoreSet& set) const {
   return layers;
 }
 
-void Session::fit_patch(const PatchSpec& spec) {
+void Session::fit_patch(const PatchSpec& spec, const PatchPrior* prior) {
   check(spec);
   const FfnSamples& from = samples();
   if (!core_set_) {
@@ -312,7 +312,7 @@ void Session::fit_patch(const PatchSpec& spec) {
   compact_.layers = patched(*core_set_);
   CoreSet set = *core_set_;
   set.patch.resize(set.layers.size());
-  PatchFitter fitter(engine_->backend(), from, spec);
+  PatchFitter fitter(engine_->backend(), from, spec, prior);
   for (size_t i = 0; i < set.layers.size(); ++i) {
     const auto& neurons = set.layers[i];
     if (!neurons || static_cast<int64_t>(neurons->size()) == set.n_ff) continue;

@@ -92,7 +92,7 @@ class Session {
   // Fits a patch of the present core set to the prompt's samples, layer by layer, and decodes with
   // it from now on; core_set() then carries it. Layers of which every neuron is kept get none.
   // Without samples kState; after kNumeric the core set is there without a patch.
-  void fit_patch(const PatchSpec& spec);
+  void fit_patch(const PatchSpec& spec, const PatchPrior* prior = nullptr);
   const std::optional<CoreSet>& core_set() const { return core_set_; }
   size_t compact_bytes() const { return compact_.buffer_bytes; }
   size_t compact_source_bytes() const { return compact_.source_bytes; }  // read to make it

@@ -17,7 +17,9 @@ class FfnSamples {
   FfnSamples(Backend& backend, int64_t capacity, int64_t n_layer, int64_t n_ff, int64_t n_embd);
 
   int64_t capacity() const { return capacity_; }
+  int64_t n_layer() const { return static_cast<int64_t>(h_.size()); }
   int64_t n_ff() const { return n_ff_; }
+  int64_t n_embd() const { return n_embd_; }
   int64_t n_tokens() const { return n_tokens_; }  // of the text, kept or not
   int64_t first() const;                          // position of the oldest that is kept
   int64_t size() const { return n_tokens_ - first(); }
@@ -39,7 +41,7 @@ class FfnSamples {
   void visit_y(int64_t layer, const Visit& visit) const { this->visit(y_, layer, n_embd_, visit); }
 
   static size_t bytes(int64_t capacity, int64_t n_layer, int64_t n_ff, int64_t n_embd);
-  size_t bytes() const { return bytes(capacity_, static_cast<int64_t>(h_.size()), n_ff_, n_embd_); }
+  size_t bytes() const { return bytes(capacity_, n_layer(), n_ff_, n_embd_); }
 
  private:
   void store(Rows rows, int64_t position, float* ring, int64_t width);

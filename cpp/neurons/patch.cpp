@@ -144,13 +144,18 @@ void check(const PatchSpec& spec) {
   if (!(spec.ridge > 0.0 && std::isfinite(spec.ridge))) {
     throw_error(ErrorKind::kValue, "the patch's ridge is %g, expected more than 0", spec.ridge);
   }
+  if (!(spec.prior >= 0.0 && std::isfinite(spec.prior))) {
+    throw_error(ErrorKind::kValue, "the patch's prior counts %g, expected at least 0", spec.prior);
+  }
 }
 
 struct PatchFitter::Work {
-  explicit Work(Backend& backend) : products(backend) {}
+  explicit Work(Backend& b) : backend(b), products(b) {}
 
+  Backend& backend;
   Products products;
-  std::vector<float> scale;  // of each sample
+  std::vector<float> scale;  // of each row
+  std::vector<float> bias;   // of the down projection, where a prior's outputs lack it
   Matrix kept, lost;         // H (m, k) and R (m, n_embd), the regression's two sides
   Matrix turned;             // one of them, transposed
   Matrix gram, upper, inverse, fit, energies;  // (m, m)
@@ -158,7 +163,11 @@ struct PatchFitter::Work {
   Matrix in, out;
 
   void set_up(const FfnSamples& samples, int64_t layer, std::span<const int32_t> neurons,
-              const FfnWeights& ffn, const PatchSpec& spec);
+              const FfnWeights& ffn, const PatchSpec& spec, const PatchPrior* prior);
+  void pick_prior(const PatchPrior& prior, int64_t layer, std::span<const int32_t> neurons,
+                  double tokens, int64_t first);
+  void subtract_from_prior(const PatchPrior& prior, int64_t layer, const Buffer* down_bias,
+                           int64_t first);
   void invert(double mu, int64_t layer);
   int64_t find_directions(int64_t rank);
 };
@@ -166,10 +175,11 @@ struct PatchFitter::Work {
 // The regression's two sides.
 void PatchFitter::Work::set_up(const FfnSamples& samples, int64_t layer,
                                std::span<const int32_t> neurons, const FfnWeights& ffn,
-                               const PatchSpec& spec) {
+                               const PatchSpec& spec, const PatchPrior* prior) {
   const int64_t m = samples.size(), k = static_cast<int64_t>(neurons.size());
-  kept.shape(m, k);
-  scale.resize(static_cast<size_t>(m));
+  const int64_t rows = m + (prior != nullptr ? prior->rows : 0);
+  kept.shape(rows, k);
+  scale.resize(static_cast<size_t>(rows));
   samples.visit_h(layer, [&](int64_t t, const float* h) {
     const double squares = dot(h, h, samples.n_ff());
     const double weight = std::pow(spec.decay, static_cast<double>(m - 1 - t));
@@ -178,6 +188,9 @@ void PatchFitter::Work::set_up(const FfnSamples& samples, int64_t layer,
     float* const row = kept.row(t);
     for (int64_t i = 0; i < k; ++i) row[i] = h[neurons[static_cast<size_t>(i)]];
   });
+  if (prior != nullptr) {
+    pick_prior(*prior, layer, neurons, spec.prior * static_cast<double>(m), m);
+  }
   // The bias is in both outputs, and so in neither's difference.
   products.times(kept, *ffn.down, ffn.down_bias.get(), false, lost);
   samples.visit_y(layer, [&](int64_t t, const float* y) {
@@ -185,9 +198,40 @@ void PatchFitter::Work::set_up(const FfnSamples& samples, int64_t layer,
     const float s = scale[static_cast<size_t>(t)];
     for (int64_t i = 0; i < lost.cols; ++i) row[i] = (y[i] - row[i]) * s;
   });
-  for (int64_t t = 0; t < m; ++t) {
+  if (prior != nullptr) subtract_from_prior(*prior, layer, ffn.down_bias.get(), m);
+  for (int64_t t = 0; t < rows; ++t) {
     const float s = scale[static_cast<size_t>(t)];
     for (int64_t i = 0; i < k; ++i) kept.row(t)[i] *= s;
+  }
+}
+
+// Rows from `first` on: the prior's inputs, unscaled, and the scales at which all of them count as
+// much as `tokens` samples.
+void PatchFitter::Work::pick_prior(const PatchPrior& prior, int64_t layer,
+                                   std::span<const int32_t> neurons, double tokens, int64_t first) {
+  const PatchPrior::Layer& from = prior.layers[static_cast<size_t>(layer)];
+  for (int64_t r = 0; r < prior.rows; ++r) {
+    scale[static_cast<size_t>(first + r)] =
+        static_cast<float>(std::sqrt(static_cast<double>(from.weights[r]) * tokens));
+    const uint16_t* const h = from.h + r * prior.n_ff;
+    float* const row = kept.row(first + r);
+    for (size_t i = 0; i < neurons.size(); ++i) row[i] = f16_to_f32(h[neurons[i]]);
+  }
+}
+
+// What the dropped neurons added to the prior's outputs, scaled.
+void PatchFitter::Work::subtract_from_prior(const PatchPrior& prior, int64_t layer,
+                                            const Buffer* down_bias, int64_t first) {
+  bias.assign(static_cast<size_t>(lost.cols), 0.0f);
+  if (down_bias != nullptr) backend.read(down_bias->data(), bias.data(), lost.cols);
+  const PatchPrior::Layer& from = prior.layers[static_cast<size_t>(layer)];
+  for (int64_t r = 0; r < prior.rows; ++r) {
+    const uint16_t* const y = from.y + r * prior.n_embd;
+    const float s = scale[static_cast<size_t>(first + r)];
+    float* const row = lost.row(first + r);
+    for (int64_t i = 0; i < lost.cols; ++i) {
+      row[i] = (f16_to_f32(y[i]) + bias[static_cast<size_t>(i)] - row[i]) * s;
+    }
   }
 }
 
@@ -249,9 +293,23 @@ int64_t PatchFitter::Work::find_directions(int64_t rank) {
   return fitted.rows;
 }
 
-PatchFitter::PatchFitter(Backend& backend, const FfnSamples& samples, const PatchSpec& spec)
-    : samples_(samples), spec_(spec), work_(std::make_unique<Work>(backend)) {
+PatchFitter::PatchFitter(Backend& backend, const FfnSamples& samples, const PatchSpec& spec,
+                         const PatchPrior* prior)
+    : samples_(samples),
+      spec_(spec),
+      prior_(prior != nullptr && prior->rows > 0 && spec.prior > 0.0 ? prior : nullptr),
+      work_(std::make_unique<Work>(backend)) {
   check(spec);
+  if (prior != nullptr && (prior->n_ff != samples.n_ff() || prior->n_embd != samples.n_embd() ||
+                           static_cast<int64_t>(prior->layers.size()) != samples.n_layer())) {
+    throw_error(
+        ErrorKind::kValue,
+        "the patch's prior is of %zu layers, n_ff %lld and n_embd %lld; the model has %lld, "
+        "%lld and %lld",
+        prior->layers.size(), static_cast<long long>(prior->n_ff),
+        static_cast<long long>(prior->n_embd), static_cast<long long>(samples.n_layer()),
+        static_cast<long long>(samples.n_ff()), static_cast<long long>(samples.n_embd()));
+  }
 }
 
 PatchFitter::~PatchFitter() = default;
@@ -259,8 +317,8 @@ PatchFitter::~PatchFitter() = default;
 LayerPatch PatchFitter::fit(int64_t layer, std::span<const int32_t> neurons,
                             const FfnWeights& ffn) {
   Work& w = *work_;
-  w.set_up(samples_, layer, neurons, ffn, spec_);
-  const int64_t m = w.kept.rows;
+  w.set_up(samples_, layer, neurons, ffn, spec_, prior_);
+  const int64_t m = samples_.size();
   w.products.times(w.kept, w.kept, w.gram);
   double trace = 0.0;
   for (int64_t i = 0; i < m; ++i) trace += w.gram.row(i)[i];

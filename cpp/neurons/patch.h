@@ -4,10 +4,10 @@
 // no data but the samples.
 //
 // Each of m sampled tokens is scaled to ||h|| = 1; older ones by less (decay ^ age). H (m, k) are
-// its kept activations and R (m, n_embd) what the dropped ones added to the output. Ridge
-// regression of R on H, with G = H H^T and mu = ridge * mean(diag G): A = (G + mu I)^-1 R. Of the
-// fitted G A only the `rank` strongest output directions V (n_embd, rank) are kept: y += V (V^T A^T
-// H) h.
+// its kept activations and R (m, n_embd) what the dropped ones added to the output. A prior adds
+// rows of its own to both. Ridge regression of R on H, with G = H H^T and mu = ridge * mean(diag
+// G): A = (G + mu I)^-1 R. Of the fitted G A only the `rank` strongest output directions V (n_embd,
+// rank) are kept: y += V (V^T A^T H) h.
 #pragma once
 
 #include <memory>
@@ -16,6 +16,7 @@
 #include "backend/backend.h"
 #include "neurons/core_set.h"
 #include "neurons/ffn_samples.h"
+#include "neurons/patch_prior.h"
 
 namespace coreinfer {
 
@@ -28,15 +29,18 @@ inline constexpr int64_t kMaxPatchRank = 1024;
 struct PatchSpec {
   int64_t rank = 64;
   double decay = 1.0;
-  double ridge = 0.3;  // relative to the mean squared norm of the kept activations
+  double ridge = 0.3;  // relative to the mean squared norm of the samples' kept activations
+  double prior = 4.0;  // what a prior counts, all its rows together, in times the samples
 };
 void check(const PatchSpec& spec);
 
 // Fits the patches of the layers that were sampled, one by one, in the same working memory.
 class PatchFitter {
  public:
-  // `samples` must outlive it.
-  PatchFitter(Backend& backend, const FfnSamples& samples, const PatchSpec& spec);
+  // `samples` and `prior`, where there is one, must outlive it. Throws kValue for a prior of
+  // another model's shape.
+  PatchFitter(Backend& backend, const FfnSamples& samples, const PatchSpec& spec,
+              const PatchPrior* prior);
   ~PatchFitter();
   // The patch of one layer: `ffn` holds the picked neurons' weights. Rank 0 where there is nothing
   // to learn (no sample is active in a kept neuron); less than asked for when there are fewer
@@ -47,6 +51,7 @@ class PatchFitter {
   struct Work;
   const FfnSamples& samples_;
   const PatchSpec spec_;
+  const PatchPrior* prior_;
   std::unique_ptr<Work> work_;
 };
 

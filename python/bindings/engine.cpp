@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 
 #include "base/memory_use.h"
+#include "bindings/arrays.h"
 #include "bindings/module.h"
 
 namespace coreinfer::python {
@@ -112,6 +113,17 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro(
           "ffn_resident", [](const Engine& e) { return e.weights().ffn_resident; },
           "Whether dense FFN weights stay in memory, or come in a layer at a time.")
+      .def(
+          "ffn_down_bias",
+          [](const Engine& e, int64_t layer) -> std::optional<Array<float>> {
+            if (layer < 0 || layer >= e.config().n_layer) throw nb::index_error("no such layer");
+            const BufferPtr& bias = e.weights().layers[static_cast<size_t>(layer)].source.down_bias;
+            if (!bias) return std::nullopt;
+            Array<float> copy = make_array<float>({static_cast<size_t>(e.config().n_embd)});
+            e.backend().read(bias->data(), copy.data(), e.config().n_embd);
+            return copy;
+          },
+          nb::arg("layer"), "float32 (n_embd,), or None where the architecture has none.")
       .def_prop_ro("load_seconds", &Engine::load_seconds)
       .def_prop_ro("n_vocab", [](const Engine& e) { return e.config().n_vocab; })
       .def_prop_ro("n_layer", [](const Engine& e) { return e.config().n_layer; })

@@ -71,6 +71,33 @@ nb::list core_patch(const CoreSet& set) {
   return list;
 }
 
+// A prior whose numbers lie in the arrays of the given lists.
+PatchPrior make_prior(const std::vector<Matrix>& h, const std::vector<Matrix>& y,
+                      const std::vector<FloatVector>& weights) {
+  PatchPrior prior;
+  if (h.empty() || h.size() != y.size() || h.size() != weights.size()) {
+    throw nb::value_error("a prior has inputs, outputs and weights of every layer");
+  }
+  prior.rows = static_cast<int64_t>(h[0].shape(0));
+  prior.n_ff = static_cast<int64_t>(h[0].shape(1));
+  prior.n_embd = static_cast<int64_t>(y[0].shape(1));
+  const auto fits = [&](const Matrix& m, int64_t width) {
+    return m.dtype() == kHalf && static_cast<int64_t>(m.shape(0)) == prior.rows &&
+           static_cast<int64_t>(m.shape(1)) == width;
+  };
+  for (size_t i = 0; i < h.size(); ++i) {
+    if (!fits(h[i], prior.n_ff) || !fits(y[i], prior.n_embd) ||
+        static_cast<int64_t>(weights[i].size()) != prior.rows) {
+      throw nb::value_error(
+          "a prior is made of float16 (rows, n_ff), float16 (rows, n_embd) and float32 (rows,), "
+          "the same in every layer");
+    }
+    prior.layers.push_back({static_cast<const uint16_t*>(h[i].data()),
+                            static_cast<const uint16_t*>(y[i].data()), weights[i].data()});
+  }
+  return prior;
+}
+
 CoreSet make_core_set(const std::vector<std::optional<Neurons>>& layers,
                       const std::optional<std::vector<FloatVector>>& scores, int64_t n_ff,
                       const std::string& statistic, double alpha, double beta, int64_t n_tokens,
@@ -192,6 +219,18 @@ Array<float> rows_of(Session& s, const Tokens& tokens,
 }  // namespace
 
 void bind_session(nb::module_& m) {
+  nb::class_<PatchPrior>(m, "PatchPrior",
+                         "What other texts taught of a model's FFNs; see coreinfer.patch_prior.")
+      .def(
+          "__init__",
+          [](PatchPrior* self, const std::vector<Matrix>& h, const std::vector<Matrix>& y,
+             const std::vector<FloatVector>& weights) {
+            new (self) PatchPrior(make_prior(h, y, weights));
+          },
+          nb::arg("h"), nb::arg("y"), nb::arg("weights"), nb::keep_alive<1, 2>(),
+          nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(),
+          "Per layer: float16 (rows, n_ff), float16 (rows, n_embd) and float32 (rows,). They are "
+          "not copied: hand in tuples.");
   nb::class_<CoreSet>(m, "CoreSet", "Which neurons of which layers decode a text; a plain value.")
       .def(
           "__init__",
@@ -317,14 +356,16 @@ void bind_session(nb::module_& m) {
            "Compacts and decodes with these neurons from now on; None: the dense weights.")
       .def(
           "fit_patch",
-          [](Session& s, int64_t rank, double decay, double ridge) {
+          [](Session& s, const PatchPrior* prior, int64_t rank, double decay, double ridge,
+             double prior_weight) {
             nb::gil_scoped_release release;
-            s.fit_patch({rank, decay, ridge});
+            s.fit_patch({rank, decay, ridge, prior_weight}, prior);
           },
-          nb::kw_only(), nb::arg("rank") = PatchSpec{}.rank, nb::arg("decay") = PatchSpec{}.decay,
-          nb::arg("ridge") = PatchSpec{}.ridge,
+          nb::arg("prior").none() = nb::none(), nb::kw_only(), nb::arg("rank") = PatchSpec{}.rank,
+          nb::arg("decay") = PatchSpec{}.decay, nb::arg("ridge") = PatchSpec{}.ridge,
+          nb::arg("prior_weight") = PatchSpec{}.prior,
           "Lets the kept neurons of the present core set answer for the dropped ones, as learned "
-          "from the prompt's samples; core_set then carries the patch.")
+          "from the prompt's samples, and from a prior; core_set then carries the patch.")
       .def_prop_ro("patch_bytes", &Session::patch_bytes)
       .def_prop_ro("core_set", [](const Session& s) { return s.core_set(); })
       .def_prop_ro("decode_weight_bytes", &Session::decode_weight_bytes)

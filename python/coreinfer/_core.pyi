@@ -125,6 +125,9 @@ class Engine:
         Whether dense FFN weights stay in memory, or come in a layer at a time.
         """
 
+    def ffn_down_bias(self, layer: int) -> NDArray[numpy.float32] | None:
+        """float32 (n_embd,), or None where the architecture has none."""
+
     @property
     def load_seconds(self) -> float: ...
 
@@ -139,6 +142,14 @@ class Engine:
 
 def memory() -> dict:
     """Resident bytes of this process, now and at most: rss, peak_rss."""
+
+class PatchPrior:
+    """What other texts taught of a model's FFNs; see coreinfer.patch_prior."""
+
+    def __init__(self, h: Sequence[Annotated[NDArray, dict(shape=(None, None), order='C', device='cpu', writable=False)]], y: Sequence[Annotated[NDArray, dict(shape=(None, None), order='C', device='cpu', writable=False)]], weights: Sequence[Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]]) -> None:
+        """
+        Per layer: float16 (rows, n_ff), float16 (rows, n_embd) and float32 (rows,). They are not copied: hand in tuples.
+        """
 
 class CoreSet:
     """Which neurons of which layers decode a text; a plain value."""
@@ -243,9 +254,9 @@ class Session:
         Compacts and decodes with these neurons from now on; None: the dense weights.
         """
 
-    def fit_patch(self, *, rank: int = 64, decay: float = 1.0, ridge: float = 0.3) -> None:
+    def fit_patch(self, prior: PatchPrior | None = None, *, rank: int = 64, decay: float = 1.0, ridge: float = 0.3, prior_weight: float = 4.0) -> None:
         """
-        Lets the kept neurons of the present core set answer for the dropped ones, as learned from the prompt's samples; core_set then carries the patch.
+        Lets the kept neurons of the present core set answer for the dropped ones, as learned from the prompt's samples, and from a prior; core_set then carries the patch.
         """
 
     @property

@@ -55,9 +55,14 @@ class Auto:
         self._choice: Choice | None = None
         self._similar: Choice | None = None  # for prompts that the choice is not for
         if tuning is not None:
-            self._choice = tuning.choose(core.max_kl)
+            own = tuning.choose(core.max_kl)
             if clusters is not None:
-                self._similar = tuning.choose(core.max_kl, clusters=clusters.digest)
+                digest = clusters.digest
+                if own is not None:  # as measured: without what the clusters' texts taught
+                    own = replace(own, config=replace(own.config, prior=False))
+                own = tuning.choose(core.max_kl, clusters=digest) or own
+                self._similar = tuning.choose(core.max_kl, mode="similar", clusters=digest)
+            self._choice = own
 
     @property
     def counting(self) -> CoreConfig:

@@ -3,8 +3,8 @@
 `Clusters` is a plain value: `similarity.build_clusters` makes it, `cluster_lookup` chooses the
 neurons of a prompt by it. Its file is a `.npz` without pickle: `centroids` (n_clusters, n_features)
 float32, `scores_<layer>` (n_clusters, n_ff) float32, `n_texts` (n_clusters) int64 and a JSON
-header. Arrays of other names are not looked at, so that `patch_h_<layer>` (m, n_ff) float16 may lie
-beside them.
+header; where there is a prior for patches, also `patch_h_<layer>` (patch_rows, n_ff) and
+`patch_y_<layer>` (patch_rows, n_embd), float16, and `patch_weights_<layer>` (patch_rows) float32.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import numpy as np
 
 from . import sidecar
 from .config import STATISTICS
+from .patch_prior import MAX_EMBD, MAX_ROWS, PatchPrior
 from .sidecar import MAX_CLUSTERS, MAX_FF, MAX_LAYERS, Archive, fingerprint_of, number, whole
 
 FORMAT_NAME = "coreinfer clusters"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FEATURES = ("embedding", "neurons")  # what texts are compared by
 _MAX_FEATURES = 1 << 28
 _MAX_NAME = 4096
@@ -53,6 +54,8 @@ class Clusters:
         Whether the texts were read through the model's chat template.
     fingerprint : int or None
         Fingerprint of the model file; None fits any model of these shapes.
+    prior : PatchPrior or None
+        What the texts taught for patches (`core="stable"` and `"similar"`).
     """
 
     centroids: np.ndarray
@@ -65,6 +68,7 @@ class Clusters:
     beta: float = 0.0
     chat: bool = False
     fingerprint: int | None = None
+    prior: PatchPrior | None = None
 
     def __post_init__(self) -> None:
         centroids = np.asarray(self.centroids, dtype=np.float32)
@@ -91,6 +95,14 @@ class Clusters:
             at = int(n_texts.argmin())
             raise ValueError(f"cluster {at} has {n_texts[at]} texts; expected at least 2")
         self._check_description(n_features=centroids.shape[1], n_neurons=len(scores) * n_ff)
+        if self.prior is not None and (len(self.prior.h), self.prior.h[0].shape[1]) != (
+            len(scores),
+            n_ff,
+        ):
+            raise ValueError(
+                f"the prior is of {len(self.prior.h)} layers with {self.prior.h[0].shape[1]} "
+                f"neurons; expected {len(scores)} with {n_ff}"
+            )
         object.__setattr__(self, "centroids", centroids)
         object.__setattr__(self, "scores", scores)
         object.__setattr__(self, "n_texts", n_texts)
@@ -168,7 +180,8 @@ class Clusters:
     def digest(self) -> str:
         """16 hexadecimal digits that other clusters do not have."""
         hashed = hashlib.blake2b(digest_size=8)
-        for array in (self.centroids, self.n_texts, *self.scores):
+        prior = {} if self.prior is None else self.prior.arrays()
+        for array in (self.centroids, self.n_texts, *self.scores, *prior.values()):
             hashed.update(np.ascontiguousarray(array).tobytes())
         return hashed.hexdigest()
 
@@ -183,6 +196,8 @@ class Clusters:
         """
         arrays = {"centroids": self.centroids, "n_texts": self.n_texts}
         arrays.update((f"scores_{i}", layer) for i, layer in enumerate(self.scores))
+        if self.prior is not None:
+            arrays |= self.prior.arrays()
         sidecar.save(path, "clusters", self._header(), arrays)
 
     def _header(self) -> dict[str, Any]:
@@ -200,6 +215,8 @@ class Clusters:
             "embedder": self.embedder,
             "beta": self.beta,
             "chat": self.chat,
+            "patch_rows": 0 if self.prior is None else self.prior.n_rows,
+            "n_embd": 0 if self.prior is None else self.prior.n_embd,
         }
 
     @classmethod
@@ -247,6 +264,8 @@ def _read(archive: Archive) -> Clusters:
     n_features = whole(header, "n_features", 1, _MAX_FEATURES)
     n_layer = whole(header, "n_layer", 1, MAX_LAYERS)
     n_ff = whole(header, "n_ff", 1, MAX_FF)
+    n_rows = whole(header, "patch_rows", 0, MAX_ROWS)
+    n_embd = whole(header, "n_embd", min(n_rows, 1), MAX_EMBD)
     return Clusters(
         centroids=archive.matrix("centroids", np.float32, (n_clusters, n_features)),
         scores=[
@@ -260,4 +279,5 @@ def _read(archive: Archive) -> Clusters:
         beta=number(header, "beta", 0, 1),
         chat=header.get("chat"),
         fingerprint=fingerprint_of(header),
+        prior=PatchPrior.read(archive, n_layer, n_rows, n_ff, n_embd) if n_rows else None,
     )

@@ -23,7 +23,7 @@ FIELDS_OF_MODES = {
     ("stable", "auto"): ("refresh",),
     ("exact", "auto"): ("max_drafts",),
     ("stable", "exact"): ("alpha", "beta", "statistic", "weighted"),
-    ("stable", "similar"): ("patch",),
+    ("stable", "similar"): ("patch", "prior"),
     ("similar",): ("gamma", "blend"),
     ("stable", "similar", "exact"): ("layers",),
 }
@@ -288,6 +288,11 @@ class CoreConfig(Checked):
         f"let the kept neurons answer for the dropped ones: on (rank {PATCH_RANK}), off or a rank",
         "patch",
         metavar="RANK",
+    )
+    prior: bool = parameter(
+        True,
+        "learn the patch also from the texts of the clusters file, where it keeps some",
+        "bool",
     )
 
     @classmethod

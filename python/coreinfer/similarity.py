@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import _core
 from .cluster_lookup import core_neurons
 from .clusters import FEATURES, Clusters, unit_rows
 from .config import CoreConfig
 from .embedders import DEFAULT_EMBEDDER, AnyEmbedder, as_embedder
+from .patch_prior import MAX_ROWS, PATCH_ROWS, PatchPriorBuilder
 
 if TYPE_CHECKING:
     from .llama import Llama
 
 _MIN_TEXTS = 2  # of a cluster: one text says nothing of others like it
+_TOKENS_OF_A_TEXT = 64  # that a prior is made of
 _SILHOUETTE_SAMPLE = 2000  # texts; the silhouette's cost grows with their square
 
 
@@ -256,6 +259,7 @@ def build_clusters(
     alpha: float = CoreConfig.alpha,
     beta: float = CoreConfig.beta,
     chat: bool = False,
+    patch_rows: int = PATCH_ROWS,
     random_state: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Clusters:
@@ -278,6 +282,8 @@ def build_clusters(
         See `coreinfer.config.CoreConfig`.
     chat
         Read every text through the model's chat template, as `create_chat_completion` does.
+    patch_rows
+        Rows of the prior that patches learn from beside the prompt; 0 makes none.
     progress
         Called with (texts read, texts in all).
 
@@ -293,6 +299,9 @@ def build_clusters(
     config = CoreConfig(statistic=statistic, alpha=alpha, beta=beta)
     if len(texts) < _MIN_TEXTS:
         raise ValueError(f"{len(texts)} texts to build clusters of; expected at least {_MIN_TEXTS}")
+    if not 0 <= patch_rows <= MAX_ROWS:
+        raise ValueError(f"patch_rows is {patch_rows}; expected 0 to {MAX_ROWS}")
+    prior = PatchPriorBuilder(llm.n_layer(), patch_rows) if patch_rows else None
     _sklearn()  # missing extras are said before the model has worked for an hour
     model = SimilarityClusters(n_clusters, random_state=random_state)
     embed = as_embedder(embedder) if by == "embedding" else None
@@ -306,7 +315,14 @@ def build_clusters(
                 if chat
                 else llm.prompt_ids(text)
             )
-            scores[i] = llm.neuron_scores(ids, statistic=config.statistic, alpha=config.alpha)
+            scores[i] = llm.neuron_scores(
+                ids,
+                statistic=config.statistic,
+                alpha=config.alpha,
+                samples=0 if prior is None else _core.PATCH_SAMPLES,
+            )
+            if prior is not None:
+                _learn(prior, llm)
             if progress is not None:
                 progress(i + 1, len(texts))
         if embed is None:
@@ -323,4 +339,13 @@ def build_clusters(
         beta=config.beta if embed is None else 0.0,
         chat=chat,
         fingerprint=llm.fingerprint,
+        prior=None if prior is None else prior.build(llm.n_ff()),
     )
+
+
+def _learn(prior: PatchPriorBuilder, llm: Llama) -> None:
+    """Takes tokens of the text that was read last."""
+    for layer in range(llm.n_layer()):
+        h, y = llm.ffn_samples(layer)
+        picks = np.unique(np.linspace(0, len(h) - 1, _TOKENS_OF_A_TEXT).round().astype(int))
+        prior.add(layer, h[picks], y[picks])

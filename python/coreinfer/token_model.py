@@ -280,6 +280,8 @@ class TokenModel:
         if self._core.mode == "similar":
             self._need_clusters(lookup).prepare()
         self._lookup = lookup
+        prior = None if clusters is None else clusters.prior
+        self._prior = None if prior is None else _core.PatchPrior(prior.h, prior.y, prior.weights)
         if self._auto is not None:
             self._auto = self._make_auto(self._core)
 
@@ -349,7 +351,7 @@ class TokenModel:
             self._decode_with(session, self._similar_core(session, text))
         if core.patch:
             chosen, self._core_set = self._core_set, None
-            session.fit_patch(rank=core.patch)
+            session.fit_patch(self._prior if core.prior else None, rank=core.patch)
             self._core_set = replace(chosen, patch=session.core_set.patch)
 
     def _stable_core(
@@ -582,8 +584,11 @@ class TokenModel:
         *,
         statistic: str = CoreConfig.statistic,
         alpha: float = CoreConfig.alpha,
+        samples: int = 0,
     ) -> np.ndarray:
         """How strongly a prompt activates each neuron: the statistic per token, read dense.
+
+        `samples` tokens, the last ones, are kept for `ffn_samples`.
 
         Returns
         -------
@@ -593,9 +598,23 @@ class TokenModel:
         prompt = self.checked_prompt(prompt_ids)
         counted = CoreConfig(statistic=statistic, alpha=alpha)
         with self._computing() as session:
-            self._read(session, prompt, {"statistic": counted.statistic, "alpha": counted.alpha})
+            kept = {"samples": samples} if samples else {}
+            wanted = {"statistic": counted.statistic, "alpha": counted.alpha, **kept}
+            self._read(session, prompt, wanted)
             raw = session.select(beta=1.0)
             return np.stack(raw.scores) / np.float32(raw.n_tokens)
+
+    def ffn_samples(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """What went into and came out of a layer's down projection, for tokens just read.
+
+        Returns
+        -------
+        h, y : ndarray float32 (n, n_ff), (n, n_embd)
+            `y` without the bias. RuntimeError unless `neuron_scores` was asked for samples.
+        """
+        h, y = self._open_session().samples(layer)
+        bias = self._open_engine().ffn_down_bias(layer)
+        return h, y if bias is None else y - bias
 
     def score(
         self, prompt_ids: Tokens, continuation_ids: Tokens, *, text: str | None = None

@@ -23,13 +23,15 @@ import numpy as np
 from .config import CoreConfig
 
 if TYPE_CHECKING:
+    from .clusters import Clusters
     from .token_model import TokenModel
 
 FORMAT_NAME = "coreinfer tuning"
 FORMAT_VERSION = 1
 _MAX_FILE_BYTES = 1 << 24
 _CONFIG_FIELDS = (
-    *("mode", "beta", "statistic", "alpha", "layers", "weighted", "patch", "gamma", "blend"),
+    *("mode", "beta", "statistic", "alpha", "layers", "weighted", "patch", "prior"),
+    *("gamma", "blend"),
 )
 
 PROMPT_TOKENS = (64, 128, 256)  # lengths that are measured
@@ -60,7 +62,8 @@ class Row:
     speed : float
         Tokens a second over dense decoding's, measured in turn.
     clusters : str
-        Digest of the clusters that chose the neurons; "" where the prompt did.
+        Digest of the clusters that chose the neurons, or from whose texts the patch learned; ""
+        where there were none.
     """
 
     config: CoreConfig
@@ -95,15 +98,15 @@ class Tuning:
     fingerprint: int
     rows: tuple[Row, ...]
 
-    def choose(self, max_kl: float, *, clusters: str = "") -> Choice | None:
+    def choose(self, max_kl: float, *, mode: str = "stable", clusters: str = "") -> Choice | None:
         """The fastest setting that stays within `max_kl` from some prompt length on, or None.
 
-        Of those measured with these clusters (a digest), or of those without any.
+        Of those of this mode measured with these clusters (a digest), or of those without any.
         A setting counts from the shortest measured length at which it, and it at every longer
         length, is within; a setting that is not faster than dense decoding never does.
         """
         best: tuple[float, Choice] | None = None
-        measured = [row for row in self.rows if row.clusters == clusters]
+        measured = [r for r in self.rows if (r.config.mode, r.clusters) == (mode, clusters)]
         for config in dict.fromkeys(row.config for row in measured):
             rows = sorted((r for r in measured if r.config == config), key=lambda r: -r.n_prompt)
             passing = []
@@ -283,8 +286,13 @@ def measure(
                 float(stability.min()),
                 float(share.mean()),
                 float(np.median(speed)),
-                llm.clusters.digest if config.mode == "similar" and llm.clusters else "",
+                llm.clusters.digest if llm.clusters and _uses(config, llm.clusters) else "",
             )
+
+
+def _uses(config: CoreConfig, clusters: Clusters) -> bool:
+    learns = bool(config.patch) and config.prior and clusters.prior is not None
+    return config.mode == "similar" or learns
 
 
 def _answered(llm: TokenModel, prompt: np.ndarray, n: int) -> tuple[np.ndarray, float]:

@@ -155,17 +155,29 @@ def stability(
 
 
 def ridge_patch(
-    h: np.ndarray, y: np.ndarray, kept: np.ndarray, w_down: np.ndarray, ridge: float
+    h: np.ndarray,
+    y: np.ndarray,
+    kept: np.ndarray,
+    w_down: np.ndarray,
+    ridge: float,
+    prior: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+    prior_weight: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What kept neurons can say of dropped ones, by ridge regression over sampled tokens.
 
     h : (m, n_ff) inputs and y : (m, n_embd) outputs of a down projection w_down (n_embd, n_ff).
-    Returns the correction of full rank, (n_embd, k), and the fitted outputs, (m, n_embd).
+    prior : more rows of both, and the share of `prior_weight` * m tokens that each stands for.
+    Returns the correction of full rank, (n_embd, k), and the fitted outputs, (rows, n_embd).
     """
+    m = len(h)
     scale = 1 / np.linalg.norm(h, axis=1, keepdims=True)
+    if prior is not None:
+        more_h, more_y, weights = prior
+        h, y = np.concatenate([h, more_h]), np.concatenate([y, more_y])
+        scale = np.concatenate([scale, np.sqrt(weights * prior_weight * m)[:, None]])
     inner = h[:, kept] * scale
     lost = (y - h[:, kept] @ w_down[:, kept].T) * scale
     gram = inner @ inner.T
-    mu = ridge * np.trace(gram) / len(gram)
+    mu = ridge * np.trace(gram[:m, :m]) / m
     solution = np.linalg.solve(gram + mu * np.eye(len(gram)), lost)
     return solution.T @ inner, gram @ solution

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..config import CoreConfig, LoadConfig
 from ..embedders import DEFAULT_EMBEDDER
+from ..patch_prior import PATCH_ROWS
 from . import options
 from .progress import ProgressLine
 from .pull import resolve
@@ -95,6 +96,14 @@ def _add_build(actions: argparse._SubParsersAction) -> None:
         metavar="INT",
         help="seed of the clustering (default: %(default)s)",
     )
+    group.add_argument(
+        "--patch-rows",
+        type=int,
+        default=PATCH_ROWS,
+        metavar="N",
+        help="rows that patches learn from beside a prompt's own tokens; 0 for none "
+        "(default: %(default)s)",
+    )
     options.add_flags(
         group,
         CoreConfig,
@@ -141,6 +150,7 @@ def call_build(args: argparse.Namespace) -> int:
                 alpha=counting.alpha,
                 beta=counting.beta,
                 chat=llm.has_chat_template and not args.raw,
+                patch_rows=args.patch_rows,
                 random_state=args.seed,
                 progress=line,
             )
@@ -191,6 +201,7 @@ def call_info(args: argparse.Namespace) -> int:
         "beta": clusters.beta or None,
         "statistic": clusters.statistic,
         "alpha": clusters.alpha,
+        "patch_rows": 0 if clusters.prior is None else clusters.prior.n_rows,
         "chat": clusters.chat,
         "n_layer": clusters.n_layer,
         "n_ff": clusters.n_ff,
@@ -212,6 +223,7 @@ def _text(facts: dict[str, Any]) -> str:
             f"file       {facts['path']} ({facts['bytes'] / 1e6:.1f} MB)",
             f"clusters   {facts['n_clusters']}, of {', '.join(map(str, facts['n_texts']))} texts",
             f"compared   by {compared}",
+            f"prior      {facts['patch_rows']} rows that patches learn from",
             f"counted    {facts['statistic']}, alpha {facts['alpha']:g}, "
             + ("through the chat template" if facts["chat"] else "texts as they are"),
             f"model      {facts['n_layer']} layers of {facts['n_ff']} neurons, fingerprint {model}",

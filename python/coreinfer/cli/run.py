@@ -64,7 +64,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     core.add_argument(
         "--clusters",
         metavar="FILE",
-        help="clusters for --core similar or auto, which `coreinfer cluster build` made",
+        help="clusters for --core similar or auto, which `coreinfer cluster build` made; the patch "
+        "of --core stable learns from their texts",
     )
     core.add_argument(
         "--embedder",
@@ -147,8 +148,10 @@ def _core_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> C
         parser.error("--save-core: there is no core set without --core stable or similar")
     if mode == "similar" and args.clusters is None:
         parser.error("--core similar needs --clusters FILE (coreinfer cluster build makes one)")
-    if mode not in ("similar", "auto") and (args.clusters or args.embedder):
-        parser.error("--clusters, --embedder: no effect without --core similar or auto")
+    if mode not in ("similar", "auto", "stable") and args.clusters:
+        parser.error("--clusters: no effect without --core similar, stable or auto")
+    if mode not in ("similar", "auto") and args.embedder:
+        parser.error("--embedder: no effect without --core similar or auto")
     return options.make(parser, CoreConfig, {**preset, **values})
 
 

@@ -182,9 +182,12 @@ def call(args: argparse.Namespace) -> int:
     if args.plot is not None:
         draw(rows, allowed, args.plot)
     tuning.save(path)
-    for name, digest in {"prompt": "", "cluster": rows[-1].clusters}.items():
-        if name == "prompt" or digest:
-            options.say(_found(tuning.choose(allowed, clusters=digest), name, allowed))
+    digest = rows[-1].clusters
+    own = tuning.choose(allowed, clusters=digest) or tuning.choose(allowed)
+    options.say(_found(own, "prompt", allowed))
+    if args.clusters is not None:
+        similar = tuning.choose(allowed, mode="similar", clusters=digest)
+        options.say(_found(similar, "cluster", allowed))
     options.say(f"wrote {os.fspath(path)}")
     return 0
 
@@ -214,8 +217,8 @@ def table(rows: list[Row]) -> str:
         c = row.config
         layers = "all" if c.layers is None else "{}:{}".format(*c.layers)
         lines.append(
-            f"| {row.n_prompt} | {'clusters' if row.clusters else c.statistic} | {layers} "
-            f"| {c.patch or 'off'} | {c.gamma if row.clusters else c.beta:g} "
+            f"| {row.n_prompt} | {'clusters' if c.mode == 'similar' else c.statistic} | {layers} "
+            f"| {c.patch or 'off'} | {c.gamma if c.mode == 'similar' else c.beta:g} "
             f"| {row.kl:.4f} ± {row.kl_error:.4f} | {row.agreement:.3f} "
             f"| {row.weight_share:.2f} | {row.speed:.2f} |"
         )
