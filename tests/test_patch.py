@@ -116,6 +116,15 @@ def test_the_fit_with_a_prior_is_the_ridge_regression_of_the_oracle(model, engin
         assert np.abs(without - fitted[:20]).max() > 0.05 * np.abs(fitted).max()
 
 
+def test_arrays_of_a_prior_lie_row_by_row(prior):
+    turned = [np.asfortranarray(h) for h in prior.h]
+    with pytest.raises(TypeError, match="incompatible"):  # a copy would be gone too early
+        _core.PatchPrior(turned, prior.y, prior.weights)
+    copied = PatchPrior(turned, prior.y, prior.weights)
+    assert all(h.flags.c_contiguous for h in copied.h)
+    _core.PatchPrior(copied.h, copied.y, copied.weights)
+
+
 def test_a_prior_stands_for_the_tokens_it_is_made_of():
     rng = np.random.default_rng(4)
     w_down = rng.standard_normal((6, 40))

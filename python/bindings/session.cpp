@@ -227,8 +227,9 @@ void bind_session(nb::module_& m) {
              const std::vector<FloatVector>& weights) {
             new (self) PatchPrior(make_prior(h, y, weights));
           },
-          nb::arg("h"), nb::arg("y"), nb::arg("weights"), nb::keep_alive<1, 2>(),
-          nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(),
+          // A converted array would be gone when this returns.
+          nb::arg("h").noconvert(), nb::arg("y").noconvert(), nb::arg("weights").noconvert(),
+          nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(),
           "Per layer: float16 (rows, n_ff), float16 (rows, n_embd) and float32 (rows,). They are "
           "not copied: hand in tuples.");
   nb::class_<CoreSet>(m, "CoreSet", "Which neurons of which layers decode a text; a plain value.")

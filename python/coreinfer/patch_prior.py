@@ -39,7 +39,9 @@ class PatchPrior:
     weights: Sequence[np.ndarray]
 
     def __post_init__(self) -> None:
-        h, y, weights = tuple(self.h), tuple(self.y), tuple(self.weights)
+        h, y, weights = (
+            tuple(map(np.ascontiguousarray, arrays)) for arrays in (self.h, self.y, self.weights)
+        )
         if not h or not len(h) == len(y) == len(weights):
             raise ValueError(
                 f"a prior of {len(h)} inputs, {len(y)} outputs and {len(weights)} weights; "
