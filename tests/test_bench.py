@@ -578,13 +578,11 @@ def test_a_timed_prompt_includes_choosing_and_compacting(model):
 
 
 def test_every_repetition_compacts_anew(model):
-    def compacts() -> bool:
-        core = rows_of(model, "-p", 8, "-n", 1, "--core", "stable", "-r", 4)[3]
-        # Copying half of the weights takes longer than choosing among 512 neurons; keeping the
-        # core weights of the warm-up would not.
-        return core["compact_ns"] > 2 * core["select_ns"]
-
-    assert any(compacts() for _ in range(3))  # a busy machine may disturb one run
+    core = rows_of(model, "-p", 8, "-n", 1, "--core", "stable", "-r", 4)[3]
+    # Moving the bytes takes longer than at 200 GB/s, also in a cache, and on a busy machine longer
+    # still; keeping the core weights of an earlier repetition would not.
+    moved = core["compact_bytes"] + core["compact_source_bytes"]
+    assert core["compact_ns"] > moved / 200
 
 
 def test_verification_is_measured_against_a_decode_step(model, token_file):
