@@ -598,8 +598,7 @@ class TokenModel:
         prompt = self.checked_prompt(prompt_ids)
         counted = CoreConfig(statistic=statistic, alpha=alpha)
         with self._computing() as session:
-            kept = {"samples": samples} if samples else {}
-            wanted = {"statistic": counted.statistic, "alpha": counted.alpha, **kept}
+            wanted = {"statistic": counted.statistic, "alpha": counted.alpha, "samples": samples}
             self._read(session, prompt, wanted)
             raw = session.select(beta=1.0)
             return np.stack(raw.scores) / np.float32(raw.n_tokens)
