@@ -15,7 +15,8 @@ constexpr int64_t kBf16TokenBlock = 512;
 // as much of two token tiles lie in the first-level cache.
 constexpr int64_t kPanelCols = 512;
 constexpr int64_t kPanelTiles = 8;
-// Units that a thread claims at once; in the bf16 family they also share a pass over the tokens.
+// Units that a thread claims at once, at least where few tokens make memory the limit: there long
+// runs are read faster. In the bf16 family the units also share a pass over the tokens.
 constexpr int64_t kChunkUnits = 4;
 constexpr int64_t kBf16ChunkUnits = 16;
 
@@ -241,7 +242,11 @@ void Product::work(ThreadPool::Context& context, size_t copy, int64_t n_units,
   float* const tiles[2] = {first_tile, first_tile + kTokenBlock * kStripRows};
   const int64_t chunk = std::clamp<int64_t>(n_units / (8 * context.n_threads()), 1, kChunkUnits);
   int64_t begin, end;
-  while (context.next(n_units, chunk, &begin, &end)) {
+  const auto claim = [&] {
+    return x_.n <= kExactRows ? context.next_share(n_units, chunk, &begin, &end)
+                              : context.next(n_units, chunk, &begin, &end);
+  };
+  while (claim()) {
     for (int64_t t = 0; t < x_.n; t += kTokenBlock) {
       const int64_t n = std::min(kTokenBlock, x_.n - t);
       for (int64_t i = begin; i < end; ++i) {

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <exception>
@@ -183,6 +184,19 @@ bool ThreadPool::Context::next(int64_t n, int64_t chunk, int64_t* begin, int64_t
   if (claimed >= n) return false;
   *begin = claimed;
   *end = claimed + chunk < n ? claimed + chunk : n;
+  return true;
+}
+
+bool ThreadPool::Context::next_share(int64_t n, int64_t least, int64_t* begin, int64_t* end) {
+  std::atomic<int64_t>& counter = pool_->state_->counter;
+  int64_t claimed = counter.load(std::memory_order_relaxed), chunk;
+  do {
+    const int64_t left = n - claimed;
+    if (left <= 0) return false;
+    chunk = std::min(left, std::max(least, left / (2 * n_threads_)));
+  } while (!counter.compare_exchange_weak(claimed, claimed + chunk, std::memory_order_relaxed));
+  *begin = claimed;
+  *end = claimed + chunk;
   return true;
 }
 

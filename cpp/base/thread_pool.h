@@ -21,6 +21,9 @@ class ThreadPool {
     // Claims the next chunk of [0, n): false when none is left. Chunks go to whoever asks first, so
     // results must not depend on which thread computed them.
     bool next(int64_t n, int64_t chunk, int64_t* begin, int64_t* end);
+    // The same, a chunk being half of an even share of what is left, `least` where that is less:
+    // long runs at first, short ones for all to finish together.
+    bool next_share(int64_t n, int64_t least, int64_t* begin, int64_t* end);
 
    private:
     friend class ThreadPool;

@@ -308,7 +308,8 @@ class TestVectorBackend {
 
 // ---- the pool
 
-// Squares of [0, n), summed, n_jobs times: squared in a first phase, claimed and added in a second.
+// Squares of [0, n), summed, n_jobs times: squared in a first phase, in equal chunks, claimed by
+// shares and added in a second.
 std::vector<int64_t> pool_sums(int n_threads, int n_jobs, int64_t n, int64_t chunk) {
   ThreadPool pool(n_threads);
   std::vector<int64_t> sums;
@@ -322,7 +323,7 @@ std::vector<int64_t> pool_sums(int n_threads, int n_jobs, int64_t n, int64_t chu
       }
       context.barrier();
       int64_t sum = 0;
-      while (context.next(n, chunk, &begin, &end)) {
+      while (context.next_share(n, chunk, &begin, &end)) {
         for (; begin < end; ++begin) sum += squares[static_cast<size_t>(begin)] - job;
       }
       partial[static_cast<size_t>(context.thread())] = sum;

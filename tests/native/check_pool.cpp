@@ -45,7 +45,7 @@ int64_t sum_of_squares(ThreadPool& pool) {
     }
     context.barrier();
     int64_t& sum = sums[static_cast<size_t>(context.thread())];
-    while (context.next(kN, kChunk, &begin, &end)) {
+    while (context.next_share(kN, kChunk, &begin, &end)) {
       for (int64_t i = begin; i < end; ++i) sum += squares[static_cast<size_t>(kN - 1 - i)];
     }
   });
