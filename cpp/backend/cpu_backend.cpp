@@ -54,6 +54,7 @@ void check_norm(const char* operation, const Norm& norm, int64_t width) {
 CpuBackend::CpuBackend(const CpuOptions& options, Isa isa)
     : options_(options),
       isa_(isa),
+      weight_memory_(options.memory_limited),
       pool_(options.n_threads == 0 ? ThreadPool::default_threads() : options.n_threads) {
   options_.n_threads = pool_.n_threads();
 }

@@ -11,6 +11,7 @@
 #include <mutex>
 
 #include "backend/backend.h"
+#include "backend/cpu_memory.h"
 #include "base/aligned_buffer.h"
 #include "base/thread_pool.h"
 #include "kernels/isa.h"
@@ -79,6 +80,7 @@ class CpuBackend final : public Backend {
 
   CpuOptions options_;
   Isa isa_;
+  WeightMemory weight_memory_;
   ThreadPool pool_;
   std::mutex mutex_;  // held by every operation that computes; guards the scratch
   // Grown at first use and kept; each is defined and made in the file of its operation, which is

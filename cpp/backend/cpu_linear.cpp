@@ -128,25 +128,23 @@ class HiddenTask final : public ProductTask {
 
 }  // namespace
 
-// Float rows stay as they are, but in memory of huge pages: through a file's small ones a core gets
-// only three quarters of the bandwidth.
+// Float rows stay as they are, but in memory of huge pages, which a file's are not.
 WeightPtr CpuBackend::load(const Mat& mat) {
   if (!traits(mat.type).quantized) {
-    auto memory = std::make_shared<AlignedBuffer>(mat.bytes());
+    std::shared_ptr<std::byte> memory = weight_memory_.take(mat.bytes());
     pool_.run([&](ThreadPool::Context& context) {
       int64_t begin, end;
       while (context.next(static_cast<int64_t>(mat.bytes()), int64_t{1} << 20, &begin, &end)) {
-        std::memcpy(memory->as<std::byte>() + begin, mat.data + begin,
-                    static_cast<size_t>(end - begin));
+        std::memcpy(memory.get() + begin, mat.data + begin, static_cast<size_t>(end - begin));
       }
     });
-    const Mat copy{mat.type, mat.rows, mat.cols, memory->as<std::byte>()};
+    const Mat copy{mat.type, mat.rows, mat.cols, memory.get()};
     return std::make_shared<CpuWeight>(copy, std::move(memory));
   }
   ColumnGroupsPtr columns = all_columns(mat.type, mat.cols);
   PackedView strips = packed_layout(mat.type, mat.rows, *columns);
-  auto memory = std::make_shared<AlignedBuffer>(strips.bytes() + kPackedSlack);
-  strips.data = memory->as<std::byte>();
+  std::shared_ptr<std::byte> memory = weight_memory_.take(strips.bytes() + kPackedSlack);
+  strips.data = memory.get();
   const StripPacker packer(isa_, mat, {}, strips);
   pool_.run([&](ThreadPool::Context& context) {
     int64_t begin, end;
@@ -159,8 +157,8 @@ WeightPtr CpuBackend::load(const Mat& mat) {
 WeightPtr CpuBackend::load_for_zeros(const Mat& mat) {
   if (traits(mat.type).quantized) return load(mat);
   ColumnsView columns = columns_layout(mat, {});
-  auto memory = std::make_shared<AlignedBuffer>(columns.bytes());
-  columns.data = memory->as<std::byte>();
+  std::shared_ptr<std::byte> memory = weight_memory_.take(columns.bytes());
+  columns.data = memory.get();
   pool_.run([&](ThreadPool::Context& context) {
     int64_t begin, end;
     while (context.next(strips_of(mat.rows), 4, &begin, &end)) {
