@@ -1,4 +1,4 @@
-"""Memory of weights on the CPU: pieces of shared mappings that never overlap and are taken again."""
+"""Memory of weights on the CPU: pieces of shared mappings, never overlapping, taken again."""
 
 from __future__ import annotations
 
