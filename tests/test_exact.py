@@ -45,7 +45,7 @@ def continuation(session: _core.Session, n: int, **sampling) -> tuple[list[int],
 
 
 def prepared(engine: _core.Engine, exact: bool, statistic: str = "flock", **spec) -> _core.Session:
-    session = _core.Session(engine, n_ctx=256)
+    session = _core.Session(engine, n_ctx=256, n_batch=16)  # all rows as exact as decoding's
     session.prefill(ids(24), statistic=statistic)
     if exact:
         session.set_exact(**({"paced": False, "max_drafts": 4} | spec))
@@ -89,7 +89,7 @@ def test_statistics_of_exact_decoding_are_those_of_a_prefill(engines, statistic)
     exact = prepared(engines("llama"), True, statistic)
     tokens, _ = continuation(exact, 60, **WARM)
     whole = np.concatenate([ids(24), np.array(tokens, np.int32)])
-    fresh = _core.Session(engines("llama"), n_ctx=256, n_batch=16)  # rows as exact as decoding's
+    fresh = _core.Session(engines("llama"), n_ctx=256, n_batch=16)
     fresh.prefill(whole, statistic=statistic)
     assert exact.reusable(np.append(whole, np.int32(1)), statistic) == len(whole)
     a, b = exact.select(beta=0.4), fresh.select(beta=0.4)
@@ -172,7 +172,8 @@ def test_llama_writes_the_dense_text_in_exact_mode(tmp_path):
     make_tiny_model(path, "llama", "Q8_0")
     texts = []
     for core in ("off", CoreConfig(mode="exact", beta=0.6, max_drafts=3)):
-        llm = Llama(str(path), core=core, verbose=False, seed=11)
+        # Batches of 16: how much of the prompt is read again then changes no bit.
+        llm = Llama(str(path), core=core, verbose=False, seed=11, n_batch=16)
         texts.append([llm("ab" * 20, max_tokens=60, temperature=t) for t in (0.0, 0.9)])
         llm.core = "off"  # the session goes back to plain dense decoding
         assert not llm._session.exact or llm("ab", max_tokens=2) and not llm._session.exact

@@ -26,7 +26,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(model):
-    return _core.Engine(model)
+    return _core.Engine(model, f32_activations=True)  # AMX would round to bf16
 
 
 def ids(n: int, seed: int = 0) -> np.ndarray:
