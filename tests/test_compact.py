@@ -26,6 +26,7 @@ def picks(name: str, n_ff: int = N_FF) -> np.ndarray:
         "one": [n_ff // 2 + 5],
         "first_and_last": [0, n_ff - 1],
         "every_third": range(0, n_ff, 3),
+        "far_apart": range(7, n_ff, 101),
         "none_in_some_groups": [*range(3), *range(70, 96), *range(200, 209)],
         "whole_groups": [*range(32, 64), *range(256, 272)],
         "random_fifth": np.sort(rng.choice(n_ff, n_ff // 5, replace=False)),
@@ -35,8 +36,8 @@ def picks(name: str, n_ff: int = N_FF) -> np.ndarray:
     return np.array(list(chosen), dtype=np.int32)
 
 
-SELECTIONS = ["one", "first_and_last", "every_third", "none_in_some_groups", "whole_groups",
-              "random_fifth", "all_but_one", "all"]  # fmt: skip
+SELECTIONS = ["one", "first_and_last", "every_third", "far_apart", "none_in_some_groups",
+              "whole_groups", "random_fifth", "all_but_one", "all"]  # fmt: skip
 
 
 class Ffn:

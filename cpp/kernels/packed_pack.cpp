@@ -22,7 +22,6 @@ PackStripFn find_pack_strip(Isa isa, DType type) {
   switch (isa) {
     case Isa::kAmx:
     case Isa::kAvx512:
-      return has_avx512_vbmi() ? pack_strip_avx512(type) : pack_strip_avx2(type);
     case Isa::kAvx2:
       return pack_strip_avx2(type);
     case Isa::kScalar:
@@ -45,8 +44,14 @@ PackStripFn pack_strip_avx512(DType) { return nullptr; }
 
 StripPacker::StripPacker(Isa isa, const Mat& from, std::span<const int32_t> row_picks,
                          const PackedView& to)
-    : from_(from), row_picks_(row_picks), to_(to), pack_(find_pack_strip(isa, from.type)) {
+    : from_(from), row_picks_(row_picks), to_(to) {
   const ColumnGroups& columns = *to.columns;
+  if ((isa == Isa::kAmx || isa == Isa::kAvx512) && has_avx512_vbmi()) {
+    pack_ = pack_strip_avx512(from.type);
+    plans_ = plan_strip(from.type, from.cols, columns);
+  } else {
+    pack_ = find_pack_strip(isa, from.type);
+  }
   packed_groups_.assign(static_cast<size_t>(from.cols / columns.group_size), -1);
   for (int32_t i = 0; const ColumnGroup& g : columns.groups) {
     packed_groups_[static_cast<size_t>(g.source)] = i++;
@@ -58,13 +63,8 @@ StripPacker::StripPacker(Isa isa, const Mat& from, std::span<const int32_t> row_
     const auto first = std::lower_bound(columns.picks.begin(), columns.picks.end(), column);
     first_pick_.push_back(static_cast<int32_t>(first - columns.picks.begin()));
   }
-  within_.resize(columns.picks.size() + 15);
-  for (size_t i = 0; i < columns.picks.size(); ++i) {
-    within_[i] = static_cast<uint8_t>(columns.picks[i] % columns.group_size);
-  }
   map_.picks = columns.picks.data();
   map_.first_pick = first_pick_.data();
-  map_.within = within_.data();
 }
 
 void StripPacker::find_rows(int64_t strip, const std::byte* (&rows)[kStripRows]) const {
@@ -80,6 +80,7 @@ void StripPacker::find_rows(int64_t strip, const std::byte* (&rows)[kStripRows])
 void StripPacker::pack(int64_t begin, int64_t end) const {
   StripJob job;
   job.map = map_;
+  job.plans = &plans_;
   job.cols = from_.cols;
   job.to = &to_;
   for (int64_t s = begin; s < end; ++s) {

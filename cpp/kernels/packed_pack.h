@@ -31,9 +31,9 @@ class StripPacker {
   Mat from_;
   std::span<const int32_t> row_picks_;
   PackedView to_;
-  PackStripFn pack_;
+  PackStripFn pack_ = nullptr;
+  std::vector<StripPlan> plans_;  // for AVX-512
   std::vector<int32_t> packed_groups_, first_pick_;
-  std::vector<uint8_t> within_;
   ColumnMap map_;
 };
 

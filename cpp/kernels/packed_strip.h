@@ -1,13 +1,15 @@
 // Inside packing only: one strip's worth of work, and the table of functions that do it, compiled
-// once plainly and once per instruction set from the same text (packed_source.inc,
-// packed_strip.inc).
+// once plainly and once for AVX2 from the same text (packed_source.inc, packed_strip.inc), and once
+// for AVX-512 from its own.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "kernels/isa.h"
 #include "kernels/packed_format.h"
+#include "kernels/packed_plan.h"
 #include "tensor/dtype.h"
 
 namespace coreinfer {
@@ -19,13 +21,13 @@ struct ColumnMap {
   // Of picked columns only (all null where every column is kept):
   const int32_t* picks = nullptr;       // ascending columns of the file
   const int32_t* first_pick = nullptr;  // per 256 columns of the file, and one more at the end
-  const uint8_t* within = nullptr;      // per pick: its column in its group; 15 more at the end
 };
 
 struct StripJob {
   ColumnMap map;
-  int64_t cols = 0;                        // of a row in the file
-  const std::byte* rows[kStripRows] = {};  // null: a row of zeros
+  const std::vector<StripPlan>* plans = nullptr;  // for AVX-512
+  int64_t cols = 0;                               // of a row in the file
+  const std::byte* rows[kStripRows] = {};         // null: a row of zeros
   const std::byte* next[kStripRows] = {};  // rows that will be packed then, to be fetched; or null
   const PackedView* to = nullptr;
   std::byte* strip = nullptr;
