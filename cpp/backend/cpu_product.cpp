@@ -251,12 +251,28 @@ void Product::work(ThreadPool::Context& context, size_t copy, int64_t n_units,
       const int64_t n = std::min(kTokenBlock, x_.n - t);
       for (int64_t i = begin; i < end; ++i) {
         const ProductUnit unit = task.unit(i);
-        for (int p = 0; p < unit.n_parts; ++p) {
-          tile(unit.parts[static_cast<size_t>(p)], copy, t, n, panel, tiles[p]);
-        }
+        fill(unit, copy, t, n, panel, tiles);
         task.finish(unit, t, n, tiles);
       }
     }
+  }
+}
+
+void Product::fill(const ProductUnit& unit, size_t copy, int64_t first, int64_t n, float* panel,
+                   float* const (&tiles)[2]) const {
+  const Output& a = outputs_[unit.parts[0].weight];
+  const Output& b = outputs_[unit.parts[1].weight];
+  const Input& in = inputs_[a.input];
+  if (unit.n_parts == 2 && in.quantized && a.input == b.input &&
+      a.weight->type() == b.weight->type()) {
+    const std::array<StripProduct, 2> products = {
+        {{&a.weight->strips(), unit.parts[0].strip, tiles[0]},
+         {&b.weight->strips(), unit.parts[1].strip, tiles[1]}}};
+    const DotStripsFn dot = kernels_.dot_strips(a.weight->type(), in.columns->dense);
+    return dot(products, codes_of(in, first, copy), n);
+  }
+  for (int p = 0; p < unit.n_parts; ++p) {
+    tile(unit.parts[static_cast<size_t>(p)], copy, first, n, panel, tiles[p]);
   }
 }
 
@@ -265,8 +281,9 @@ void Product::tile(const ProductUnit::Part& part, size_t copy, int64_t first, in
   const CpuWeight& w = *outputs_[part.weight].weight;
   const Input& in = inputs_[outputs_[part.weight].input];
   if (in.quantized) {
-    const DotStripFn dot = kernels_.dot_strip(w.type(), w.columns()->dense);
-    return dot(w.strips(), part.strip, codes_of(in, first, copy), n, tile);
+    const StripProduct product{&w.strips(), part.strip, tile};
+    const DotStripsFn dot = kernels_.dot_strips(w.type(), w.columns()->dense);
+    return dot({&product, 1}, codes_of(in, first, copy), n);
   }
   const FloatRows x = values_of(in, first, copy);
   if (w.packed()) return packed_tile(w, part.strip, x, n, panel, tile);

@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "kernels/isa.h"
 #include "kernels/packed_format.h"
@@ -47,9 +48,17 @@ struct FloatRows {
 // 127. A group with NaN or Inf gets the scale NaN.
 using QuantizeFn = void (*)(const ColumnGroups& columns, const float* x, const QuantizedRows& out);
 
-// tile = strip * tokens.
-using DotStripFn = void (*)(const PackedView& w, int64_t strip, const QuantizedRows& x,
-                            int64_t n_tokens, float* tile);
+// A strip and where its products go.
+struct StripProduct {
+  const PackedView* matrix = nullptr;
+  int64_t strip = 0;
+  float* tile = nullptr;
+};
+
+// tile = strip * tokens, for one strip or for two of the same type and columns. Two at once are
+// faster: memory is read in more streams, and both use an activation that is loaded once.
+using DotStripsFn = void (*)(std::span<const StripProduct> strips, const QuantizedRows& x,
+                             int64_t n_tokens);
 
 // Weight values of groups [begin, end) of a strip: panel[column * 16 + row], packed order.
 using UnpackPanelFn = void (*)(const PackedView& w, int64_t strip, int64_t begin, int64_t end,
@@ -80,8 +89,8 @@ using AddColumnsFn = void (*)(const std::byte* first, size_t stride, const int32
 
 struct LinearKernels {
   QuantizeFn quantize;
-  DotStripFn (*dot_strip)(DType type, bool dense);  // never null for a packed type
-  UnpackPanelFn (*unpack_panel)(DType type);        // nor this
+  DotStripsFn (*dot_strips)(DType type, bool dense);  // never null for a packed type
+  UnpackPanelFn (*unpack_panel)(DType type);          // nor this
   TransposePanelFn transpose_panel;
   DotPanelFn dot_panel;
   DotRowFn (*dot_row)(DType type);              // never null for a float type

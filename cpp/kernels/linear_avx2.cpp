@@ -20,7 +20,7 @@ namespace {
 #include "kernels/linear_avx2_codes.inc"
 
 // 16 registers: two sums of 16 bits a token. A panel's column is two registers.
-constexpr int kDotTokens = 4, kPanelTokens = 6, kRowTokens = 2;
+constexpr int kDotTokens = 4, kPairTokens = 2, kPanelTokens = 6, kRowTokens = 2;
 
 inline Floats broadcast(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
 inline Ints broadcast(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
@@ -98,8 +98,8 @@ inline void add_signed_step(const std::byte* first, const std::byte* second, con
 }
 
 template <DType kType, bool kTail, int T>
-inline void add_steps(const std::byte* first, const std::byte* second, int n_steps, const int8_t* x,
-                      int64_t x_stride, Ints (&sum)[T]) {
+inline void add_steps_of_one(const std::byte* first, const std::byte* second, int n_steps,
+                             const int8_t* x, int64_t x_stride, Ints (&sum)[T]) {
   constexpr PackedFormat f = packed_format(kType);
   constexpr int kSteps = signed_codes<kType>() ? 1 : steps_in_16_bits<kType>();
   for (int i = 0; i < n_steps; i += kSteps) {
@@ -112,6 +112,14 @@ inline void add_steps(const std::byte* first, const std::byte* second, int n_ste
     first += kSteps * kStepCols * 2 * f.plane_bits(0);
     second += kSteps * kStepCols * 2 * f.plane_bits(1);
     x += kSteps * kStepCols;
+  }
+}
+
+template <DType kType, bool kTail, int S, int T>
+inline void add_steps(const std::byte* const (&first)[S], const std::byte* const (&second)[S],
+                      int n_steps, const int8_t* x, int64_t x_stride, Ints (&sum)[S][T]) {
+  for (int s = 0; s < S; ++s) {
+    add_steps_of_one<kType, kTail>(first[s], second[s], n_steps, x, x_stride, sum[s]);
   }
 }
 
@@ -277,7 +285,7 @@ void transpose_panel(DType type, const std::byte* rows, size_t row_stride, int64
 const LinearKernels& linear_kernels_avx2() {
   static constexpr LinearKernels kTable = {
       .quantize = quantize,
-      .dot_strip = find_dot_strip,
+      .dot_strips = find_dot_strips,
       .unpack_panel = find_unpack_panel,
       .transpose_panel = transpose_panel,
       .dot_panel = dot_panel,

@@ -27,7 +27,7 @@ using Ints = __m512i;
 using Codes = __m512i;
 
 // 32 registers: a sum and an accumulator a token. A panel's column is one register.
-constexpr int kDotTokens = 8, kPanelTokens = 12, kRowTokens = 4;
+constexpr int kDotTokens = 8, kPairTokens = 8, kPanelTokens = 12, kRowTokens = 4;
 
 inline Floats broadcast(float v) { return _mm512_set1_ps(v); }
 inline Ints broadcast(int32_t v) { return _mm512_set1_epi32(v); }
@@ -45,20 +45,24 @@ constexpr bool signed_codes() {
   return false;
 }
 
-template <DType kType, bool kTail, int T>
-inline void add_steps(const std::byte* first, const std::byte* second, int n_steps, const int8_t* x,
-                      int64_t x_stride, Ints (&sum)[T]) {
+template <DType kType, bool kTail, int S, int T>
+inline void add_steps(const std::byte* const (&first)[S], const std::byte* const (&second)[S],
+                      int n_steps, const int8_t* x, int64_t x_stride, Ints (&sum)[S][T]) {
   constexpr PackedFormat f = packed_format(kType);
   for (int i = 0; i < n_steps; ++i) {
-    const Codes codes = load_codes<kType, kTail>(first, second);
+    Codes codes[S];
+    for (int s = 0; s < S; ++s) {
+      codes[s] = load_codes<kType, kTail>(first[s] + i * kStepCols * 2 * f.plane_bits(0),
+                                          second[s] + i * kStepCols * 2 * f.plane_bits(1));
+    }
     for (int t = 0; t < T; ++t) {
       int32_t four;
-      std::memcpy(&four, x + t * x_stride, 4);
-      sum[t] = _mm512_dpbusd_epi32(sum[t], codes, _mm512_set1_epi32(four));
+      std::memcpy(&four, x + i * kStepCols + t * x_stride, 4);
+      const __m512i activations = _mm512_set1_epi32(four);
+      for (int s = 0; s < S; ++s) {
+        sum[s][t] = _mm512_dpbusd_epi32(sum[s][t], codes[s], activations);
+      }
     }
-    first += kStepCols * 2 * f.plane_bits(0);
-    second += kStepCols * 2 * f.plane_bits(1);
-    x += kStepCols;
   }
 }
 
@@ -176,7 +180,7 @@ void transpose_panel(DType type, const std::byte* rows, size_t row_stride, int64
 const LinearKernels& linear_kernels_avx512() {
   static constexpr LinearKernels kTable = {
       .quantize = quantize,
-      .dot_strip = find_dot_strip,
+      .dot_strips = find_dot_strips,
       .unpack_panel = find_unpack_panel,
       .transpose_panel = transpose_panel,
       .dot_panel = dot_panel,

@@ -32,7 +32,7 @@ struct Codes {
 };
 
 // 32 registers: four sums a token, and as many accumulators that may wait in memory.
-constexpr int kDotTokens = 4, kPanelTokens = 6, kRowTokens = 2;
+constexpr int kDotTokens = 4, kPairTokens = 1, kPanelTokens = 6, kRowTokens = 2;
 
 inline Floats broadcast(float v) {
   const float32x4_t p = vdupq_n_f32(v);
@@ -196,23 +196,23 @@ inline Codes load_codes(const std::byte* first, const std::byte* second) {
   return out;
 }
 
-template <DType kType, bool kTail, int T>
-inline void add_steps(const std::byte* first, const std::byte* second, int n_steps, const int8_t* x,
-                      int64_t x_stride, Ints (&sum)[T]) {
+template <DType kType, bool kTail, int S, int T>
+inline void add_steps(const std::byte* const (&first)[S], const std::byte* const (&second)[S],
+                      int n_steps, const int8_t* x, int64_t x_stride, Ints (&sum)[S][T]) {
   constexpr PackedFormat f = packed_format(kType);
   for (int i = 0; i < n_steps; ++i) {
-    const Codes codes = load_codes<kType, kTail>(first, second);
-    for (int t = 0; t < T; ++t) {
-      int32_t four;
-      std::memcpy(&four, x + t * x_stride, 4);
-      const int8x16_t activations = vreinterpretq_s8_s32(vdupq_n_s32(four));
-      for (int k = 0; k < 4; ++k) {
-        sum[t].part[k] = vdotq_s32(sum[t].part[k], codes.part[k], activations);
+    for (int s = 0; s < S; ++s) {
+      const Codes codes = load_codes<kType, kTail>(first[s] + i * kStepCols * 2 * f.plane_bits(0),
+                                                   second[s] + i * kStepCols * 2 * f.plane_bits(1));
+      for (int t = 0; t < T; ++t) {
+        int32_t four;
+        std::memcpy(&four, x + i * kStepCols + t * x_stride, 4);
+        const int8x16_t activations = vreinterpretq_s8_s32(vdupq_n_s32(four));
+        for (int k = 0; k < 4; ++k) {
+          sum[s][t].part[k] = vdotq_s32(sum[s][t].part[k], codes.part[k], activations);
+        }
       }
     }
-    first += kStepCols * 2 * f.plane_bits(0);
-    second += kStepCols * 2 * f.plane_bits(1);
-    x += kStepCols;
   }
 }
 
@@ -397,7 +397,7 @@ void transpose_panel(DType type, const std::byte* rows, size_t row_stride, int64
 const LinearKernels& linear_kernels_neon() {
   static constexpr LinearKernels kTable = {
       .quantize = quantize,
-      .dot_strip = find_dot_strip,
+      .dot_strips = find_dot_strips,
       .unpack_panel = find_unpack_panel,
       .transpose_panel = transpose_panel,
       .dot_panel = dot_panel,

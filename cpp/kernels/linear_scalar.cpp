@@ -46,10 +46,11 @@ void quantize(const ColumnGroups& columns, const float* x, const QuantizedRows& 
   }
 }
 
-void dot_strip(const PackedView& w, int64_t s, const QuantizedRows& x, int64_t n_tokens,
-               float* tile) {
+void dot_strip(const StripProduct& product, const QuantizedRows& x, int64_t n_tokens) {
+  const PackedView& w = *product.matrix;
+  float* const tile = product.tile;
   const PackedFormat f = packed_format(w.type);
-  const std::byte* const strip = w.strip(s);
+  const std::byte* const strip = w.strip(product.strip);
   const auto& groups = w.columns->groups;
   std::fill(tile, tile + n_tokens * kStripRows, 0.0f);
   for (size_t p = 0; p < groups.size(); ++p) {
@@ -69,6 +70,10 @@ void dot_strip(const PackedView& w, int64_t s, const QuantizedRows& x, int64_t n
       }
     }
   }
+}
+
+void dot_strips(std::span<const StripProduct> strips, const QuantizedRows& x, int64_t n_tokens) {
+  for (const StripProduct& product : strips) dot_strip(product, x, n_tokens);
 }
 
 void unpack_panel(const PackedView& w, int64_t s, int64_t begin, int64_t end, float* panel) {
@@ -164,7 +169,7 @@ void add_columns(const std::byte* first, size_t stride, const int32_t* columns, 
 const LinearKernels& linear_kernels_scalar() {
   static constexpr LinearKernels kTable = {
       .quantize = quantize,
-      .dot_strip = [](DType, bool) -> DotStripFn { return dot_strip; },
+      .dot_strips = [](DType, bool) -> DotStripsFn { return dot_strips; },
       .unpack_panel = [](DType) -> UnpackPanelFn { return unpack_panel; },
       .transpose_panel = transpose_panel,
       .dot_panel = dot_panel,

@@ -2,6 +2,8 @@
 // for bit, and packed weights with the file's. For machines without Python, such as an emulated
 // AArch64; the comparison with NumPy is in tests/test_linear.py. Exits with 1 and names what
 // differs.
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -112,6 +114,32 @@ struct Tokens {
   }
 };
 
+// Strip s alone, and beside another: each number of tokens may take another path.
+void check_strips(Isa isa, const PackedView& view, int64_t s, const QuantizedRows& plain_tokens,
+                  const QuantizedRows& tokens, int64_t most_tokens) {
+  const auto dot = linear_kernels(isa).dot_strips(view.type, view.columns->dense);
+  const auto plain_dot = linear_kernels(Isa::kScalar).dot_strips(view.type, view.columns->dense);
+  const int64_t beside = (s + 1) % view.n_strips();
+  for (int64_t n = 1; n <= most_tokens; ++n) {
+    const auto size = static_cast<size_t>(n * kStripRows);
+    std::vector<float> sums[2], others[2];
+    for (auto* both : {&sums, &others}) {
+      for (std::vector<float>& v : *both) v.resize(size);
+    }
+    const std::array<StripProduct, 2> expected = {
+        {{&view, s, sums[0].data()}, {&view, beside, sums[1].data()}}};
+    const std::array<StripProduct, 2> products = {
+        {{&view, s, others[0].data()}, {&view, beside, others[1].data()}}};
+    plain_dot(expected, plain_tokens, n);
+    dot(products, tokens, n);
+    check(same(sums[0], others[0]) && same(sums[1], others[1]), isa, view.type,
+          "integer product of two strips");
+    std::fill(others[0].begin(), others[0].end(), 0.0f);
+    dot({products.data(), 1}, tokens, n);
+    check(same(sums[0], others[0]), isa, view.type, "integer product");
+  }
+}
+
 void check_packed(Isa isa, DType type) {
   constexpr int64_t kRows = 21, kCols = 512, kTokens = 15;
   const LinearKernels& plain = linear_kernels(Isa::kScalar);
@@ -154,10 +182,8 @@ void check_packed(Isa isa, DType type) {
         }
         check(good, isa, type, "weights");
       }
+      check_strips(isa, view, s, a.rows, b.rows, kTokens);
       std::vector<float> sums(kTokens * kStripRows), others(sums.size());
-      plain.dot_strip(type, columns->dense)(view, s, a.rows, kTokens, sums.data());
-      fast.dot_strip(type, columns->dense)(view, s, b.rows, kTokens, others.data());
-      check(same(sums, others), isa, type, "integer product");
       const FloatRows tokens{x.data(), columns->n_cols};
       plain.dot_panel(panel.data(), columns->n_cols, tokens, kTokens, sums.data());
       fast.dot_panel(panel.data(), columns->n_cols, tokens, kTokens, others.data());
