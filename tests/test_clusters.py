@@ -712,6 +712,9 @@ def test_what_does_not_fit_is_refused_and_the_model_goes_on(tiny, built, tmp_pat
             llm.set_clusters(built)
         with pytest.raises(ValueError, match="for a model of 2 layers with 64 neurons; this one"):
             llm.set_clusters(make_clusters())
+        narrow = make_prior(llm.n_layer(), llm.n_ff())
+        with pytest.raises(ValueError, match="prior is for embeddings of 8 numbers; this model's"):
+            llm.set_clusters(replace(built.for_any_model(), prior=narrow))
         with pytest.raises(ValueError, match="not a valid file of clusters"):
             llm.set_clusters(other)
         with pytest.raises(FileNotFoundError):

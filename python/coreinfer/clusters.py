@@ -162,13 +162,20 @@ class Clusters:
         cluster = int(cosines.argmax())
         return cluster, float(cosines[cluster].clip(-1, 1))  # rounding may pass either
 
-    def check_fits(self, *, n_layer: int, n_ff: int, fingerprint: int | None = None) -> None:
+    def check_fits(
+        self, *, n_layer: int, n_ff: int, n_embd: int, fingerprint: int | None = None
+    ) -> None:
         """ValueError unless the clusters belong to a model of this shape and fingerprint."""
         found = (self.n_layer, self.n_ff)
         if found != (n_layer, n_ff):
             raise ValueError(
                 f"the clusters are for a model of {found[0]} layers with {found[1]} neurons; "
                 f"this one has {n_layer} layers with {n_ff}"
+            )
+        if self.prior is not None and self.prior.n_embd != n_embd:
+            raise ValueError(
+                f"the clusters' prior is for embeddings of {self.prior.n_embd} numbers; this "
+                f"model's have {n_embd}: build the clusters with this model"
             )
         if None not in (self.fingerprint, fingerprint) and self.fingerprint != fingerprint:
             raise ValueError(

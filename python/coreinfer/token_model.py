@@ -272,16 +272,19 @@ class TokenModel:
             if not isinstance(clusters, Clusters):
                 clusters = Clusters.load(clusters)
             clusters.check_fits(
-                n_layer=self.n_layer(), n_ff=self.n_ff(), fingerprint=self.fingerprint
+                n_layer=self.n_layer(),
+                n_ff=self.n_ff(),
+                n_embd=self.n_embd(),
+                fingerprint=self.fingerprint,
             )
             lookup = ClusterLookup(clusters, embedder)
         elif embedder is not None:
             raise ValueError(f"embedder is {embedder!r}, but there are no clusters to use it with")
+        rows = None if clusters is None else clusters.prior
+        prior = None if rows is None else _core.PatchPrior(rows.h, rows.y, rows.weights)
         if self._core.mode == "similar":
             self._need_clusters(lookup).prepare()
-        self._lookup = lookup
-        prior = None if clusters is None else clusters.prior
-        self._prior = None if prior is None else _core.PatchPrior(prior.h, prior.y, prior.weights)
+        self._lookup, self._prior = lookup, prior
         if self._auto is not None:
             self._auto = self._make_auto(self._core)
 
