@@ -324,9 +324,8 @@ void Product::plain_tile(const CpuWeight& w, int64_t strip, const FloatRows& x, 
   const Mat& mat = w.plain();
   const int64_t rows = std::min<int64_t>(kStripRows, mat.rows - row);
   if (x_.n <= kExactRows) {
-    const DotRowFn dot = kernels_.dot_row(mat.type);
-    for (int64_t r = 0; r < rows; ++r) dot(mat.row(row + r), mat.cols, x, n, tile + r);
-    return;
+    const DotRowsFn dot = kernels_.dot_rows(mat.type);
+    return dot(mat.row(row), mat.stride(), rows, mat.cols, x, n, tile);
   }
   std::fill_n(tile, n * kStripRows, 0.0f);
   for (int64_t c = 0; c < mat.cols; c += kPanelCols) {

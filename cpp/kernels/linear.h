@@ -72,10 +72,11 @@ using TransposePanelFn = void (*)(DType type, const std::byte* rows, size_t row_
 using DotPanelFn = void (*)(const float* panel, int64_t n_cols, const FloatRows& x,
                             int64_t n_tokens, float* tile);
 
-// tile[t * 16] = row * token t: a row of a float matrix, n elements. Column c is added to partial
-// sum c % 32; partial sums i and i + half are added until one is left.
-using DotRowFn = void (*)(const std::byte* row, int64_t n, const FloatRows& x, int64_t n_tokens,
-                          float* tile);
+// tile[t * 16 + r] = row r * token t, for n_rows <= 16 rows of n elements of a float matrix, two at
+// once. Column c is added to partial sum c % 32; partial sums i and i + half are added until one is
+// left.
+using DotRowsFn = void (*)(const std::byte* first, size_t row_stride, int64_t n_rows, int64_t n,
+                           const FloatRows& x, int64_t n_tokens, float* tile);
 
 // 16 rows of a float matrix that is stored column by column, from `first` on: panel[column * 16 +
 // row] of n_cols columns.
@@ -93,7 +94,7 @@ struct LinearKernels {
   UnpackPanelFn (*unpack_panel)(DType type);          // nor this
   TransposePanelFn transpose_panel;
   DotPanelFn dot_panel;
-  DotRowFn (*dot_row)(DType type);              // never null for a float type
+  DotRowsFn (*dot_rows)(DType type);            // never null for a float type
   ColumnsPanelFn (*columns_panel)(DType type);  // nor these
   AddColumnsFn (*add_columns)(DType type);
 };

@@ -20,7 +20,7 @@ namespace {
 #include "kernels/linear_avx2_codes.inc"
 
 // 16 registers: two sums of 16 bits a token. A panel's column is two registers.
-constexpr int kDotTokens = 4, kPairTokens = 2, kPanelTokens = 6, kRowTokens = 2;
+constexpr int kDotTokens = 4, kPairTokens = 2, kPanelTokens = 6, kRowTokens = 2, kRowPairTokens = 1;
 
 inline Floats broadcast(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
 inline Ints broadcast(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
@@ -289,7 +289,7 @@ const LinearKernels& linear_kernels_avx2() {
       .unpack_panel = find_unpack_panel,
       .transpose_panel = transpose_panel,
       .dot_panel = dot_panel,
-      .dot_row = find_dot_row,
+      .dot_rows = find_dot_rows,
       .columns_panel = find_columns_panel,
       .add_columns = find_add_columns,
   };

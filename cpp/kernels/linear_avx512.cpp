@@ -27,7 +27,8 @@ using Ints = __m512i;
 using Codes = __m512i;
 
 // 32 registers: a sum and an accumulator a token. A panel's column is one register.
-constexpr int kDotTokens = 8, kPairTokens = 8, kPanelTokens = 12, kRowTokens = 4;
+constexpr int kDotTokens = 8, kPairTokens = 8, kPanelTokens = 12, kRowTokens = 4,
+              kRowPairTokens = 4;
 
 inline Floats broadcast(float v) { return _mm512_set1_ps(v); }
 inline Ints broadcast(int32_t v) { return _mm512_set1_epi32(v); }
@@ -184,7 +185,7 @@ const LinearKernels& linear_kernels_avx512() {
       .unpack_panel = find_unpack_panel,
       .transpose_panel = transpose_panel,
       .dot_panel = dot_panel,
-      .dot_row = find_dot_row,
+      .dot_rows = find_dot_rows,
       .columns_panel = find_columns_panel,
       .add_columns = find_add_columns,
   };

@@ -32,7 +32,7 @@ struct Codes {
 };
 
 // 32 registers: four sums a token, and as many accumulators that may wait in memory.
-constexpr int kDotTokens = 4, kPairTokens = 1, kPanelTokens = 6, kRowTokens = 2;
+constexpr int kDotTokens = 4, kPairTokens = 1, kPanelTokens = 6, kRowTokens = 2, kRowPairTokens = 1;
 
 inline Floats broadcast(float v) {
   const float32x4_t p = vdupq_n_f32(v);
@@ -401,7 +401,7 @@ const LinearKernels& linear_kernels_neon() {
       .unpack_panel = find_unpack_panel,
       .transpose_panel = transpose_panel,
       .dot_panel = dot_panel,
-      .dot_row = find_dot_row,
+      .dot_rows = find_dot_rows,
       .columns_panel = find_columns_panel,
       .add_columns = find_add_columns,
   };

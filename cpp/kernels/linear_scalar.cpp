@@ -142,6 +142,14 @@ void dot_row(const std::byte* row, int64_t n, const FloatRows& x, int64_t n_toke
 }
 
 template <DType kType>
+void dot_rows(const std::byte* first, size_t row_stride, int64_t n_rows, int64_t n,
+              const FloatRows& x, int64_t n_tokens, float* tile) {
+  for (int64_t r = 0; r < n_rows; ++r) {
+    dot_row<kType>(first + row_stride * static_cast<size_t>(r), n, x, n_tokens, tile + r);
+  }
+}
+
+template <DType kType>
 void columns_panel(const std::byte* first, size_t stride, int64_t n_cols, float* panel) {
   for (int64_t c = 0; c < n_cols; ++c) {
     dequantize_row(kType, first + stride * static_cast<size_t>(c), panel + c * kStripRows,
@@ -173,9 +181,9 @@ const LinearKernels& linear_kernels_scalar() {
       .unpack_panel = [](DType) -> UnpackPanelFn { return unpack_panel; },
       .transpose_panel = transpose_panel,
       .dot_panel = dot_panel,
-      .dot_row =
+      .dot_rows =
           [](DType type) {
-            return for_float_type(type, []<DType kType>() -> DotRowFn { return dot_row<kType>; });
+            return for_float_type(type, []<DType kType>() -> DotRowsFn { return dot_rows<kType>; });
           },
       .columns_panel =
           [](DType type) {

@@ -204,10 +204,10 @@ void check_plain(Isa isa, DType type) {
     fast.transpose_panel(type, data.data(), mat.stride(), kRows, 0, n, other.data());
     check(same(panel, other), isa, type, "transposed panel");
     const std::vector<float> x = normal_values(static_cast<size_t>(kTokens * n));
-    std::vector<float> sums(kTokens * kStripRows), others(sums.size());
-    for (int64_t r = 0; r < kRows; ++r) {
-      plain.dot_row(type)(mat.row(r), n, {x.data(), n}, kTokens, sums.data());
-      fast.dot_row(type)(mat.row(r), n, {x.data(), n}, kTokens, others.data());
+    for (int64_t tokens = 1; tokens <= kTokens; ++tokens) {
+      std::vector<float> sums(static_cast<size_t>(tokens) * kStripRows), others(sums.size());
+      plain.dot_rows(type)(mat.row(0), mat.stride(), kRows, n, {x.data(), n}, tokens, sums.data());
+      fast.dot_rows(type)(mat.row(0), mat.stride(), kRows, n, {x.data(), n}, tokens, others.data());
       check(same(sums, others), isa, type, "row product");
     }
   }
