@@ -18,7 +18,11 @@ static_assert(std::endian::native == std::endian::little);
 //
 #include "kernels/packed_strip.inc"
 
+// Whether strips are packed by plan_strip's plans.
+bool by_plan(Isa isa) { return (isa == Isa::kAmx || isa == Isa::kAvx512) && has_avx512_vbmi(); }
+
 PackStripFn find_pack_strip(Isa isa, DType type) {
+  if (by_plan(isa)) return pack_strip_avx512(type);
   switch (isa) {
     case Isa::kAmx:
     case Isa::kAvx512:
@@ -44,14 +48,9 @@ PackStripFn pack_strip_avx512(DType) { return nullptr; }
 
 StripPacker::StripPacker(Isa isa, const Mat& from, std::span<const int32_t> row_picks,
                          const PackedView& to)
-    : from_(from), row_picks_(row_picks), to_(to) {
+    : from_(from), row_picks_(row_picks), to_(to), pack_(find_pack_strip(isa, from.type)) {
   const ColumnGroups& columns = *to.columns;
-  if ((isa == Isa::kAmx || isa == Isa::kAvx512) && has_avx512_vbmi()) {
-    pack_ = pack_strip_avx512(from.type);
-    plans_ = plan_strip(from.type, from.cols, columns);
-  } else {
-    pack_ = find_pack_strip(isa, from.type);
-  }
+  if (by_plan(isa)) plans_ = plan_strip(from.type, from.cols, columns);
   packed_groups_.assign(static_cast<size_t>(from.cols / columns.group_size), -1);
   for (int32_t i = 0; const ColumnGroup& g : columns.groups) {
     packed_groups_[static_cast<size_t>(g.source)] = i++;

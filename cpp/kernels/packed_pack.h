@@ -31,7 +31,7 @@ class StripPacker {
   Mat from_;
   std::span<const int32_t> row_picks_;
   PackedView to_;
-  PackStripFn pack_ = nullptr;
+  PackStripFn pack_;
   std::vector<StripPlan> plans_;  // for AVX-512
   std::vector<int32_t> packed_groups_, first_pick_;
   ColumnMap map_;

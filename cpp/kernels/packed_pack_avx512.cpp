@@ -358,31 +358,17 @@ void pack_super(const StripJob& job, Rows rows, int64_t block) {
   for (int i = 0; i < 4; ++i) {
     four[i] = _mm512_permutexvar_epi8(order, scales_of<kType>(rows + 4 * i, at));
   }
-  const auto step_of = [](int slot) { return StepsPlan::slot(slot); };  // its own inverse
   alignas(64) uint8_t turned[16 * kStripRows];
   turn(four, turned);
+  // StepsPlan::slot is its own inverse.
   std::byte* const scales = job.strip + job.to->scales_offset;
   for (int g = 0; g < kGroups; ++g) {
     if (packed[g] < 0) continue;
     std::byte* const to = scales + packed[g] * f.group_scale_bytes();
-    std::memcpy(to, turned + kStripRows * step_of(g), kStripRows);
+    std::memcpy(to, turned + kStripRows * StepsPlan::slot(g), kStripRows);
     if constexpr (f.scales == ScaleKind::kSuperPair) {
-      std::memcpy(to + kStripRows, turned + kStripRows * step_of(kGroups + g), kStripRows);
+      std::memcpy(to + kStripRows, turned + kStripRows * StepsPlan::slot(kGroups + g), kStripRows);
     }
-  }
-}
-
-// Rows of a strip are more streams than a CPU foresees by itself, and picked ones end soon.
-inline void fetch_ahead(const StripJob& job, int64_t begin, int64_t end, int64_t row_bytes) {
-  const std::byte* const* rows = job.rows;
-  if (begin >= row_bytes) {
-    begin -= row_bytes;
-    end -= row_bytes;
-    rows = job.next;
-  }
-  for (int r = 0; r < kStripRows; ++r) {
-    if (rows[r] == nullptr) continue;
-    for (int64_t at = begin; at < end; at += 64) __builtin_prefetch(rows[r] + at);
   }
 }
 

@@ -121,11 +121,8 @@ void check_strips(Isa isa, const PackedView& view, int64_t s, const QuantizedRow
   const auto plain_dot = linear_kernels(Isa::kScalar).dot_strips(view.type, view.columns->dense);
   const int64_t beside = (s + 1) % view.n_strips();
   for (int64_t n = 1; n <= most_tokens; ++n) {
-    const auto size = static_cast<size_t>(n * kStripRows);
-    std::vector<float> sums[2], others[2];
-    for (auto* both : {&sums, &others}) {
-      for (std::vector<float>& v : *both) v.resize(size);
-    }
+    const std::vector<float> zeros(static_cast<size_t>(n * kStripRows));
+    std::array<std::vector<float>, 2> sums = {zeros, zeros}, others = sums;
     const std::array<StripProduct, 2> expected = {
         {{&view, s, sums[0].data()}, {&view, beside, sums[1].data()}}};
     const std::array<StripProduct, 2> products = {
@@ -134,7 +131,7 @@ void check_strips(Isa isa, const PackedView& view, int64_t s, const QuantizedRow
     dot(products, tokens, n);
     check(same(sums[0], others[0]) && same(sums[1], others[1]), isa, view.type,
           "integer product of two strips");
-    std::fill(others[0].begin(), others[0].end(), 0.0f);
+    std::copy(zeros.begin(), zeros.end(), others[0].begin());
     dot({products.data(), 1}, tokens, n);
     check(same(sums[0], others[0]), isa, view.type, "integer product");
   }
