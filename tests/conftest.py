@@ -1,13 +1,58 @@
-"""Fixtures that find real models and reference data, or skip by name with the reason."""
+"""Fixtures: a tiny model, and real models and reference data, which skip by name where absent."""
 
 from __future__ import annotations
 
 import os
+import sys
+import types
 from pathlib import Path
 
 import pytest
 
+from small_clusters import letters
+from tiny_llama import load, make_tiny_llama
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> str:
+    """A tiny random llama (tiny_llama.py)."""
+    return make_tiny_llama(tmp_path_factory.mktemp("llama") / "tiny.gguf")
+
+
+@pytest.fixture
+def llm(tiny):
+    with load(tiny) as llm:
+        yield llm
+
+
+@pytest.fixture
+def sentence_transformers(monkeypatch) -> list[str]:
+    """The two modules that a named embedder is loaded with, in small; the names they were given."""
+    given: list[str] = []
+
+    class SentenceTransformer:
+        def __init__(self, name: str) -> None:
+            given.append(name)
+            if name == "unknown":
+                raise OSError("no such model\nand a long explanation")
+
+        def encode(self, texts, **_):
+            return letters(texts)
+
+    logging = types.SimpleNamespace(
+        is_progress_bar_enabled=lambda: False, disable_progress_bar=lambda: None
+    )
+    for name, members in {
+        "sentence_transformers": {"SentenceTransformer": SentenceTransformer},
+        "transformers": {},
+        "transformers.utils": {"logging": logging},
+    }.items():
+        module = types.ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    return given
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,80 @@
+"""Saved states and pickles: they go on where they were, or are refused whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+
+import pytest
+
+from coreinfer import CoreConfig
+from make_synthetic_model import make_tiny_model
+from tiny_llama import PROMPT, load, take
+
+
+@pytest.mark.parametrize("core", ["off", "stable"])
+def test_a_saved_state_goes_on_where_it_was(tiny, core):
+    with load(tiny, core=core) as llm:
+        prompt = llm.tokenize(PROMPT)
+        expected = take(20, llm.generate(prompt, temp=0))
+        tokens = llm.generate(prompt, temp=0)
+        take(5, tokens)
+        state = pickle.loads(pickle.dumps(llm.save_state()))
+        take(3, llm.generate([1, 2, 3]))
+        llm.load_state(state)
+        assert llm.eval_tokens == [*prompt, *expected[:4]]
+        got = []
+        for _ in range(5):
+            got.append(llm.sample(temp=0))
+            llm._open_session().decode(got[-1])
+        assert got == expected[4:9]
+        llm.load_state(state)
+        drawn = take(20, llm.generate(prompt, temp=2.0))
+        llm.set_seed(1)
+        assert take(20, llm.generate(prompt, temp=2.0)) == drawn
+        llm.load_state(state)
+        if core == "stable":
+            assert llm.core_set.same_neurons(state.core_set)
+    with load(tiny, core=core) as other:  # another object, which has never seen the prompt
+        other.load_state(state)
+        next(other.generate(prompt, temp=0))
+        # A state has no samples for a patch: a short prompt is read again.
+        assert (other.timings.reused_tokens > 0) == (core == "off")
+        if core == "stable":
+            other.core = CoreConfig(patch=False)
+            other.load_state(state)
+            assert other.n_tokens == len(prompt) + 4
+
+
+def test_a_state_of_another_model_is_refused_and_nothing_is_lost(tiny, tmp_path):
+    make_tiny_model(tmp_path / "other.gguf", "llama", "F32", seed=1)
+    with load(str(tmp_path / "other.gguf")) as other:
+        next(other.generate(PROMPT))
+        state = other.save_state()
+    with load(tiny) as llm:
+        llm.eval([1, 2, 3])
+        with pytest.raises(ValueError, match="another model"):
+            llm.load_state(state)
+        assert llm.eval_tokens == [1, 2, 3]
+
+
+def test_a_refused_state_leaves_the_core_set(tiny):
+    with load(tiny, core="stable") as llm:
+        next(llm.generate(PROMPT))
+        before, state = llm.core_set, llm.save_state()
+        with pytest.raises(ValueError):
+            llm.load_state(dataclasses.replace(state, llama_state=state.llama_state[:-3]))
+        assert llm.core_set is before is not None
+        with pytest.raises(TypeError, match="state is bytes; expected the LlamaState"):
+            llm.load_state(state.llama_state)
+        with pytest.raises(TypeError, match="core_set is 'x'; expected a CoreSet .* or None"):
+            llm.set_core_set("x")
+
+
+def test_an_object_can_be_pickled_without_its_text(tiny):
+    with load(tiny, core=CoreConfig(beta=0.3), n_ctx=100) as llm:
+        expected = take(5, llm.generate(PROMPT, temp=0))
+        copy = pickle.loads(pickle.dumps(llm))
+    with copy:
+        assert copy.n_ctx() == 100 and copy.core == CoreConfig(beta=0.3) and copy.n_tokens == 0
+        assert take(5, copy.generate(PROMPT, temp=0)) == expected

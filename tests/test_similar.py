@@ -1,0 +1,312 @@
+"""Decoding with a cluster's neurons: building, lookup, blending, the prior of the patch."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from coreinfer import (
+    Clusters,
+    CoreConfig,
+    CoreSet,
+    Llama,
+    _core,
+    build_clusters,
+)
+from coreinfer.cluster_lookup import core_neurons
+from coreinfer.tuning import Tuning, measure
+from make_synthetic_model import make_tiny_model
+from measure_similarity import compare, cut_prompts
+from small_clusters import NUMBERS, RIVER, TEXTS, letters, make_clusters, make_prior, make_tiny_chat
+from tiny_llama import load
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    return make_tiny_chat(tmp_path_factory.mktemp("clusters") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def built(tiny) -> Clusters:
+    with load(tiny) as llm:
+        return build_clusters(llm, TEXTS, embedder=letters, n_clusters=2, random_state=0)
+
+
+@pytest.fixture(scope="module")
+def by_neurons(tiny) -> Clusters:
+    with load(tiny) as llm:
+        return build_clusters(llm, TEXTS, by="neurons", n_clusters=2, beta=0.2, random_state=0)
+
+
+def expected_set(clusters: Clusters, cluster: int, gamma: float) -> CoreSet:
+    k = round(gamma * clusters.n_ff)
+    layers = [np.sort(np.argsort(-layer[cluster])[:k]) for layer in clusters.scores]
+    return CoreSet(layers=layers, n_ff=clusters.n_ff)
+
+
+def test_build_averages_the_scores_per_token_of_a_clusters_texts(tiny, built):
+    assert built.n_clusters == 2 and built.n_texts.tolist() == [4, 4]
+    with load(tiny) as llm:
+        cluster, similarity = built.nearest(letters(RIVER)[0])
+        own = np.mean([llm.neuron_scores(llm.prompt_ids(text)) for text in RIVER], axis=0)
+        np.testing.assert_allclose(
+            np.stack([layer[cluster] for layer in built.scores]), own, rtol=1e-4, atol=1e-7
+        )
+        assert built.fingerprint == llm.fingerprint
+    assert similarity > 0.9
+    # Each token's flock scores add up to 1.
+    np.testing.assert_allclose([layer.sum(axis=1) for layer in built.scores], 1, rtol=1e-3)
+
+
+def test_similar_decodes_with_the_neurons_of_the_nearest_cluster(tiny, built):
+    core = CoreConfig(mode="similar", gamma=0.25, patch=False)
+    with load(tiny, core=core, clusters=built, embedder=letters) as llm:
+        for text in ("the night again", "4 and 5"):
+            text_of_similar = llm(text, max_tokens=6, temperature=0)["choices"][0]["text"]
+            core, timings = llm.core_set, llm.timings
+            cluster, similarity = built.nearest(letters([text])[0])
+            assert (core.cluster, core.cluster_similarity) == (cluster, similarity)
+            assert core.same_neurons(expected_set(built, cluster, 0.25))
+            assert core.beta == 0.25 and core.fingerprint == llm.fingerprint
+            assert core.stability is None and timings.count_seconds == 0
+            assert timings.embed_seconds > 0 and timings.lookup_seconds > 0
+            llm.core = core
+            assert llm(text, max_tokens=6, temperature=0)["choices"][0]["text"] == text_of_similar
+            assert llm.timings.embed_seconds == llm.timings.lookup_seconds == 0
+            llm.core = CoreConfig(mode="similar", gamma=0.25, patch=False)
+
+
+def test_a_cluster_s_neurons_are_patched_for_the_prompt(tiny, built):
+    with load(tiny, core="similar", clusters=built, embedder=letters, patch=4) as llm:
+        llm("the night again", max_tokens=2)
+        assert llm.core_set.patch_rank == 4 and llm.core_set.cluster is not None
+        assert llm.timings.patch_bytes > 0
+
+
+def test_auto_decodes_with_a_cluster_that_was_measured(tiny, built):
+    config = CoreConfig(mode="similar", gamma=0.9)
+    ids = np.random.default_rng(0).integers(0, 256, 200, dtype=np.int32)
+    with load(tiny, clusters=built, embedder=letters) as llm:
+        row = next(iter(measure(llm, ids, [config], n_prompts=(8,), n_texts=2, n_answer=4)))
+        fingerprint = llm.fingerprint
+    assert row.clusters == built.digest and row.kl > 0
+    tuning = Tuning(fingerprint, (dataclasses.replace(row, kl=0.01, kl_error=0.0, speed=1.2),))
+    options = {"clusters": built, "embedder": letters, "core": "auto", "tuning": tuning}
+    with load(tiny, **options) as llm:
+        llm("the night again and again", max_tokens=3)
+        assert llm.decision.config == config and llm.decision.kl == 0.01
+        assert llm.core_set.cluster is not None
+        llm.set_clusters(None)
+        llm("the night again and again", max_tokens=3)
+        assert llm.decision.config.mode == "exact" and llm.core_set is None
+
+
+def test_the_text_decides_however_the_prompt_is_given(tiny, built):
+    asked = []
+
+    def remembering(texts):
+        asked.extend(texts)
+        return letters(texts)
+
+    with load(tiny, core="similar", clusters=built, embedder=remembering) as llm:
+        text = "the river rose"
+        ids = llm.prompt_ids(text)
+        llm(text, max_tokens=1)
+        llm(ids.tolist(), max_tokens=1)
+        next(llm.generate(text.encode()))
+        next(llm.generate(ids))
+        llm.score(ids, ids[:2])
+        llm.score(ids, ids[:2], text="another")
+        messages = [{"role": "user", "content": "1 2"}, {"role": "assistant", "content": "3"}]
+        llm.create_chat_completion([*messages, {"role": "user", "content": "4"}], max_tokens=1)
+        llm.reset()
+        llm.eval(ids)
+        next(llm.generate(" again", reset=False))
+        assert asked == [*[text] * 5, "another", "4", text + " again"]
+
+
+def test_clusters_of_core_neurons_need_no_embedder(tiny, by_neurons, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with load(tiny, core="similar", clusters=by_neurons, gamma=0.5) as llm:
+        llm(RIVER[0], max_tokens=2)
+        first = llm.core_set
+        assert first.same_neurons(expected_set(by_neurons, first.cluster, 0.5))
+        assert llm.timings.embed_seconds == 0 and first.stability is not None
+        own = core_neurons(llm.neuron_scores(llm.prompt_ids(RIVER[0])), 0.2)
+        assert (first.cluster, first.cluster_similarity) == by_neurons.nearest(own)
+        llm(NUMBERS[0], max_tokens=2)
+        assert llm.core_set.cluster != first.cluster
+
+
+def test_blending_goes_from_the_clusters_neurons_to_the_prompts_own(tiny, built):
+    prompt = RIVER[0]
+    with load(tiny, clusters=built, embedder=letters) as llm:
+
+        def chosen(core: CoreConfig) -> CoreSet:
+            llm.core = core
+            llm(prompt, max_tokens=2)
+            return llm.core_set
+
+        own = chosen(CoreConfig(beta=0.25))
+        cluster = chosen(CoreConfig(mode="similar", gamma=0.25))
+        sets = [chosen(CoreConfig(mode="similar", gamma=0.25, blend=b)) for b in (0.01, 0.5, 1)]
+        assert sets[2].same_neurons(own) and sets[2].stability == own.stability
+        to_own = [own.similarity(core) for core in (cluster, *sets)]
+        assert to_own == sorted(to_own) and to_own[0] < to_own[2] < 1
+        assert all(core.cluster == cluster.cluster for core in sets)
+
+
+def test_chat_prompts_are_read_through_the_template(tiny):
+    with load(tiny) as llm:
+        clusters = build_clusters(
+            llm, RIVER, embedder=letters, n_clusters=1, chat=True, random_state=0
+        )
+        ids = [llm.chat_prompt_ids([{"role": "user", "content": text}]) for text in RIVER]
+        expected = np.mean([llm.neuron_scores(i)[2] for i in ids], axis=0)
+    assert clusters.chat
+    np.testing.assert_allclose(clusters.scores[2][0], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_what_does_not_fit_is_refused_and_the_model_goes_on(tiny, built, tmp_path, monkeypatch):
+    other = tmp_path / "other.gguf"
+    make_tiny_model(other, "llama", "F32", seed=1)
+    with load(str(other)) as llm:
+        with pytest.raises(ValueError, match="clusters belong to another model"):
+            llm.set_clusters(built)
+        with pytest.raises(ValueError, match="for a model of 2 layers with 64 neurons; this one"):
+            llm.set_clusters(make_clusters())
+        narrow = make_prior(llm.n_layer(), llm.n_ff())
+        with pytest.raises(ValueError, match="prior is for embeddings of 8 numbers; this model's"):
+            llm.set_clusters(replace(built.for_any_model(), prior=narrow))
+        with pytest.raises(ValueError, match="not a valid file of clusters"):
+            llm.set_clusters(other)
+        with pytest.raises(FileNotFoundError):
+            llm.set_clusters(tmp_path / "none.npz")
+        with pytest.raises(ValueError, match="core is 'similar'.*there are none"):
+            llm.core = "similar"
+        assert llm.clusters is None
+        llm.set_clusters(built.for_any_model(), letters)
+        llm.core = "similar"
+        with pytest.raises(ValueError, match="there are none"):
+            llm.set_clusters(None)
+        llm.set_clusters(built.for_any_model(), lambda texts: np.ones((len(texts), 4)))
+        with pytest.raises(ValueError, match=r"shape \(4,\); these clusters have 27"):
+            llm("the river", max_tokens=2)
+        monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+        with pytest.raises(ImportError, match=r"letters needs .*\[similarity\]"):
+            llm.set_clusters(built.for_any_model())
+        llm.set_clusters(built.for_any_model(), letters)
+        assert len(llm("the river", max_tokens=2)["choices"][0]["text"]) > 0
+        assert llm.core_set.fingerprint == llm.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"core": "similar"}, "there are none; give clusters a file"),
+        ({"gamma": 0.2}, "gamma is 0.2; it needs core='similar', but core is '"),
+        ({"core": "similar", "gamma": 0}, r"gamma is 0; expected a number in \(0, 1\]"),
+        ({"embedder": letters}, "no clusters to use it with"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(tiny, **options)
+
+
+def test_blend_is_a_share():
+    with pytest.raises(ValueError, match=r"blend is 1.5; expected a number in \[0, 1\]"):
+        CoreConfig(mode="similar", blend=1.5)
+
+
+def test_a_pickled_model_keeps_its_clusters(tiny, built):
+    with load(tiny, core="similar", clusters=built, embedder=letters) as llm:
+        again = pickle.loads(pickle.dumps(llm))
+    with again:
+        again("the night", max_tokens=2)
+        assert again.core_set.cluster == built.nearest(letters(["the night"])[0])[0]
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        ([], {}, "0 texts to build clusters of"),
+        (["one"], {}, "1 texts to build clusters of; expected at least 2"),
+        (TEXTS, {"by": "colour"}, "by is 'colour'"),
+        (TEXTS, {"statistic": "best"}, "statistic is 'best'"),
+        (["word " * 500, "b"], {}, "exceed context window of 256"),
+        ([*TEXTS, "a" * 20], {"n_clusters": 3}, "has 1; expected at least 2"),
+    ],
+)
+def test_a_build_that_cannot_be_is_refused(tiny, texts, options, message):
+    pytest.importorskip("sklearn")
+    with load(tiny) as llm, pytest.raises(ValueError, match=message):
+        build_clusters(llm, texts, **{"embedder": letters, **options})
+
+
+def test_a_patch_learns_from_the_texts_of_the_clusters_file(tiny, built):
+    assert built.prior.n_rows == 128 and built.prior.n_embd == 256
+    prompt = TEXTS[0]
+
+    def factors(llm: Llama) -> np.ndarray:  # (k, n_embd), what the patch adds a kept activation
+        llm.score(llm.prompt_ids(prompt), [1])
+        inner, outer = (a.astype(np.float64) for a in llm.core_set.patch[0])
+        return (outer @ inner).T
+
+    with load(tiny, core=CoreConfig(beta=0.2), clusters=built) as llm:
+        learned = factors(llm)
+        llm.core = CoreConfig(beta=0.2, prior=False)
+        own = factors(llm)
+        llm.core = CoreConfig(beta=0.2)
+        rounding = 0.01 * np.abs(own).max()
+        assert np.abs(factors(llm) - learned).max() < rounding
+        llm.set_clusters(replace(built, prior=None))
+        assert np.abs(factors(llm) - own).max() < rounding
+        assert np.abs(learned - own).max() > 10 * rounding
+        other = replace(built.prior, h=built.prior.h[:2], y=built.prior.y[:2],
+                        weights=built.prior.weights[:2])  # fmt: skip
+        with pytest.raises(ValueError, match="prior is of 2 layers, n_ff 512 and n_embd 256"):
+            llm._open_session().fit_patch(_core.PatchPrior(other.h, other.y, other.weights))
+
+
+def test_no_prior_is_built_where_none_is_wanted(tiny):
+    with load(tiny) as llm:
+        with pytest.raises(ValueError, match="patch_rows is -1; expected 0 to"):
+            build_clusters(llm, TEXTS, embedder=letters, patch_rows=-1)
+        clusters = build_clusters(
+            llm, TEXTS, embedder=letters, n_clusters=1, patch_rows=0, random_state=0
+        )
+    assert clusters.prior is None
+
+
+# --- the measurement ---
+
+
+def test_measured_prompts_have_the_length_asked_for(tiny):
+    with load(tiny) as llm:
+        cut = cut_prompts(llm, ["a", *TEXTS], 10, 3)
+        assert [ids.size for ids in cut] == [10, 10, 10]
+        assert cut[0].tolist() == llm.prompt_ids(TEXTS[0])[-10:].tolist()
+        whole = cut_prompts(llm, TEXTS, 0, 20)
+        assert [ids.tolist() for ids in whole] == [llm.prompt_ids(text).tolist() for text in TEXTS]
+
+
+def test_measured_divergence_is_none_with_all_neurons_and_some_with_few(tiny, built):
+    with load(tiny, clusters=built, embedder=letters) as llm:
+        prompts = cut_prompts(llm, TEXTS, 12, 3)
+        cores = {
+            "all": CoreConfig(mode="similar", gamma=1),
+            "few": CoreConfig(mode="similar", gamma=0.1),
+            "own": CoreConfig(beta=0.1),
+            "blended": CoreConfig(mode="similar", gamma=0.1, blend=1),
+        }
+        rows = compare(llm, prompts, cores, 8)
+    assert np.abs(rows["all"] - [0, 1]).max() < 1e-4
+    assert rows["few"].shape == (3, 2) and (rows["few"][:, 0] > 0.01).all()
+    assert np.array_equal(rows["own"], rows["blended"])
+    assert not np.array_equal(rows["own"], rows["few"])
