@@ -1,9 +1,10 @@
 // How one call of attend() is dealt to the threads.
 //
-// Up to kExactRows rows: positions are cut into spans of kSpan, counted from position 0. A span is
-// one piece of work; its result is merged into the row's in the order of spans. What a row adds up,
-// and in which order, thus follows from its position alone, and one row at a long context still
-// keeps every thread busy. Larger batches: a group of rows runs over all its blocks in one piece.
+// Up to kExactRows rows: positions are cut into spans of kSpan, counted from position 0. A span's
+// result is merged into the row's in the order of spans. What a row adds up, and in which order,
+// thus follows from its position alone. Where key-value heads keep every thread busy, a thread does
+// all that a head needs, and nobody waits; else a span is a piece of work of its own, for one row
+// at a long context. Larger batches: a group of rows runs over all its blocks in one piece.
 #include <algorithm>
 #include <array>
 #include <vector>
@@ -21,7 +22,7 @@ struct AttendScratch {
   size_t oldest_rope = 0;
   AlignedBuffer queries;       // (n_head_kv, rows, group, head_dim): rotated and scaled
   AlignedBuffer bf16_queries;  // (2, …) the same as high and low, where there are tiles
-  AlignedBuffer partials;      // Sums of (kv head, span)
+  AlignedBuffer partials;      // Sums of (kv head, span), or of one span a thread
   AlignedBuffer totals;        // Sums of kv heads
   std::vector<Panel> panels;   // per thread
 
@@ -51,6 +52,8 @@ constexpr int64_t kSpan = kSpanBlocks * kKvBlock;
 // Queries that run over the blocks together in a large batch; their results stay in the
 // second-level cache.
 constexpr int64_t kBatchQueries = 128;
+// From so many heads a thread on, heads are pieces of work.
+constexpr int64_t kHeadsPerThread = 4;
 // Floats of span results that wait for being merged (16 MiB).
 constexpr int64_t kPartialFloats = int64_t{1} << 22;
 
@@ -97,11 +100,6 @@ void check(const AttentionSpec& spec, const KvSpec& kv, Rows q, Rows k, Rows v, 
   }
 }
 
-// The first position that a row at `position` sees.
-int64_t first_seen(const AttentionSpec& spec, int64_t position) {
-  return spec.window == 0 ? 0 : std::max<int64_t>(0, position + 1 - spec.window);
-}
-
 // Every row into the cache, those of one block of positions at a time: keys of a block share cache
 // lines.
 void prepare_rows(const Attention& a, ThreadPool::Context& context) {
@@ -133,25 +131,53 @@ void attend_batch(const Attention& a, int64_t rows_together, int64_t room, const
   }
 }
 
-// All rows, span by span, in waves whose results fit the partial sums.
+// All rows, span by span.
 struct SpanPlan {
   int64_t begin;  // spans that some row sees: [begin, end)
   int64_t end;
+  bool by_head;         // heads are the pieces of work, not spans
   int64_t wave;         // spans computed before their results are merged
   int64_t part_floats;  // of one span and kv head
 
-  SpanPlan(const AttentionSpec& spec, int64_t first, int64_t n) {
+  SpanPlan(const AttentionSpec& spec, int64_t first, int64_t n, int n_threads) {
     begin = first_seen(spec, first) / kSpan;
     end = (first + n - 1) / kSpan + 1;
+    by_head = end - begin == 1 || spec.n_head_kv >= kHeadsPerThread * n_threads;
     part_floats = Sums::floats(n * spec.n_head / spec.n_head_kv, spec.head_dim);
     wave = std::clamp<int64_t>(kPartialFloats / (spec.n_head_kv * part_floats), 1, end - begin);
   }
+  int64_t partials(const AttentionSpec& spec, int n_threads) const {
+    return by_head ? n_threads : wave * spec.n_head_kv;
+  }
 };
 
+// A head in one piece, from its rows to its results.
+void attend_heads(const Attention& a, const SpanPlan& plan, float* partials, float* totals,
+                  const Panel& panel, ThreadPool::Context& context) {
+  const int64_t queries = a.n() * a.group(), d = a.head_dim();
+  const Sums part = Sums::at(partials + context.thread() * plan.part_floats, queries, d);
+  int64_t head, end;
+  // Heads in a row, since each fetches the beginning of the next one ahead.
+  while (context.next_share(a.spec.n_head_kv, 1, &head, &end)) {
+    for (; head < end; ++head) {
+      const Sums total = Sums::at(totals + head * plan.part_floats, queries, d);
+      total.clear(queries, d);
+      a.prepare(head, 0, a.n());
+      for (int64_t span = plan.begin; span < plan.end; ++span) {
+        part.clear(queries, d);
+        a.pass(head, 0, a.n(), span * kSpanBlocks,
+               std::min((span + 1) * kSpanBlocks, a.end_block()), panel, part);
+        total.merge(a.vector, part, queries, d);
+      }
+      a.finish(head, 0, a.n(), total);
+    }
+  }
+}
+
+// A span of a head in one piece, in waves whose results fit the partial sums.
 void attend_spans(const Attention& a, const SpanPlan& plan, float* partials, float* totals,
                   const Panel& panel, ThreadPool::Context& context) {
   const int64_t heads = a.spec.n_head_kv, queries = a.n() * a.group(), d = a.head_dim();
-  const int64_t blocks = (a.first + a.n() - 1) / kKvBlock + 1;
   const auto sums_in = [&](float* memory, int64_t i) {
     return Sums::at(memory + i * plan.part_floats, queries, d);
   };
@@ -165,8 +191,8 @@ void attend_spans(const Attention& a, const SpanPlan& plan, float* partials, flo
         const int64_t head = at / spans, span = from + at % spans;
         const Sums part = sums_in(partials, at);
         part.clear(queries, d);
-        a.pass(head, 0, a.n(), span * kSpanBlocks, std::min((span + 1) * kSpanBlocks, blocks),
-               panel, part);
+        a.pass(head, 0, a.n(), span * kSpanBlocks,
+               std::min((span + 1) * kSpanBlocks, a.end_block()), panel, part);
       }
     }
     context.barrier();
@@ -218,9 +244,9 @@ void CpuBackend::attend(const AttentionSpec& spec, Rows q, Rows k, Rows v, KvCac
     panel.value_pairs.ensure(bytes_of(d * kKvBlock));
     panel.weights.ensure(bytes_of(room * kKvBlock));
   }
-  const SpanPlan plan(spec, first, q.n);
+  const SpanPlan plan(spec, first, q.n, pool_.n_threads());
   if (exact) {
-    s.partials.ensure(bytes_of(plan.wave * spec.n_head_kv * plan.part_floats));
+    s.partials.ensure(bytes_of(plan.partials(spec, pool_.n_threads()) * plan.part_floats));
     s.totals.ensure(bytes_of(spec.n_head_kv * plan.part_floats));
   }
   const RopeTable* rope = spec.rope == RopeKind::kNone ? nullptr : &s.rope_table(spec, first, q.n);
@@ -242,10 +268,15 @@ void CpuBackend::attend(const AttentionSpec& spec, Rows q, Rows k, Rows v, KvCac
 
   pool_.run([&](ThreadPool::Context& context) {
     const Panel& panel = s.panels[static_cast<size_t>(context.thread())];
+    auto* partials = s.partials.as<float>();
+    auto* totals = s.totals.as<float>();
+    if (exact && plan.by_head) {
+      return attend_heads(attention, plan, partials, totals, panel, context);
+    }
     prepare_rows(attention, context);
     context.barrier();
     if (exact) {
-      attend_spans(attention, plan, s.partials.as<float>(), s.totals.as<float>(), panel, context);
+      attend_spans(attention, plan, partials, totals, panel, context);
     } else {
       attend_batch(attention, rows_together, room, panel, context);
     }

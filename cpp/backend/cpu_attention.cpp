@@ -17,6 +17,10 @@ constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 }  // namespace
 
+int64_t first_seen(const AttentionSpec& spec, int64_t position) {
+  return spec.window == 0 ? 0 : std::max<int64_t>(0, position + 1 - spec.window);
+}
+
 void RopeTable::fill() {
   values.resize(static_cast<size_t>(n * 2 * pairs()));
   for (int64_t row = 0; row < n; ++row) {
@@ -48,6 +52,12 @@ void Sums::merge(const VectorKernels& vector, Sums later, int64_t queries, int64
   }
 }
 
+Attention::Block Attention::after(Block now) const {
+  if (now.block + 1 < end_block()) return {now.head, now.block + 1};
+  if (now.head + 1 < spec.n_head_kv) return {now.head + 1, first_block()};
+  return now;
+}
+
 void Attention::prepare_head(float* x, const Norm& norm, int64_t row) const {
   if (norm.weight) norm_row(vector, norm, x, head_dim(), x);
   if (!rope) return;
@@ -74,22 +84,25 @@ void Attention::prepare(int64_t head, int64_t row_begin, int64_t row_end) const 
 
 // panel.scores = q . keys for `count` queries, which begin at offset `query`, and the block's first
 // `cols` positions.
-void Attention::score(int64_t head, int64_t block, int64_t query, int64_t count, int64_t cols,
+void Attention::score(Block at, int64_t query, int64_t count, int64_t cols,
                       const Panel& panel) const {
   const int64_t d = head_dim();
-  const std::byte* keys = cache.key_block(layer, head, block);
+  const Block next = after(at);
+  const std::byte* keys = cache.key_block(layer, at.head, at.block);
+  const std::byte* ahead = cache.key_block(layer, next.head, next.block);
   const float* q = queries + query;
   float* scores = panel.scores.as<float>();
-  const float* wide = panel.keys.as<float>();
+  const auto multiply = [&](const float* wide, const float* wide_ahead) {
+    kernels.multiply_f32(q, d, wide, kKvBlock, scores, kKvBlock, count, d, cols, false, wide_ahead);
+  };
   switch (cache.spec().type_k) {
     case KvType::kF32:
-      wide = reinterpret_cast<const float*>(keys);
-      break;
+      return multiply(reinterpret_cast<const float*>(keys), reinterpret_cast<const float*>(ahead));
     case KvType::kF16: {
       const auto* halves = reinterpret_cast<const uint16_t*>(keys);
       if (count < kWidenFrom) {
-        return kernels.multiply_f16(q, d, halves, kKvBlock, scores, kKvBlock, count, d, cols,
-                                    false);
+        return kernels.multiply_f16(q, d, halves, kKvBlock, scores, kKvBlock, count, d, cols, false,
+                                    reinterpret_cast<const uint16_t*>(ahead));
       }
       kernels.f16_to_f32(halves, d * kKvBlock, panel.keys.as<float>());
       break;
@@ -98,7 +111,7 @@ void Attention::score(int64_t head, int64_t block, int64_t query, int64_t count,
       unpack_keys(keys, panel);
       break;
   }
-  kernels.multiply_f32(q, d, wide, kKvBlock, scores, kKvBlock, count, d, cols, false);
+  multiply(panel.keys.as<float>(), nullptr);
 }
 
 void Attention::unpack_keys(const std::byte* keys, const Panel& panel) const {
@@ -129,20 +142,25 @@ void Attention::score_tiles(int64_t head, int64_t block, int64_t query, int64_t 
 }
 
 // out += panel.scores . values over the block's first `depth` positions.
-void Attention::add_values(int64_t head, int64_t block, int64_t count, int64_t depth,
-                           const Panel& panel, float* out) const {
+void Attention::add_values(Block at, int64_t count, int64_t depth, const Panel& panel,
+                           float* out) const {
   const int64_t d = head_dim();
-  const std::byte* values = cache.value_row(layer, head, block * kKvBlock);
+  const Block next = after(at);
+  const std::byte* values = cache.value_row(layer, at.head, at.block * kKvBlock);
+  const std::byte* ahead = cache.value_row(layer, next.head, next.block * kKvBlock);
   const float* weights = panel.scores.as<float>();
-  const float* wide = panel.values.as<float>();
+  const auto multiply = [&](const float* wide, const float* wide_ahead) {
+    kernels.multiply_f32(weights, kKvBlock, wide, d, out, d, count, depth, d, true, wide_ahead);
+  };
   switch (cache.spec().type_v) {
     case KvType::kF32:
-      wide = reinterpret_cast<const float*>(values);
-      break;
+      return multiply(reinterpret_cast<const float*>(values),
+                      reinterpret_cast<const float*>(ahead));
     case KvType::kF16: {
       const auto* halves = reinterpret_cast<const uint16_t*>(values);
       if (count < kWidenFrom) {
-        return kernels.multiply_f16(weights, kKvBlock, halves, d, out, d, count, depth, d, true);
+        return kernels.multiply_f16(weights, kKvBlock, halves, d, out, d, count, depth, d, true,
+                                    reinterpret_cast<const uint16_t*>(ahead));
       }
       kernels.f16_to_f32(halves, depth * d, panel.values.as<float>());
       break;
@@ -151,7 +169,7 @@ void Attention::add_values(int64_t head, int64_t block, int64_t count, int64_t d
       unpack_values(values, depth, panel);
       break;
   }
-  kernels.multiply_f32(weights, kKvBlock, wide, d, out, d, count, depth, d, true);
+  multiply(panel.values.as<float>(), nullptr);
 }
 
 void Attention::unpack_values(const std::byte* values, int64_t depth, const Panel& panel) const {
@@ -210,7 +228,7 @@ void Attention::pass(int64_t head, int64_t row_begin, int64_t n_rows, int64_t bl
     if (tiles) {
       score_tiles(head, block, query, queries, panel);
     } else {
-      score(head, block, query, queries, std::min(kKvBlock, (cols + 15) / 16 * 16), panel);
+      score({head, block}, query, queries, std::min(kKvBlock, (cols + 15) / 16 * 16), panel);
     }
     for (int64_t i = 0; i < queries; ++i) {
       const int64_t position = base + r0 + i / group();
@@ -225,7 +243,7 @@ void Attention::pass(int64_t head, int64_t row_begin, int64_t n_rows, int64_t bl
     if (tiles) {
       add_values_tiles(head, block, queries, cols, panel, sums.out + q0 * d);
     } else {
-      add_values(head, block, queries, cols, panel, sums.out + q0 * d);
+      add_values({head, block}, queries, cols, panel, sums.out + q0 * d);
     }
   }
 }

@@ -16,6 +16,9 @@
 
 namespace coreinfer {
 
+// The first position that a row at `position` sees.
+int64_t first_seen(const AttentionSpec& spec, int64_t position);
+
 // cos and sin of every pair at positions [first, first + n): (n, 2, dim / 2).
 struct RopeTable {
   std::shared_ptr<const std::vector<float>> freq;  // kept, so that its address stays its own
@@ -79,6 +82,10 @@ struct Attention {
     return (head * n() + row) * group() * head_dim();
   }
 
+  // The blocks that some row sees: [first_block(), end_block()).
+  int64_t first_block() const { return first_seen(spec, first) / kKvBlock; }
+  int64_t end_block() const { return (first + n() - 1) / kKvBlock + 1; }
+
   // Head norms and rope; keys and values go to the cache, queries to their own place.
   void prepare(int64_t head, int64_t row_begin, int64_t row_end) const;
   // Adds what rows [row_begin, row_begin + n_rows) see in blocks [block_begin, block_end) to sums,
@@ -89,13 +96,16 @@ struct Attention {
   void finish(int64_t head, int64_t row_begin, int64_t n_rows, Sums sums) const;
 
  private:
+  struct Block {
+    int64_t head, block;
+  };
+  // What is passed over after a block: the head's next one, then the next head's first.
+  Block after(Block now) const;
   void prepare_head(float* x, const Norm& norm, int64_t row) const;
-  void score(int64_t head, int64_t block, int64_t query, int64_t count, int64_t cols,
-             const Panel& panel) const;
+  void score(Block at, int64_t query, int64_t count, int64_t cols, const Panel& panel) const;
   void score_tiles(int64_t head, int64_t block, int64_t query, int64_t count,
                    const Panel& panel) const;
-  void add_values(int64_t head, int64_t block, int64_t count, int64_t depth, const Panel& panel,
-                  float* out) const;
+  void add_values(Block at, int64_t count, int64_t depth, const Panel& panel, float* out) const;
   void add_values_tiles(int64_t head, int64_t block, int64_t count, int64_t depth,
                         const Panel& panel, float* out) const;
   void unpack_keys(const std::byte* keys, const Panel& panel) const;

@@ -43,11 +43,14 @@ struct TileKernels {
 
 struct AttentionKernels {
   // c[i][j] = (accumulate ? c[i][j] : 0) + sum over k of a[i][k] * b[k][j], fused, k ascending.
-  // a: (rows, depth), b: (depth, cols), c: (rows, cols); ld*: elements from row to row.
+  // a: (rows, depth), b: (depth, cols), c: (rows, cols); ld*: elements from row to row. Memory at
+  // `ahead` that is shaped as b is asked for meanwhile; null: none.
   void (*multiply_f32)(const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                       int64_t ldc, int64_t rows, int64_t depth, int64_t cols, bool accumulate);
+                       int64_t ldc, int64_t rows, int64_t depth, int64_t cols, bool accumulate,
+                       const float* ahead);
   void (*multiply_f16)(const float* a, int64_t lda, const uint16_t* b, int64_t ldb, float* c,
-                       int64_t ldc, int64_t rows, int64_t depth, int64_t cols, bool accumulate);
+                       int64_t ldc, int64_t rows, int64_t depth, int64_t cols, bool accumulate,
+                       const uint16_t* ahead);
   // One row's scores s[0, cols) become weights: exp(s' - max) inside [begin, end), zero outside,
   // with s' = softcap * tanh(s / softcap) (0: s' = s) and the maximum over this and earlier blocks.
   // max and sum are carried from block to block (first: -inf, 0). Returns the factor by which what

@@ -98,7 +98,7 @@ float as_float(uint16_t x) { return f16_to_f32(x); }
 
 template <typename T>
 void multiply(const float* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc,
-              int64_t rows, int64_t depth, int64_t cols, bool accumulate) {
+              int64_t rows, int64_t depth, int64_t cols, bool accumulate, const T*) {
   for (int64_t i = 0; i < rows; ++i) {
     if (!accumulate) std::fill_n(c + i * ldc, cols, 0.0f);
     for (int64_t k = 0; k < depth; ++k) {

@@ -161,7 +161,7 @@ Array<float> multiply_with(Kernel kernel, FloatMatrix a, Matrix b, std::optional
   if (c) std::memcpy(out.data(), c->data(), rows * cols * sizeof(float));
   const auto ld = [](size_t n) { return static_cast<int64_t>(n); };
   kernel(a.data(), ld(depth), b.data(), ld(cols), out.data(), ld(cols), ld(rows), ld(depth),
-         ld(cols), c.has_value());
+         ld(cols), c.has_value(), b.data());
   return out;
 }
 

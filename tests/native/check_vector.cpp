@@ -103,12 +103,15 @@ void check_attention(Isa isa, int64_t n) {
   for (int64_t rows = 1; rows <= 9; ++rows) {
     for (const bool accumulate : {false, true}) {
       std::vector<float> c = values(rows * n), d = c, e = c, f = c;
-      plain.multiply_f32(a.data(), kDepth, b.data(), n, c.data(), n, rows, kDepth, n, accumulate);
-      fast.multiply_f32(a.data(), kDepth, b.data(), n, d.data(), n, rows, kDepth, n, accumulate);
+      plain.multiply_f32(a.data(), kDepth, b.data(), n, c.data(), n, rows, kDepth, n, accumulate,
+                         nullptr);
+      fast.multiply_f32(a.data(), kDepth, b.data(), n, d.data(), n, rows, kDepth, n, accumulate,
+                        nullptr);
       check(close(c, d, 30.0f), isa, "multiply_f32", n);
-      plain.multiply_f16(a.data(), kDepth, half.data(), n, e.data(), n, rows, kDepth, n,
-                         accumulate);
-      fast.multiply_f16(a.data(), kDepth, half.data(), n, f.data(), n, rows, kDepth, n, accumulate);
+      plain.multiply_f16(a.data(), kDepth, half.data(), n, e.data(), n, rows, kDepth, n, accumulate,
+                         half.data());
+      fast.multiply_f16(a.data(), kDepth, half.data(), n, f.data(), n, rows, kDepth, n, accumulate,
+                        half.data());
       check(close(e, f, 30.0f), isa, "multiply_f16", n);
     }
   }
