@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+import measure_auto
 from coreinfer import CoreConfig, Llama
 from coreinfer.auto import Auto
 from coreinfer.cli import main
 from coreinfer.tuning import Row, Tuning, cut, find_tuning, measure, tuning_path
 from make_synthetic_model import make_tiny_model
+from small_clusters import TEXTS, make_clusters
 
 
 def row(beta: float, n_prompt: int, kl: float, speed: float = 1.5, **rest) -> Row:
@@ -96,8 +99,6 @@ def test_a_limit_that_keeps_dense_weights_out_decides_at_once_and_says_what_is_k
 
 
 def test_clusters_serve_where_the_prompt_s_own_neurons_may_not():
-    from test_clusters import make_clusters
-
     clusters = make_clusters()
     gamma = CoreConfig(mode="similar", gamma=0.9)
     rows = (
@@ -285,3 +286,21 @@ def test_tune_of_a_text_that_is_too_short_says_so_and_writes_nothing(tiny, tmp_p
     assert main(["tune", str(tiny), "--text", str(text)]) == 1
     assert "expected at least 64 for one prompt" in capsys.readouterr().err
     assert not tuning_path(tiny).exists()
+
+
+def test_what_auto_costs_is_measured_on_other_texts(tmp_path, capsys, monkeypatch):
+    model, data = tmp_path / "tiny.gguf", tmp_path / "texts.jsonl"
+    make_tiny_model(model, "llama", "Q8_0")
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    argv = f"measure_auto {model} --data {data} --lengths 8 14 --prompts 2 --tokens 6"
+    monkeypatch.setattr(sys, "argv", [*argv.split(), "--max-kl", "0.05", "0.001"])
+    with pytest.raises(SystemExit, match="run `coreinfer tune` first"):
+        measure_auto.main()
+    with Llama(str(model), verbose=False) as llm:
+        Tuning(llm.fingerprint, (row(0.1, 12, 0.03, stability=-1.0),)).save(tuning_path(model))
+    measure_auto.main()
+    table = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[4:]]
+    cells = [cell.strip() for line in table for cell in line]
+    assert cells[:3] == ["8", "0.000 ± 0.000, 0 of 2", "0.000 ± 0.000, 0 of 2"]
+    assert cells[3] == "14" and cells[5] == "0.000 ± 0.000, 0 of 2"
+    assert cells[4].endswith("2 of 2") and float(cells[4].split()[0]) > 0.001

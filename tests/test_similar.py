@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import measure_patch
 from coreinfer import (
     Clusters,
     CoreConfig,
@@ -310,3 +312,23 @@ def test_measured_divergence_is_none_with_all_neurons_and_some_with_few(tiny, bu
     assert rows["few"].shape == (3, 2) and (rows["few"][:, 0] > 0.01).all()
     assert np.array_equal(rows["own"], rows["blended"])
     assert not np.array_equal(rows["own"], rows["few"])
+
+
+def test_the_patch_is_measured_with_and_without_a_prior(tiny, built, tmp_path, capsys, monkeypatch):
+    data, clusters = tmp_path / "texts.jsonl", tmp_path / "c.npz"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    built.save(clusters)
+    more = f"--length 12 --prompts 3 --tokens 8 --betas 0.1 0.3 --clusters {clusters}"
+    monkeypatch.setattr(sys, "argv", ["measure_patch", tiny, "--data", str(data), *more.split()])
+    measure_patch.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "tiny.gguf, 3 prompts of 12 tokens"
+    assert lines[2] == "| KL, agreement | no patch | patch | patch, prior |"
+    kl = [[float(cell.split()[0]) for cell in line.split("|")[2:-1]] for line in lines[4:6]]
+    assert len({*kl[0], *kl[1]}) == 6 and min(kl[0]) > 0.01
+    assert (
+        f"β = 0.1 with patch, prior, over β = 0.3 with none: {kl[0][2] / kl[1][0]:.1f}" in lines[-1]
+    )
+    replace(built, prior=None).save(clusters)
+    with pytest.raises(SystemExit, match="holds no prior; build it with --patch-rows 128"):
+        measure_patch.main()

@@ -15,11 +15,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Hashable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from coreinfer import Clusters, CoreConfig, Llama
+
+Way = TypeVar("Way", bound=Hashable)
 
 
 def read_texts(path: str, fields: list[str]) -> list[str]:
@@ -36,10 +40,10 @@ def cut_prompts(llm: Llama, texts: list[str], length: int, n_prompts: int) -> li
 
 
 def compare(
-    llm: Llama, prompts: list[np.ndarray], cores: dict[str, CoreConfig], n_continue: int
-) -> dict[str, np.ndarray]:
+    llm: Llama, prompts: list[np.ndarray], cores: dict[Way, CoreConfig], n_continue: int
+) -> dict[Way, np.ndarray]:
     """Per way of choosing neurons: (n_prompts, 2), KL to dense and agreement with dense."""
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in cores}
+    found: dict[Way, list[tuple[float, float]]] = {name: [] for name in cores}
     for ids in prompts:
         llm.core = "off"
         continuation = list(itertools.islice(llm.generate(ids, temp=0), n_continue))

@@ -1,0 +1,75 @@
+"""What the patch takes away of the divergence, and what a prior of other texts adds to it.
+
+In: a GGUF model, texts as JSON lines, and, for the prior, clusters that `coreinfer cluster build`
+made with it from other texts. A prompt is the last n tokens of a text; the continuation is the
+model's own greedy one. Out: a Markdown table of KL to dense and agreement with dense by share of
+neurons, means over prompts with the standard error of the KL, then how many times as far the
+smallest share with a patch is from dense as the largest without.
+
+    python tools/measure_patch.py MODEL.gguf --data FILE.jsonl --fields text \
+        --clusters CLUSTERS.npz --betas 0.2 0.4 --length 256
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from coreinfer import Clusters, CoreConfig, Llama
+from measure_similarity import compare, cut_prompts, read_texts, summary
+
+
+def ways(betas: list[float], rank: int, prior: bool) -> dict[tuple[float, str], CoreConfig]:
+    """By share of neurons and column of the table."""
+    columns = {"no patch": {"patch": False}, "patch": {"patch": rank, "prior": False}}
+    if prior:
+        columns["patch, prior"] = {"patch": rank, "prior": True}
+    return {
+        (beta, name): CoreConfig(mode="stable", beta=beta, **options)
+        for beta in betas
+        for name, options in columns.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True, help="texts as JSON lines")
+    parser.add_argument("--fields", nargs="+", default=["text"])
+    parser.add_argument("--clusters", help="the file whose prior is tried, too")
+    parser.add_argument("--betas", nargs="+", type=float, default=[0.2, 0.4])
+    parser.add_argument("--patch", type=int, default=64, help="its rank")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a prompt")
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=48, help="of every continuation")
+    args = parser.parse_args()
+
+    clusters = None if args.clusters is None else Clusters.load(args.clusters)
+    if clusters is not None and clusters.prior is None:
+        raise SystemExit(f"{args.clusters} holds no prior; build it with --patch-rows 128")
+    cores = ways(sorted(args.betas), args.patch, clusters is not None)
+    with Llama(args.model, clusters=clusters, verbose=False) as llm:
+        texts = read_texts(args.data, args.fields)
+        prompts = cut_prompts(llm, texts, args.length, args.prompts)
+        if not prompts:
+            raise SystemExit(f"no text of {args.data} has {args.length} tokens")
+        found = compare(llm, prompts, cores, args.tokens)
+    columns = list(dict.fromkeys(name for _, name in cores))
+    print(f"{Path(args.model).name}, {len(prompts)} prompts of {args.length} tokens\n")
+    print("| KL, agreement | " + " | ".join(columns) + " |")
+    print("| --- |" + " --- |" * len(columns))
+    for beta in dict.fromkeys(beta for beta, _ in cores):
+        figures = [summary(found[beta, name]) for name in columns]
+        cells = [f"{kl:.3f} ± {error:.3f}, {hits:.2f}" for kl, error, hits in figures]
+        print(f"| β = {beta:g} | " + " | ".join(cells) + " |")
+    betas = sorted(args.betas)
+    far = np.mean(found[betas[-1], "no patch"][:, 0])
+    for name in columns[1:]:
+        times = np.mean(found[betas[0], name][:, 0]) / far
+        print(f"\nβ = {betas[0]:g} with {name}, over β = {betas[-1]:g} with none: {times:.2f}")
+
+
+if __name__ == "__main__":
+    main()
