@@ -41,13 +41,14 @@ void store_sums(const float* sums, int64_t rows, bool accumulate, float* y) {
   }
 }
 
-// A unit is two strips of one weight.
+// A unit is two strips of one weight, one of each half: a thread then reads two streams of memory,
+// each of which it asks for across the ends of strips.
 class LinearTask final : public ProductTask {
  public:
   LinearTask(Product& product, std::span<const Linear> linears) : linears_(linears) {
     for (size_t i = 0; i < linears.size(); ++i) {
       product.add(linears[i].weight);
-      first_[i + 1] = first_[i] + (strips_of(*linears[i].weight) + 1) / 2;
+      first_[i + 1] = first_[i] + half_of(*linears[i].weight);
     }
   }
 
@@ -56,32 +57,28 @@ class LinearTask final : public ProductTask {
   ProductUnit unit(int64_t number) const override {
     size_t i = 0;
     while (number >= first_[i + 1]) ++i;
-    const int64_t strip = 2 * (number - first_[i]);
-    const int n = strip + 1 < strips_of(*linears_[i].weight) ? 2 : 1;
-    return {{{{i, strip}, {i, strip + 1}}}, n};
+    const Weight& w = *linears_[i].weight;
+    const int64_t strip = number - first_[i], other = strip + half_of(w);
+    return {{{{i, strip}, {i, other}}}, other < strips_of(w) ? 2 : 1};
   }
 
   void finish(const ProductUnit& unit, int64_t first, int64_t n,
               float* const* tiles) const override {
-    const auto [number, strip] = unit.parts[0];
-    const Linear& l = linears_[number];
-    const int64_t row = strip * kStripRows;
-    int64_t rows[2] = {rows_of(*l.weight, strip), 0};
-    add_bias(l.bias, row, rows[0], n, tiles[0]);
-    if (unit.n_parts == 2) {
-      rows[1] = rows_of(*l.weight, strip + 1);
-      add_bias(l.bias, row + kStripRows, rows[1], n, tiles[1]);
-    }
-    // Both parts of a token at once: they are neighbours in memory.
-    for (int64_t t = 0; t < n; ++t) {
-      float* y = l.out.data + (first + t) * l.out.stride + row;
-      for (int p = 0; p < unit.n_parts; ++p, y += kStripRows) {
-        store_sums(tiles[p] + t * kStripRows, rows[p], l.accumulate, y);
+    const Linear& l = linears_[unit.parts[0].weight];
+    for (int p = 0; p < unit.n_parts; ++p) {
+      const int64_t strip = unit.parts[static_cast<size_t>(p)].strip, row = strip * kStripRows;
+      const int64_t rows = rows_of(*l.weight, strip);
+      add_bias(l.bias, row, rows, n, tiles[p]);
+      for (int64_t t = 0; t < n; ++t) {
+        float* const y = l.out.data + (first + t) * l.out.stride + row;
+        store_sums(tiles[p] + t * kStripRows, rows, l.accumulate, y);
       }
     }
   }
 
  private:
+  static int64_t half_of(const Weight& w) { return (strips_of(w) + 1) / 2; }
+
   std::span<const Linear> linears_;
   std::array<int64_t, Product::kMaxWeights + 1> first_{};  // unit of each weight
 };
