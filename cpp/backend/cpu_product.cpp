@@ -48,6 +48,11 @@ const CpuWeight& cpu_weight(const Weight* weight) {
   return static_cast<const CpuWeight&>(*weight);
 }
 
+RowsProduct rows_of(const Mat& mat, int64_t strip, float* tile) {
+  const int64_t row = strip * kStripRows;
+  return {mat.row(row), std::min<int64_t>(kStripRows, mat.rows - row), tile};
+}
+
 // The same place `bytes` further on.
 template <class T>
 T* in_copy(T* p, size_t bytes) {
@@ -271,9 +276,21 @@ void Product::fill(const ProductUnit& unit, size_t copy, int64_t first, int64_t 
     const DotStripsFn dot = kernels_.dot_strips(a.weight->type(), in.columns->dense);
     return dot(products, codes_of(in, first, copy), n);
   }
+  if (unit.n_parts == 2 && read_by_rows(*a.weight) && read_by_rows(*b.weight) &&
+      a.weight->type() == b.weight->type()) {
+    const Mat &mat = a.weight->plain(), &other = b.weight->plain();
+    const std::array<RowsProduct, 2> products = {rows_of(mat, unit.parts[0].strip, tiles[0]),
+                                                 rows_of(other, unit.parts[1].strip, tiles[1])};
+    const DotRowsFn dot = kernels_.dot_rows(mat.type);
+    return dot(products, mat.stride(), mat.cols, values_of(in, first, copy), n);
+  }
   for (int p = 0; p < unit.n_parts; ++p) {
     tile(unit.parts[static_cast<size_t>(p)], copy, first, n, panel, tiles[p]);
   }
+}
+
+bool Product::read_by_rows(const CpuWeight& w) const {
+  return x_.n <= kExactRows && !w.packed() && !w.stored_by_columns();
 }
 
 void Product::tile(const ProductUnit::Part& part, size_t copy, int64_t first, int64_t n,
@@ -322,15 +339,14 @@ void Product::plain_tile(const CpuWeight& w, int64_t strip, const FloatRows& x, 
     return;
   }
   const Mat& mat = w.plain();
-  const int64_t rows = std::min<int64_t>(kStripRows, mat.rows - row);
-  if (x_.n <= kExactRows) {
-    const DotRowsFn dot = kernels_.dot_rows(mat.type);
-    return dot(mat.row(row), mat.stride(), rows, mat.cols, x, n, tile);
+  const RowsProduct rows = rows_of(mat, strip, tile);
+  if (read_by_rows(w)) {
+    return kernels_.dot_rows(mat.type)({&rows, 1}, mat.stride(), mat.cols, x, n);
   }
   std::fill_n(tile, n * kStripRows, 0.0f);
   for (int64_t c = 0; c < mat.cols; c += kPanelCols) {
     const int64_t end = std::min(c + kPanelCols, mat.cols);
-    kernels_.transpose_panel(mat.type, mat.row(row), mat.stride(), rows, c, end, panel);
+    kernels_.transpose_panel(mat.type, rows.first, mat.stride(), rows.n_rows, c, end, panel);
     kernels_.dot_panel(panel, end - c, {x.data + c, x.stride}, n, tile);
   }
 }

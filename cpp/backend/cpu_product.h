@@ -95,6 +95,8 @@ class Product {
   void work_bf16(ThreadPool::Context& context, int64_t n_units, const ProductTask& task) const;
   void fill(const ProductUnit& unit, size_t copy, int64_t first, int64_t n, float* panel,
             float* const (&tiles)[2]) const;
+  // A float matrix that few tokens are multiplied with row by row.
+  bool read_by_rows(const CpuWeight& w) const;
   void tile(const ProductUnit::Part& part, size_t copy, int64_t first, int64_t n, float* panel,
             float* tile) const;
   void packed_tile(const CpuWeight& w, int64_t strip, const FloatRows& x, int64_t n, float* panel,

@@ -72,11 +72,18 @@ using TransposePanelFn = void (*)(DType type, const std::byte* rows, size_t row_
 using DotPanelFn = void (*)(const float* panel, int64_t n_cols, const FloatRows& x,
                             int64_t n_tokens, float* tile);
 
-// tile[t * 16 + r] = row r * token t, for n_rows <= 16 rows of n elements of a float matrix, two at
-// once. Column c is added to partial sum c % 32; partial sums i and i + half are added until one is
-// left.
-using DotRowsFn = void (*)(const std::byte* first, size_t row_stride, int64_t n_rows, int64_t n,
-                           const FloatRows& x, int64_t n_tokens, float* tile);
+// Up to 16 rows of a float matrix, and where their products go.
+struct RowsProduct {
+  const std::byte* first = nullptr;
+  int64_t n_rows = 0;
+  float* tile = nullptr;
+};
+
+// tile[t * 16 + r] = row r * token t, for one run of rows or for two of the same type and width,
+// which are read side by side. Column c of n is added to partial sum c % 32; partial sums i and i +
+// half are added until one is left.
+using DotRowsFn = void (*)(std::span<const RowsProduct> products, size_t row_stride, int64_t n,
+                           const FloatRows& x, int64_t n_tokens);
 
 // 16 rows of a float matrix that is stored column by column, from `first` on: panel[column * 16 +
 // row] of n_cols columns.

@@ -142,10 +142,12 @@ void dot_row(const std::byte* row, int64_t n, const FloatRows& x, int64_t n_toke
 }
 
 template <DType kType>
-void dot_rows(const std::byte* first, size_t row_stride, int64_t n_rows, int64_t n,
-              const FloatRows& x, int64_t n_tokens, float* tile) {
-  for (int64_t r = 0; r < n_rows; ++r) {
-    dot_row<kType>(first + row_stride * static_cast<size_t>(r), n, x, n_tokens, tile + r);
+void dot_rows(std::span<const RowsProduct> products, size_t row_stride, int64_t n,
+              const FloatRows& x, int64_t n_tokens) {
+  for (const RowsProduct& p : products) {
+    for (int64_t r = 0; r < p.n_rows; ++r) {
+      dot_row<kType>(p.first + row_stride * static_cast<size_t>(r), n, x, n_tokens, p.tile + r);
+    }
   }
 }
 

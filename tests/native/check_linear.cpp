@@ -203,9 +203,21 @@ void check_plain(Isa isa, DType type) {
     const std::vector<float> x = normal_values(static_cast<size_t>(kTokens * n));
     for (int64_t tokens = 1; tokens <= kTokens; ++tokens) {
       std::vector<float> sums(static_cast<size_t>(tokens) * kStripRows), others(sums.size());
-      plain.dot_rows(type)(mat.row(0), mat.stride(), kRows, n, {x.data(), n}, tokens, sums.data());
-      fast.dot_rows(type)(mat.row(0), mat.stride(), kRows, n, {x.data(), n}, tokens, others.data());
-      check(same(sums, others), isa, type, "row product");
+      const RowsProduct all{mat.data, kRows, sums.data()};
+      plain.dot_rows(type)({&all, 1}, mat.stride(), n, {x.data(), n}, tokens);
+      for (const int64_t cut : {int64_t{0}, int64_t{4}, kRows}) {
+        std::vector<float> seconds(sums.size());
+        const std::byte* const rest = mat.data + mat.stride() * static_cast<size_t>(cut);
+        const std::array<RowsProduct, 2> parts = {
+            {{mat.data, cut, others.data()}, {rest, kRows - cut, seconds.data()}}};
+        std::fill(others.begin(), others.end(), 0.0f);
+        fast.dot_rows(type)(parts, mat.stride(), n, {x.data(), n}, tokens);
+        for (int64_t t = 0; t < tokens; ++t) {
+          float* const to = others.data() + t * kStripRows;
+          std::copy_n(seconds.data() + t * kStripRows, kRows - cut, to + cut);
+        }
+        check(same(sums, others), isa, type, "row product");
+      }
     }
   }
 }
