@@ -41,11 +41,13 @@ void store_sums(const float* sums, int64_t rows, bool accumulate, float* y) {
   }
 }
 
-// A unit is two strips of one weight, one of each half: a thread then reads two streams of memory,
-// each of which it asks for across the ends of strips.
+// A unit is two strips of one weight. For few tokens one of each half: a thread then reads two
+// streams of memory, each of which it asks for across the ends of strips. For many, two neighbours,
+// whose outputs are neighbours, too.
 class LinearTask final : public ProductTask {
  public:
-  LinearTask(Product& product, std::span<const Linear> linears) : linears_(linears) {
+  LinearTask(Product& product, std::span<const Linear> linears, int64_t n_tokens)
+      : linears_(linears), halves_(n_tokens <= kExactRows) {
     for (size_t i = 0; i < linears.size(); ++i) {
       product.add(linears[i].weight);
       first_[i + 1] = first_[i] + half_of(*linears[i].weight);
@@ -58,20 +60,25 @@ class LinearTask final : public ProductTask {
     size_t i = 0;
     while (number >= first_[i + 1]) ++i;
     const Weight& w = *linears_[i].weight;
-    const int64_t strip = number - first_[i], other = strip + half_of(w);
+    const int64_t nth = number - first_[i];
+    const int64_t strip = halves_ ? nth : 2 * nth, other = halves_ ? nth + half_of(w) : strip + 1;
     return {{{{i, strip}, {i, other}}}, other < strips_of(w) ? 2 : 1};
   }
 
   void finish(const ProductUnit& unit, int64_t first, int64_t n,
               float* const* tiles) const override {
     const Linear& l = linears_[unit.parts[0].weight];
+    int64_t row[2] = {}, rows[2] = {};
     for (int p = 0; p < unit.n_parts; ++p) {
-      const int64_t strip = unit.parts[static_cast<size_t>(p)].strip, row = strip * kStripRows;
-      const int64_t rows = rows_of(*l.weight, strip);
-      add_bias(l.bias, row, rows, n, tiles[p]);
-      for (int64_t t = 0; t < n; ++t) {
-        float* const y = l.out.data + (first + t) * l.out.stride + row;
-        store_sums(tiles[p] + t * kStripRows, rows, l.accumulate, y);
+      const int64_t strip = unit.parts[static_cast<size_t>(p)].strip;
+      row[p] = strip * kStripRows;
+      rows[p] = rows_of(*l.weight, strip);
+      add_bias(l.bias, row[p], rows[p], n, tiles[p]);
+    }
+    for (int64_t t = 0; t < n; ++t) {
+      float* const y = l.out.data + (first + t) * l.out.stride;
+      for (int p = 0; p < unit.n_parts; ++p) {
+        store_sums(tiles[p] + t * kStripRows, rows[p], l.accumulate, y + row[p]);
       }
     }
   }
@@ -80,6 +87,7 @@ class LinearTask final : public ProductTask {
   static int64_t half_of(const Weight& w) { return (strips_of(w) + 1) / 2; }
 
   std::span<const Linear> linears_;
+  bool halves_;
   std::array<int64_t, Product::kMaxWeights + 1> first_{};  // unit of each weight
 };
 
@@ -219,7 +227,7 @@ void CpuBackend::linear(Rows x, const Norm& norm, std::span<const Linear> linear
   const bool f32 = options_.f32_activations || std::any_of(linears.begin(), linears.end(),
                                                            [](const Linear& l) { return l.f32; });
   Product product(isa_, f32, pool_, linear_scratch_, x, norm);
-  const LinearTask task(product, linears);
+  const LinearTask task(product, linears, x.n);
   product.run(task.n_units(), task);
 }
 
