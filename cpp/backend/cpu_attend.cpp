@@ -151,6 +151,13 @@ struct SpanPlan {
   }
 };
 
+// part := what all rows see of a head's span.
+void pass_span(const Attention& a, int64_t head, int64_t span, const Panel& panel, Sums part) {
+  part.clear(a.n() * a.group(), a.head_dim());
+  const int64_t end = std::min((span + 1) * kSpanBlocks, a.end_block());
+  a.pass(head, 0, a.n(), span * kSpanBlocks, end, panel, part);
+}
+
 // A head in one piece, from its rows to its results.
 void attend_heads(const Attention& a, const SpanPlan& plan, float* partials, float* totals,
                   const Panel& panel, ThreadPool::Context& context) {
@@ -164,9 +171,7 @@ void attend_heads(const Attention& a, const SpanPlan& plan, float* partials, flo
       total.clear(queries, d);
       a.prepare(head, 0, a.n());
       for (int64_t span = plan.begin; span < plan.end; ++span) {
-        part.clear(queries, d);
-        a.pass(head, 0, a.n(), span * kSpanBlocks,
-               std::min((span + 1) * kSpanBlocks, a.end_block()), panel, part);
+        pass_span(a, head, span, panel, part);
         total.merge(a.vector, part, queries, d);
       }
       a.finish(head, 0, a.n(), total);
@@ -189,10 +194,7 @@ void attend_spans(const Attention& a, const SpanPlan& plan, float* partials, flo
     while (context.next(spans * heads, chunk, &at, &end)) {
       for (; at < end; ++at) {
         const int64_t head = at / spans, span = from + at % spans;
-        const Sums part = sums_in(partials, at);
-        part.clear(queries, d);
-        a.pass(head, 0, a.n(), span * kSpanBlocks,
-               std::min((span + 1) * kSpanBlocks, a.end_block()), panel, part);
+        pass_span(a, head, span, panel, sums_in(partials, at));
       }
     }
     context.barrier();
