@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 
 from coreinfer import Clusters
@@ -22,6 +24,12 @@ def letters(texts) -> np.ndarray:
             for text in texts
         ]
     )
+
+
+def write_texts(path, field: str) -> str:
+    """TEXTS as JSON lines."""
+    path.write_text("".join(json.dumps({field: text}) + "\n" for text in TEXTS))
+    return str(path)
 
 
 def make_clusters(**changes) -> Clusters:

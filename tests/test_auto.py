@@ -16,7 +16,7 @@ from coreinfer.auto import Auto
 from coreinfer.cli import main
 from coreinfer.tuning import Row, Tuning, cut, find_tuning, measure, tuning_path
 from make_synthetic_model import make_tiny_model
-from small_clusters import TEXTS, make_clusters
+from small_clusters import make_clusters, write_texts
 
 
 def row(beta: float, n_prompt: int, kl: float, speed: float = 1.5, **rest) -> Row:
@@ -291,7 +291,7 @@ def test_tune_of_a_text_that_is_too_short_says_so_and_writes_nothing(tiny, tmp_p
 def test_what_auto_costs_is_measured_on_other_texts(tmp_path, capsys, monkeypatch):
     model, data = tmp_path / "tiny.gguf", tmp_path / "texts.jsonl"
     make_tiny_model(model, "llama", "Q8_0")
-    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    write_texts(data, "text")
     argv = f"measure_auto {model} --data {data} --lengths 8 14 --prompts 2 --tokens 6"
     monkeypatch.setattr(sys, "argv", [*argv.split(), "--max-kl", "0.05", "0.001"])
     with pytest.raises(SystemExit, match="run `coreinfer tune` first"):

@@ -12,7 +12,7 @@ from coreinfer import (
     Clusters,
 )
 from coreinfer.cli import main
-from small_clusters import RIVER, TEXTS, make_tiny_chat
+from small_clusters import RIVER, make_tiny_chat, write_texts
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,7 @@ def tiny(tmp_path_factory) -> str:
 
 @pytest.fixture
 def data(tmp_path) -> str:
-    path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"question": text}) + "\n" for text in TEXTS))
-    return str(path)
+    return write_texts(tmp_path / "texts.jsonl", "question")
 
 
 def build(model: str, data: str, out, *options: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pickle
 import sys
 from dataclasses import replace
@@ -24,7 +23,16 @@ from coreinfer.cluster_lookup import core_neurons
 from coreinfer.tuning import Tuning, measure
 from make_synthetic_model import make_tiny_model
 from measure_similarity import compare, cut_prompts
-from small_clusters import NUMBERS, RIVER, TEXTS, letters, make_clusters, make_prior, make_tiny_chat
+from small_clusters import (
+    NUMBERS,
+    RIVER,
+    TEXTS,
+    letters,
+    make_clusters,
+    make_prior,
+    make_tiny_chat,
+    write_texts,
+)
 from tiny_llama import load
 
 
@@ -316,7 +324,7 @@ def test_measured_divergence_is_none_with_all_neurons_and_some_with_few(tiny, bu
 
 def test_the_patch_is_measured_with_and_without_a_prior(tiny, built, tmp_path, capsys, monkeypatch):
     data, clusters = tmp_path / "texts.jsonl", tmp_path / "c.npz"
-    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    write_texts(data, "text")
     built.save(clusters)
     more = f"--length 12 --prompts 3 --tokens 8 --betas 0.1 0.3 --clusters {clusters}"
     monkeypatch.setattr(sys, "argv", ["measure_patch", tiny, "--data", str(data), *more.split()])
