@@ -12,30 +12,24 @@ neurons answered.
 from __future__ import annotations
 
 import argparse
-import itertools
 from pathlib import Path
 
 import numpy as np
 
 from coreinfer import CoreConfig, Llama
-from coreinfer.tuning import tuning_path
-from measure_similarity import cut_prompts, read_texts, summary
+from coreinfer.tuning import divergence, tuning_path
+from measure_similarity import cut_prompts, read_texts, scored, summary
 
 
 def measure(
     llm: Llama, prompts: list[np.ndarray], limits: list[float], n_continue: int
 ) -> dict[float, np.ndarray]:
     """Per allowed KL: (n_prompts, 2), KL to dense and whether core neurons decoded."""
+    cores = {limit: CoreConfig(mode="auto", max_kl=limit) for limit in limits}
     found: dict[float, list[tuple[float, float]]] = {limit: [] for limit in limits}
-    for ids in prompts:
-        llm.core = "off"
-        continuation = list(itertools.islice(llm.generate(ids, temp=0), n_continue))
-        dense = llm.score(ids, continuation)[1:].astype(np.float64)
-        for limit in limits:
-            llm.core = CoreConfig(mode="auto", max_kl=limit)
-            got = llm.score(ids, continuation)[1:]
-            kl = (np.exp(dense) * (dense - got)).sum(axis=1).mean()
-            found[limit].append((kl, llm.decision.config.mode in ("stable", "similar")))
+    for limit, dense, got in scored(llm, prompts, cores, n_continue):
+        by_core = llm.decision.config.mode in ("stable", "similar")
+        found[limit].append((divergence(dense, got).mean(), by_core))
     return {limit: np.array(rows) for limit, rows in found.items()}
 
 

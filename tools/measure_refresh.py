@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from coreinfer import CoreConfig, Llama
-from coreinfer.tuning import cut
+from coreinfer.tuning import cut, divergence
 
-BLOCK = 256  # rows of (n, n_vocab) that are widened to float64 at once
+BLOCK = 256  # tokens that dense decoding scores at once
 
 
 def forced(llm: Llama, prompt: np.ndarray, text: np.ndarray, refresh: int | None) -> np.ndarray:
@@ -29,15 +29,6 @@ def forced(llm: Llama, prompt: np.ndarray, text: np.ndarray, refresh: int | None
         for k in range(0, text.size, step)
     ]
     return np.concatenate(rows)
-
-
-def divergence(dense: np.ndarray, got: np.ndarray) -> np.ndarray:
-    """KL from dense at each position, float64 (n,)."""
-    parts = []
-    for k in range(0, len(dense), BLOCK):
-        p = dense[k : k + BLOCK].astype(np.float64)
-        parts.append((np.exp(p) * (p - got[k : k + BLOCK])).sum(axis=1))
-    return np.concatenate(parts)
 
 
 def compare(

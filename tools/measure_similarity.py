@@ -15,13 +15,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from coreinfer import Clusters, CoreConfig, Llama
+from coreinfer.tuning import divergence
 
 Way = TypeVar("Way", bound=Hashable)
 
@@ -39,20 +40,27 @@ def cut_prompts(llm: Llama, texts: list[str], length: int, n_prompts: int) -> li
     return list(itertools.islice(fitting, n_prompts))
 
 
+def scored(
+    llm: Llama, prompts: list[np.ndarray], cores: dict[Way, CoreConfig], n_continue: int
+) -> Iterator[tuple[Way, np.ndarray, np.ndarray]]:
+    """Per prompt and way: its name, dense ln p and its own, both (n_continue - 1, n_vocab)."""
+    for ids in prompts:
+        llm.core = "off"
+        continuation = list(itertools.islice(llm.generate(ids, temp=0), n_continue))
+        dense = llm.score(ids, continuation)[1:]
+        for name, core in cores.items():
+            llm.core = core
+            yield name, dense, llm.score(ids, continuation)[1:]
+
+
 def compare(
     llm: Llama, prompts: list[np.ndarray], cores: dict[Way, CoreConfig], n_continue: int
 ) -> dict[Way, np.ndarray]:
     """Per way of choosing neurons: (n_prompts, 2), KL to dense and agreement with dense."""
     found: dict[Way, list[tuple[float, float]]] = {name: [] for name in cores}
-    for ids in prompts:
-        llm.core = "off"
-        continuation = list(itertools.islice(llm.generate(ids, temp=0), n_continue))
-        dense = llm.score(ids, continuation)[1:].astype(np.float64)
-        for name, core in cores.items():
-            llm.core = core
-            got = llm.score(ids, continuation)[1:].astype(np.float64)
-            kl = (np.exp(dense) * (dense - got)).sum(axis=1).mean()
-            found[name].append((kl, (got.argmax(axis=1) == dense.argmax(axis=1)).mean()))
+    for name, dense, got in scored(llm, prompts, cores, n_continue):
+        same = (got.argmax(axis=1) == dense.argmax(axis=1)).mean()
+        found[name].append((divergence(dense, got).mean(), same))
     return {name: np.array(rows) for name, rows in found.items()}
 
 

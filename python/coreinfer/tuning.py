@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FORMAT_NAME = "coreinfer tuning"
 FORMAT_VERSION = 1
 _MAX_FILE_BYTES = 1 << 24
+_BLOCK = 256  # rows of (n, n_vocab) that are widened to float64 at once
 _CONFIG_FIELDS = (
     *("mode", "beta", "statistic", "alpha", "layers", "weighted", "patch", "prior"),
     *("gamma", "blend"),
@@ -233,6 +234,15 @@ def cut(ids: np.ndarray, n_prompt: int, n_texts: int) -> list[np.ndarray]:
     return [ids[s : s + n_prompt] for s in starts]
 
 
+def divergence(dense: np.ndarray, got: np.ndarray) -> np.ndarray:
+    """KL divergence of `dense` to `got`, both ln p of shape (n, n_vocab), in nats: float64 (n,)."""
+    parts = [np.zeros(0)]
+    for k in range(0, len(dense), _BLOCK):
+        p = dense[k : k + _BLOCK].astype(np.float64)
+        parts.append((np.exp(p) * (p - got[k : k + _BLOCK])).sum(axis=1))
+    return np.concatenate(parts)
+
+
 def measure(
     llm: TokenModel,
     ids: np.ndarray,
@@ -259,11 +269,11 @@ def measure(
         for text in texts:
             llm.core = "off"
             answer, seconds = _answered(llm, text, n_answer)
-            dense = llm.score(text, answer)[1:].astype(np.float64)
+            dense = llm.score(text, answer)[1:]
             for config, figures in zip(configs, found, strict=True):
                 llm.core = config
                 got = llm.score(text, answer)[1:]
-                kl = float((np.exp(dense) * (dense - got)).sum(axis=1).mean())
+                kl = float(divergence(dense, got).mean())
                 same = float((got.argmax(axis=1) == dense.argmax(axis=1)).mean())
                 timings = llm.timings
                 share = timings.decode_weight_bytes / timings.dense_weight_bytes
