@@ -1,6 +1,7 @@
 // Exact scalar conversions between float32 and the two 16-bit formats, as the hardware does them:
 // to nearest, ties to even; subnormals kept; NaN stays NaN (made quiet, sign and payload kept).
-// Integer code only, so the result does not depend on flush-to-zero settings of the thread.
+// Choices instead of branches, so that compilers turn loops of them into vector code. Flushing
+// subnormals to zero changes nothing: those of float32 are nothing in float16 either way.
 #pragma once
 
 #include <bit>
@@ -8,49 +9,38 @@
 
 namespace coreinfer {
 
+// a where the condition holds, else b: a form that compilers do not turn back into a branch.
+inline uint32_t choose(bool condition, uint32_t a, uint32_t b) {
+  return b ^ ((a ^ b) & (0u - static_cast<uint32_t>(condition)));
+}
+
 inline float f16_to_f32(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
-  const uint32_t exponent = (half >> 10) & 0x1fu;
-  const uint32_t mantissa = half & 0x3ffu;
-  if (exponent == 0x1f) {  // Inf, NaN
-    const uint32_t quiet = mantissa ? 0x400000u : 0u;
-    return std::bit_cast<float>(sign | 0x7f800000u | quiet | (mantissa << 13));
-  }
-  if (exponent == 0) {  // zero and subnormals: mantissa * 2^-24, a normal float32
-    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
-    return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(magnitude));
-  }
-  return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (mantissa << 13));
+  const uint32_t magnitude = half & 0x7fffu;
+  const uint32_t normal = (magnitude << 13) + (112u << 23);
+  // Zero and subnormals are multiples of 2^-24, and normal in float32.
+  const auto small =
+      std::bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  const uint32_t endless =
+      0x7f800000u | (magnitude << 13) | choose(magnitude > 0x7c00u, 0x400000u, 0);  // Inf, NaN
+  const uint32_t finite = choose(magnitude < 0x400u, small, normal);
+  return std::bit_cast<float>(sign | choose(magnitude < 0x7c00u, finite, endless));
 }
 
 inline uint16_t f32_to_f16(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) {  // NaN
-    return static_cast<uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));
-  }
-  if (magnitude >= 0x477ff000u) {  // 65520 and above round to Inf
-    return static_cast<uint16_t>(sign | 0x7c00u);
-  }
-  // Shift away the bits that do not fit, then round by what was lost; a carry out of the mantissa
-  // runs into the exponent, which is what rounding up to the next power of two means.
-  uint32_t kept, lost, half_way;
-  if (magnitude >= 0x38800000u) {  // normal in float16: from 2^-14
-    kept = (magnitude - 0x38000000u) >> 13;
-    lost = magnitude & 0x1fffu;
-    half_way = 0x1000u;
-  } else if (magnitude >= 0x33000000u) {  // subnormal in float16: from 2^-25
-    const uint32_t mantissa = (magnitude & 0x7fffffu) | 0x800000u;
-    const uint32_t shift = 126 - (magnitude >> 23);  // 14 … 24
-    kept = mantissa >> shift;
-    half_way = 1u << (shift - 1);
-    lost = mantissa & ((1u << shift) - 1);
-  } else {
-    return static_cast<uint16_t>(sign);
-  }
-  kept += (lost > half_way || (lost == half_way && (kept & 1u))) ? 1u : 0u;
-  return static_cast<uint16_t>(sign | kept);
+  // Rounded by what is shifted away; a carry out of the mantissa runs into the exponent, which is
+  // what rounding up to the next power of two means.
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // In 0.5 + x the last bit of the mantissa is 2^-24, the unit of float16's subnormals.
+  const uint32_t small =
+      std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t finite = choose(magnitude < 0x38800000u, small, normal);    // below 2^-14
+  const uint32_t number = choose(magnitude < 0x477ff000u, finite, 0x7c00u);  // from 65520 on: Inf
+  const uint32_t nan = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
+  return static_cast<uint16_t>(sign | choose(magnitude > 0x7f800000u, nan, number));
 }
 
 inline float bf16_to_f32(uint16_t brain) {

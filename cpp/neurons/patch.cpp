@@ -17,8 +17,13 @@ namespace {
 // Passes of subspace iteration. The strongest directions stand out after two; weaker ones differ
 // little in what they carry.
 constexpr int kPasses = 2;
-// Directions that carry less than this share of the strongest one's energy are rounding noise.
+// Directions of which the fit keeps less than this share (squared) are rounding noise.
 constexpr float kLeastEnergy = 1e-6f;
+// Outputs that the search for directions looks at, about; in runs of kRun with gaps between them.
+constexpr int64_t kSearched = 1024;
+constexpr int64_t kRun = 16;
+// Added to a small number and taken away again, it leaves the nearest whole one.
+constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23
 
 // A matrix of float32 in host memory, by rows. It keeps its memory when it takes another shape.
 struct Matrix {
@@ -35,16 +40,20 @@ struct Matrix {
   const float* row(int64_t r) const { return values.data() + r * cols; }
 };
 
+// Tiles go through a small square, so that both matrices are passed over in whole cache lines.
 void transpose(const Matrix& a, Matrix& t) {
   constexpr int64_t kTile = 16;
   t.shape(a.cols, a.rows);
-  for (int64_t c = 0; c < a.cols; c += kTile) {
-    const int64_t c_end = std::min(c + kTile, a.cols);
-    for (int64_t r = 0; r < a.rows; r += kTile) {
-      const int64_t r_end = std::min(r + kTile, a.rows);
-      for (int64_t i = c; i < c_end; ++i) {
-        for (int64_t j = r; j < r_end; ++j) t.row(i)[j] = a.row(j)[i];
+  for (int64_t r = 0; r < a.rows; r += kTile) {
+    const int64_t n_rows = std::min(kTile, a.rows - r);
+    for (int64_t c = 0; c < a.cols; c += kTile) {
+      const int64_t n_cols = std::min(kTile, a.cols - c);
+      float tile[kTile][kTile];
+      for (int64_t i = 0; i < n_rows; ++i) {
+        const float* const from = a.row(r + i) + c;
+        for (int64_t j = 0; j < n_cols; ++j) tile[j][i] = from[j];
       }
+      for (int64_t j = 0; j < n_cols; ++j) std::copy_n(tile[j], n_rows, t.row(c + j) + r);
     }
   }
 }
@@ -59,17 +68,17 @@ class Products {
         {DType::kF32, a.rows, a.cols, reinterpret_cast<const std::byte*>(a.values.data())});
   }
 
-  // y = x w^T + bias.
-  void times(const Matrix& x, const Weight& w, const Buffer* bias, bool f32, Matrix& y) {
-    const Rows in = room(in_, x.rows, x.cols);
-    const Rows out = room(out_, x.rows, w.rows());
-    backend_.write(x.values.data(), in.data, x.rows * x.cols);
-    const Linear linear{&w, bias, out, false, f32};
+  // y = x w^T, of the first n rows of x.
+  void times(const Matrix& x, int64_t n, const Weight& w, bool f32, Matrix& y) {
+    const Rows in = room(in_, n, x.cols);
+    const Rows out = room(out_, n, w.rows());
+    backend_.write(x.values.data(), in.data, n * x.cols);
+    const Linear linear{&w, nullptr, out, false, f32};
     backend_.linear(in, Norm{}, {&linear, 1});
-    y.shape(x.rows, w.rows());
-    backend_.read(out.data, y.values.data(), y.rows * y.cols);
+    y.shape(n, w.rows());
+    backend_.read(out.data, y.values.data(), n * y.cols);
   }
-  void times(const Matrix& x, const Weight& w, Matrix& y) { times(x, w, nullptr, true, y); }
+  void times(const Matrix& x, const Weight& w, Matrix& y) { times(x, x.rows, w, true, y); }
   // y = a b^T
   void times(const Matrix& a, const Matrix& b, Matrix& y) { times(a, *load(b), y); }
 
@@ -125,9 +134,10 @@ WeightPtr load_bytes(Backend& backend, const std::vector<uint16_t>& values, int6
     for (const float v : x) largest = std::max(largest, std::abs(v));
     blocks[b].d = f32_to_f16(largest / 127.0f);
     const float d = f16_to_f32(blocks[b].d);
+    const float scale = d > 0.0f ? 1.0f / d : 0.0f;
     for (size_t i = 0; i < x.size(); ++i) {
-      const float code = d > 0.0f ? std::nearbyint(x[i] / d) : 0.0f;
-      blocks[b].qs[i] = static_cast<int8_t>(std::clamp(code, -127.0f, 127.0f));
+      const float code = std::clamp(x[i] * scale, -127.0f, 127.0f);
+      blocks[b].qs[i] = static_cast<int8_t>((code + kWhole) - kWhole);
     }
   }
   const auto* const bytes = reinterpret_cast<const std::byte*>(blocks.data());
@@ -154,93 +164,77 @@ struct PatchFitter::Work {
 
   Backend& backend;
   Products products;
-  std::vector<float> scale;  // of each row
-  std::vector<float> bias;   // of the down projection, where a prior's outputs lack it
-  Matrix kept, lost;         // H (m, k) and R (m, n_embd), the regression's two sides
-  Matrix turned;             // one of them, transposed
-  Matrix gram, upper, inverse, fit, energies;  // (m, m)
-  Matrix x, fitted, energy, small, inner;      // of `rank` rows
-  Matrix in, out;
+  std::vector<float> bias;                   // of the down projection
+  Matrix kept, outputs;                      // H (m, k) and Y (m, n_embd), every row scaled
+  Matrix turned;                             // one of them, transposed
+  Matrix searched;                           // some columns of Y
+  Matrix gram, upper, inverse, energies;     // (m, m)
+  Matrix x, fitted, energy, small;           // of `rank` rows
+  Matrix coefficients, sides, answered, in;  // of 2 rank rows, or of `rank`
+  Matrix out;                                // (n_embd, rank)
+  WeightPtr by_inverse;
+  float mu = 0.0f;
 
   void set_up(const FfnSamples& samples, int64_t layer, std::span<const int32_t> neurons,
               const FfnWeights& ffn, const PatchSpec& spec, const PatchPrior* prior);
-  void pick_prior(const PatchPrior& prior, int64_t layer, std::span<const int32_t> neurons,
-                  double tokens, int64_t first);
-  void subtract_from_prior(const PatchPrior& prior, int64_t layer, const Buffer* down_bias,
-                           int64_t first);
-  void invert(double mu, int64_t layer);
+  void add_prior(const PatchPrior& prior, int64_t layer, std::span<const int32_t> neurons,
+                 double tokens, int64_t first);
+  void invert(double ridge, int64_t layer);
+  void shrink(const Matrix& rows, Matrix& shrunk);
+  void measure_energies();
   int64_t find_directions(int64_t rank);
+  void find_factors(const FfnWeights& ffn);
 };
 
-// The regression's two sides.
+// The regression's two sides: what the kept neurons did, and all that came out, without bias.
 void PatchFitter::Work::set_up(const FfnSamples& samples, int64_t layer,
                                std::span<const int32_t> neurons, const FfnWeights& ffn,
                                const PatchSpec& spec, const PatchPrior* prior) {
   const int64_t m = samples.size(), k = static_cast<int64_t>(neurons.size());
   const int64_t rows = m + (prior != nullptr ? prior->rows : 0);
   kept.shape(rows, k);
-  scale.resize(static_cast<size_t>(rows));
+  outputs.shape(rows, samples.n_embd());
+  bias.assign(static_cast<size_t>(outputs.cols), 0.0f);
+  if (ffn.down_bias) backend.read(ffn.down_bias->data(), bias.data(), outputs.cols);
+  std::vector<float> scale(static_cast<size_t>(m));
   samples.visit_h(layer, [&](int64_t t, const float* h) {
     const double squares = dot(h, h, samples.n_ff());
     const double weight = std::pow(spec.decay, static_cast<double>(m - 1 - t));
-    scale[static_cast<size_t>(t)] =
-        squares > 0.0 ? static_cast<float>(weight / std::sqrt(squares)) : 0.0f;
+    const float s = squares > 0.0 ? static_cast<float>(weight / std::sqrt(squares)) : 0.0f;
     float* const row = kept.row(t);
-    for (int64_t i = 0; i < k; ++i) row[i] = h[neurons[static_cast<size_t>(i)]];
+    for (int64_t i = 0; i < k; ++i) row[i] = s * h[neurons[static_cast<size_t>(i)]];
+    scale[static_cast<size_t>(t)] = s;
+  });
+  samples.visit_y(layer, [&](int64_t t, const float* y) {
+    float* const row = outputs.row(t);
+    const float s = scale[static_cast<size_t>(t)];
+    for (int64_t i = 0; i < outputs.cols; ++i) row[i] = s * (y[i] - bias[static_cast<size_t>(i)]);
   });
   if (prior != nullptr) {
-    pick_prior(*prior, layer, neurons, spec.prior * static_cast<double>(m), m);
-  }
-  // The bias is in both outputs, and so in neither's difference.
-  products.times(kept, *ffn.down, ffn.down_bias.get(), false, lost);
-  samples.visit_y(layer, [&](int64_t t, const float* y) {
-    float* const row = lost.row(t);
-    const float s = scale[static_cast<size_t>(t)];
-    for (int64_t i = 0; i < lost.cols; ++i) row[i] = (y[i] - row[i]) * s;
-  });
-  if (prior != nullptr) subtract_from_prior(*prior, layer, ffn.down_bias.get(), m);
-  for (int64_t t = 0; t < rows; ++t) {
-    const float s = scale[static_cast<size_t>(t)];
-    for (int64_t i = 0; i < k; ++i) kept.row(t)[i] *= s;
+    add_prior(*prior, layer, neurons, spec.prior * static_cast<double>(m), m);
   }
 }
 
-// Rows from `first` on: the prior's inputs, unscaled, and the scales at which all of them count as
-// much as `tokens` samples.
-void PatchFitter::Work::pick_prior(const PatchPrior& prior, int64_t layer,
-                                   std::span<const int32_t> neurons, double tokens, int64_t first) {
+// Rows from `first` on: the prior's, scaled so that all of them count as much as `tokens` samples.
+void PatchFitter::Work::add_prior(const PatchPrior& prior, int64_t layer,
+                                  std::span<const int32_t> neurons, double tokens, int64_t first) {
   const PatchPrior::Layer& from = prior.layers[static_cast<size_t>(layer)];
   for (int64_t r = 0; r < prior.rows; ++r) {
-    scale[static_cast<size_t>(first + r)] =
-        static_cast<float>(std::sqrt(static_cast<double>(from.weights[r]) * tokens));
+    const auto s = static_cast<float>(std::sqrt(static_cast<double>(from.weights[r]) * tokens));
     const uint16_t* const h = from.h + r * prior.n_ff;
-    float* const row = kept.row(first + r);
-    for (size_t i = 0; i < neurons.size(); ++i) row[i] = f16_to_f32(h[neurons[i]]);
-  }
-}
-
-// What the dropped neurons added to the prior's outputs, scaled.
-void PatchFitter::Work::subtract_from_prior(const PatchPrior& prior, int64_t layer,
-                                            const Buffer* down_bias, int64_t first) {
-  bias.assign(static_cast<size_t>(lost.cols), 0.0f);
-  if (down_bias != nullptr) backend.read(down_bias->data(), bias.data(), lost.cols);
-  const PatchPrior::Layer& from = prior.layers[static_cast<size_t>(layer)];
-  for (int64_t r = 0; r < prior.rows; ++r) {
     const uint16_t* const y = from.y + r * prior.n_embd;
-    const float s = scale[static_cast<size_t>(first + r)];
-    float* const row = lost.row(first + r);
-    for (int64_t i = 0; i < lost.cols; ++i) {
-      row[i] = (f16_to_f32(y[i]) + bias[static_cast<size_t>(i)] - row[i]) * s;
-    }
+    float* const row = kept.row(first + r);
+    for (size_t i = 0; i < neurons.size(); ++i) row[i] = s * f16_to_f32(h[neurons[i]]);
+    float* const output = outputs.row(first + r);
+    for (int64_t i = 0; i < outputs.cols; ++i) output[i] = s * f16_to_f32(y[i]);
   }
 }
 
-// inverse = (G + mu I)^-1, and fit = G (G + mu I)^-1 = I - mu (G + mu I)^-1, symmetric: the fitted
-// outputs are fit R.
-void PatchFitter::Work::invert(double mu, int64_t layer) {
-  const auto ridge = static_cast<float>(mu);
+// inverse = (G + mu I)^-1
+void PatchFitter::Work::invert(double ridge, int64_t layer) {
+  mu = static_cast<float>(ridge);
   const int64_t m = gram.rows;
-  for (int64_t i = 0; i < m; ++i) gram.row(i)[i] += ridge;
+  for (int64_t i = 0; i < m; ++i) gram.row(i)[i] += mu;
   if (cholesky(gram.values.data(), m, 0.0f) > 0) {
     throw_error(ErrorKind::kNumeric,
                 "the patch of layer %lld has no solution: its regression is singular or holds NaN; "
@@ -250,47 +244,85 @@ void PatchFitter::Work::invert(double mu, int64_t layer) {
   upper.shape(m, m);
   invert_upper(gram.values.data(), m, upper.values.data());
   products.times(upper, upper, inverse);
-  fit.shape(m, m);
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < m; ++j) {
-      fit.row(i)[j] = (i == j ? 1.0f : 0.0f) - ridge * inverse.row(i)[j];
-    }
+  by_inverse = products.load(inverse);
+}
+
+// Rows times F = G (G + mu I)^-1 = I - mu (G + mu I)^-1, symmetric: the fitted outputs are F R.
+void PatchFitter::Work::shrink(const Matrix& rows, Matrix& shrunk) {
+  products.times(rows, *by_inverse, shrunk);
+  for (size_t i = 0; i < rows.values.size(); ++i) {
+    shrunk.values[i] = rows.values[i] - mu * shrunk.values[i];
   }
 }
 
-// The strongest left directions X (rank, m) of fit R, by subspace iteration on fit R R^T fit. Then
-// V^T = U^-T X fit R with U^T U = (X fit R)(X fit R)^T is orthonormal, and with it
-// V^T A^T H = U^-T X fit R R^T (G + mu I)^-1 H. Leaves U^-T X fit in `fitted`, the factor of
-// (G + mu I)^-1 H in `energy`; returns how many rows they have.
+// Y Y^T, near enough: of some of its columns where there are many.
+void PatchFitter::Work::measure_energies() {
+  const int64_t step = kRun * std::max<int64_t>(outputs.cols / kSearched, 1);
+  if (step == kRun) return products.times(outputs, outputs, energies);
+  searched.shape(outputs.rows, outputs.cols / step * kRun);
+  for (int64_t r = 0; r < searched.rows; ++r) {
+    for (int64_t c = 0; c < searched.cols; c += kRun) {
+      std::copy_n(outputs.row(r) + c / kRun * step, kRun, searched.row(r) + c);
+    }
+  }
+  products.times(searched, searched, energies);
+}
+
+// Orthonormal directions T (rank, m) among the samples that hold most of what is fitted. They are
+// searched by subspace iteration on F Y Y^T F: the outputs lie where R, what the dropped neurons
+// added to them, does, and R itself is dear. With T = U^-T X F, what is fitted is nearly
+// T^T T F R, a product of T F R, (rank, n_embd), and U^-T X (G + mu I)^-1 H, (rank, k). Leaves T F
+// and then U^-T X (G + mu I)^-1 in `coefficients`; returns how many directions there are.
 int64_t PatchFitter::Work::find_directions(int64_t rank) {
-  const int64_t m = fit.rows;
-  const WeightPtr by_fit = products.load(fit);
-  products.times(lost, lost, energies);  // R R^T
-  const WeightPtr by_lost = products.load(energies);
+  const int64_t m = inverse.rows;
+  measure_energies();
+  const WeightPtr by_energies = products.load(energies);
   x.shape(std::min(rank, m), m);
   std::mt19937 random(1);
   for (float& v : x.values) v = (random() & 1u) != 0 ? 1.0f : -1.0f;
-  for (int pass = 0; pass <= kPasses; ++pass) {
+  orthonormalise(x);
+  for (int pass = 0; pass < kPasses; ++pass) {
+    shrink(x, fitted);
+    products.times(fitted, *by_energies, energy);
+    shrink(energy, x);
     orthonormalise(x);
-    products.times(x, *by_fit, fitted);        // X fit
-    products.times(fitted, *by_lost, energy);  // X fit R R^T
-    if (pass < kPasses) products.times(energy, *by_fit, x);
   }
-  products.times(energy, fitted, small);
+  shrink(x, fitted);
+  products.times(fitted, fitted, small);
   float strongest = 0.0f;
   for (int64_t i = 0; i < small.rows; ++i) strongest = std::max(strongest, small.row(i)[i]);
-  const int64_t dropped = cholesky(small.values.data(), small.rows, kLeastEnergy * strongest);
+  cholesky(small.values.data(), small.rows, kLeastEnergy * strongest);
   solve_transposed(small.values.data(), small.rows, fitted.values.data(), m);
-  solve_transposed(small.values.data(), small.rows, energy.values.data(), m);
+  solve_transposed(small.values.data(), small.rows, x.values.data(), m);
   int64_t found = 0;
   for (int64_t i = 0; i < small.rows; ++i) {
     if (small.row(i)[i] == 0.0f) continue;
     std::copy_n(fitted.row(i), m, fitted.row(found));
-    std::copy_n(energy.row(i), m, energy.row(found++));
+    std::copy_n(x.row(i), m, x.row(found++));
   }
-  fitted.shape(small.rows - dropped, m);
-  energy.shape(small.rows - dropped, m);
-  return fitted.rows;
+  fitted.shape(found, m);
+  x.shape(found, m);
+  coefficients.shape(2 * found, m);
+  shrink(fitted, energy);
+  std::copy(energy.values.begin(), energy.values.end(), coefficients.values.begin());
+  products.times(x, *by_inverse, energy);
+  std::copy(energy.values.begin(), energy.values.end(), coefficients.values.begin() + found * m);
+  return found;
+}
+
+// in = U^-T X (G + mu I)^-1 H, (rank, k), and out = (T F R)^T, (n_embd, rank), with R = Y - H W^T.
+void PatchFitter::Work::find_factors(const FfnWeights& ffn) {
+  const int64_t rank = fitted.rows;
+  transpose(kept, turned);
+  products.times(coefficients, turned, sides);
+  products.times(sides, rank, *ffn.down, false, answered);
+  transpose(outputs, turned);
+  coefficients.shape(rank, coefficients.cols);
+  products.times(turned, coefficients, out);
+  transpose(answered, turned);
+  for (size_t i = 0; i < out.values.size(); ++i) out.values[i] -= turned.values[i];
+  in.shape(rank, sides.cols);
+  std::copy_n(sides.row(rank), in.values.size(), in.values.begin());
 }
 
 PatchFitter::PatchFitter(Backend& backend, const FfnSamples& samples, const PatchSpec& spec,
@@ -326,28 +358,23 @@ LayerPatch PatchFitter::fit(int64_t layer, std::span<const int32_t> neurons,
   w.invert(spec_.ridge * trace / static_cast<double>(m), layer);
   const int64_t rank = w.find_directions(spec_.rank);
   if (rank == 0) return {};
-  w.products.times(w.energy, w.inverse, w.inner);
-  transpose(w.kept, w.turned);
-  w.products.times(w.turned, w.inner, w.in);  // (k, rank)
-  transpose(w.lost, w.turned);
-  w.products.times(w.turned, w.fitted, w.out);  // (n_embd, rank)
-  transpose(w.in, w.turned);
+  w.find_factors(ffn);
 
   // Each direction's scale goes to `out`, so that `in` uses the range of float16 well.
   std::vector<float> largest(static_cast<size_t>(rank));
   for (int64_t r = 0; r < rank; ++r) {
     float& most = largest[static_cast<size_t>(r)];
-    float* const row = w.turned.row(r);
-    for (int64_t i = 0; i < w.turned.cols; ++i) most = std::max(most, std::abs(row[i]));
+    float* const row = w.in.row(r);
+    for (int64_t i = 0; i < w.in.cols; ++i) most = std::max(most, std::abs(row[i]));
     if (most == 0.0f) most = 1.0f;
-    for (int64_t i = 0; i < w.turned.cols; ++i) row[i] /= most;
+    for (int64_t i = 0; i < w.in.cols; ++i) row[i] /= most;
   }
   for (int64_t i = 0; i < w.out.rows; ++i) {
     for (int64_t r = 0; r < rank; ++r) w.out.row(i)[r] *= largest[static_cast<size_t>(r)];
   }
   LayerPatch patch;
   patch.rank = rank;
-  patch.in = halves(w.turned);
+  patch.in = halves(w.in);
   patch.out = halves(w.out);
   const auto finite = [](uint16_t half) { return (half & 0x7c00u) != 0x7c00u; };
   if (!std::all_of(patch.in.begin(), patch.in.end(), finite) ||

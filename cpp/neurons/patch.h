@@ -4,10 +4,11 @@
 // no data but the samples.
 //
 // Each of m sampled tokens is scaled to ||h|| = 1; older ones by less (decay ^ age). H (m, k) are
-// its kept activations and R (m, n_embd) what the dropped ones added to the output. A prior adds
-// rows of its own to both. Ridge regression of R on H, with G = H H^T and mu = ridge * mean(diag
-// G): A = (G + mu I)^-1 R. Of the fitted G A only the `rank` strongest output directions V (n_embd,
-// rank) are kept: y += V (V^T A^T H) h.
+// its kept activations, Y (m, n_embd) its outputs and R = Y - H W^T what the dropped neurons added
+// to them. A prior adds rows of its own. Ridge regression of R on H, with G = H H^T and mu = ridge
+// * mean(diag G): A = (G + mu I)^-1 R fits F R, F = G (G + mu I)^-1. Of F R only `rank` directions
+// T (rank, m) among the samples are kept, those that hold most of F Y: y += (T F R)^T B h, where B
+// (rank, k) gives T F R's part in each sample.
 #pragma once
 
 #include <memory>
