@@ -74,7 +74,7 @@ def test_run_prints_one_json_object(tiny, capsys):
     out, err = capsys.readouterr()
     facts = json.loads(out)
     assert len(facts["ids"]) == 6 and facts["finish_reason"] == "length"
-    assert facts["core"]["sizes"] == [128, 128, 128] and facts["core"]["kept"] == 0.25
+    assert facts["core"]["sizes"] == [256, 64, 64] and facts["core"]["kept"] == 0.25
     assert facts["core"]["statistic"] == "flock" and facts["core"]["beta"] == 0.25
     assert -1 <= facts["core"]["stability"] <= 1
     timings = facts["timings"]

@@ -115,8 +115,9 @@ def test_core_weights_gathered_in_the_last_batch_are_those_gathered_later(model,
     results = []
     for engine, beta in [(_core.Engine(model), None), (small_limit(model), 0.1)]:
         session = _core.Session(engine, n_ctx=64, n_batch=16)
-        session.prefill(tokens, statistic="flock", beta=beta, layers=layers)
-        session.set_core(session.select(beta=0.1, layers=layers))
+        share = {"layers": layers, "first_layer": 3.0}
+        session.prefill(tokens, statistic="flock", beta=beta, **share)
+        session.set_core(session.select(beta=0.1, **share))
         results.append(session.score(tokens[:5]))
     np.testing.assert_array_equal(*results)
 
@@ -124,14 +125,18 @@ def test_core_weights_gathered_in_the_last_batch_are_those_gathered_later(model,
 def test_weights_that_passed_by_are_not_read_again(model, tmp_path):
     """With the file gone, only a set that was gathered on the way can still be made."""
     tokens = np.arange(20, dtype=np.int32)
-    for beta, chosen, fits in [(0.1, 0.1, True), (0.1, 0.15, False), (None, 0.1, False)]:
-        path = tmp_path / f"{beta}-{chosen}.gguf"
+    same, other = {"first_layer": 2.0}, {"first_layer": 1.0}
+    for i, (beta, chosen, share, fits) in enumerate(
+        [(0.1, 0.1, same, True), (0.1, 0.15, same, False), (0.1, 0.1, other, False)]
+        + [(None, 0.1, same, False)]
+    ):
+        path = tmp_path / f"{i}.gguf"
         shutil.copy(model, path)
         session = _core.Session(small_limit(str(path)), n_ctx=64, n_batch=16)
-        session.prefill(tokens, statistic="flock", beta=beta)
+        session.prefill(tokens, statistic="flock", beta=beta, **same)
         with open(path, "r+b") as file:
             file.truncate(4096)
-        core = session.select(beta=chosen)
+        core = session.select(beta=chosen, **share)
         if fits:
             session.set_core(core)
             assert session.core_set.same_neurons(core)

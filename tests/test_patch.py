@@ -343,6 +343,7 @@ def test_the_paper_s_settings_have_a_name():
     paper = CoreConfig.of("paper")
     assert (paper.mode, paper.statistic, paper.alpha) == ("stable", "count", 0.4)
     assert not paper.patch and not paper.weighted and paper.layers is None
+    assert paper.first_layer == 1 < CoreConfig().first_layer
 
 
 @pytest.mark.parametrize(

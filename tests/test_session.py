@@ -7,6 +7,7 @@ import pytest
 
 from coreinfer import _core
 from make_synthetic_model import make_tiny_model
+from reference.neurons import core_sizes, largest
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,39 @@ def test_bad_beta_is_refused(session, beta):
     session.prefill(ids(4), statistic="flock")
     with pytest.raises(ValueError, match="beta"):
         session.select(beta=beta)
+
+
+@pytest.mark.parametrize("first_layer", [0.9, -2.0, float("inf"), float("nan")])
+def test_bad_share_of_the_first_layer_is_refused(session, first_layer):
+    session.prefill(ids(4), statistic="flock")
+    with pytest.raises(ValueError, match="first_layer is .*, expected at least 1"):
+        session.select(beta=0.4, first_layer=first_layer)
+    with pytest.raises(ValueError, match="first_layer"):
+        session.set_exact(first_layer=first_layer)
+
+
+@pytest.mark.parametrize("beta", [0.001, 0.2, 0.45, 0.8, 1.0])
+@pytest.mark.parametrize("n_layer", [1, 2, 3, 32])
+@pytest.mark.parametrize("first_layer", [1.0, 2.0, 50.0])
+def test_the_first_layer_keeps_more_and_the_total_stays(beta, n_layer, first_layer):
+    sizes = _core.core_sizes(beta, n_layer=n_layer, n_ff=1000, first_layer=first_layer)
+    assert sizes == core_sizes(beta, n_layer, 1000, first_layer)
+    assert abs(sum(sizes) / n_layer - max(beta * 1000, 1)) <= 1
+    assert all(1 <= size <= 1000 for size in sizes) and len(set(sizes[1:])) <= 1
+
+
+def test_layers_without_the_first_keep_the_same_number():
+    sizes = _core.core_sizes(0.4, n_layer=8, n_ff=100, layers=(1, 5), first_layer=2.0)
+    assert sizes == [40] * 4
+
+
+def test_more_neurons_of_the_first_layer_are_those_of_highest_score(session, engine):
+    session.prefill(ids(20), statistic="flock")
+    core = session.select(beta=0.3, first_layer=2.0)
+    sizes = core_sizes(0.3, engine.n_layer, core.n_ff, 2.0)
+    assert sizes[0] > sizes[1]
+    for layer, scores, size in zip(core.layers, core.scores, sizes, strict=True):
+        np.testing.assert_array_equal(layer, largest(scores.astype(np.float64), size))
 
 
 @pytest.mark.parametrize("layers", [(-1, 2), (0, 4), (2, 2), (2, 1)])

@@ -23,6 +23,7 @@ from coreinfer.cluster_lookup import core_neurons
 from coreinfer.tuning import Tuning, measure
 from make_synthetic_model import make_tiny_model
 from measure_similarity import compare, cut_prompts
+from reference.neurons import core_sizes
 from small_clusters import (
     NUMBERS,
     RIVER,
@@ -54,8 +55,11 @@ def by_neurons(tiny) -> Clusters:
 
 
 def expected_set(clusters: Clusters, cluster: int, gamma: float) -> CoreSet:
-    k = round(gamma * clusters.n_ff)
-    layers = [np.sort(np.argsort(-layer[cluster])[:k]) for layer in clusters.scores]
+    sizes = core_sizes(gamma, clusters.n_layer, clusters.n_ff, CoreConfig.first_layer)
+    layers = [
+        np.sort(np.argsort(-layer[cluster])[:k])
+        for layer, k in zip(clusters.scores, sizes, strict=True)
+    ]
     return CoreSet(layers=layers, n_ff=clusters.n_ff)
 
 

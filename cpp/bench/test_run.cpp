@@ -82,10 +82,10 @@ void TestRun::to_depth() {
 void TestRun::choose() {
   if (!setting_.on) return;
   if (setting_.exact) {
-    session_.set_exact(ExactSpec{setting_.beta, layers(), setting_.drafts, true, false, false});
+    session_.set_exact(ExactSpec{{setting_.beta, layers()}, setting_.drafts, true, false, false});
     return;
   }
-  session_.set_core(session_.select(setting_.beta, layers()));
+  session_.set_core(session_.select({setting_.beta, layers()}));
   if (setting_.patch > 0) session_.fit_patch({.rank = setting_.patch});
 }
 

@@ -182,10 +182,6 @@ SessionMemory Session::memory() const {
   return m;
 }
 
-LayerRange Session::range(std::optional<LayerRange> layers) const {
-  return layers.value_or(LayerRange{0, engine_->config().n_layer});
-}
-
 const NeuronCounts& Session::counted() {
   forget_expected();
   if (!counts_ || counts_->n_tokens() == 0) {
@@ -225,35 +221,36 @@ const FfnSamples& Session::samples() const {
   return *samples_;
 }
 
-CoreSet Session::select(double beta, std::optional<LayerRange> layers) {
+CoreSet Session::select(const CoreShare& share) {
   const int64_t start = now_ns();
   const NeuronCounts& counts = counted();
-  CoreSet set = select_core(engine_->backend(), counts, beta, range(layers));
+  CoreSet set = select_core(engine_->backend(), counts, share);
   timings_.select_seconds += seconds_since(start);
   return set;
 }
 
-std::optional<double> Session::stability(double beta, std::optional<LayerRange> layers) {
-  return coreinfer::stability(engine_->backend(), counted(), beta, range(layers));
+std::optional<double> Session::stability(const CoreShare& share) {
+  return coreinfer::stability(engine_->backend(), counted(), share);
 }
 
 // Gathers what the share will pick while the next batch runs, if the weights do not stay and the
 // core fits; where it does not, set_core says so.
 void Session::expect(const CoreShare& share) {
   if (engine_->weights().ffn_resident || !(share.beta > 0.0 && share.beta < 1.0)) return;
-  const LayerRange picked = range(share.layers);
-  const int64_t n_ff = engine_->config().n_ff;
-  const int64_t k = core_size(share.beta, n_ff);
+  const int64_t n_ff = engine_->config().n_ff, n_layer = engine_->config().n_layer;
+  const LayerRange picked = share.range(n_layer);
+  const std::vector<int64_t> sizes = core_sizes(share, n_layer, n_ff);
   const auto bytes_with = [&](int64_t others) {
-    return estimated_bytes(
-        [&](size_t i) { return picked.contains(static_cast<int64_t>(i)) ? k : others; });
+    return estimated_bytes([&](size_t i) {
+      const auto layer = static_cast<int64_t>(i);
+      return picked.contains(layer) ? sizes[static_cast<size_t>(layer - picked.first)] : others;
+    });
   };
   if (!engine_->memory().fits_core(memory(), bytes_with(n_ff))) return;
   core_set_.reset();
   compact_ = {};
   // Layers that stay dense are kept as they were brought in.
-  passing_.emplace(engine_->backend(), engine_->weights(), *counts_, share.beta, picked,
-                   bytes_with(0));
+  passing_.emplace(engine_->backend(), engine_->weights(), *counts_, share, bytes_with(0));
 }
 
 void Session::set_core(std::optional<CoreSet> set) {

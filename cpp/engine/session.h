@@ -26,12 +26,6 @@
 
 namespace coreinfer {
 
-// What select() will be asked for after a prefill.
-struct CoreShare {
-  double beta = 0.0;
-  std::optional<LayerRange> layers;  // nothing: all
-};
-
 struct Timings {
   int64_t prefill_tokens = 0;
   double prefill_seconds = 0.0;  // counting included
@@ -81,8 +75,8 @@ class Session {
                const std::optional<CoreShare>& expected = {});
 
   // Core set, and stability, of the counted prefix. kState when nothing has been counted.
-  CoreSet select(double beta, std::optional<LayerRange> layers);
-  std::optional<double> stability(double beta, std::optional<LayerRange> layers);
+  CoreSet select(const CoreShare& share);
+  std::optional<double> stability(const CoreShare& share);
 
   // What the prefill kept of its last tokens. kState when it kept nothing.
   const FfnSamples& samples() const;
@@ -145,7 +139,6 @@ class Session {
   void expect(const CoreShare& share);
   std::vector<FfnWeights> patched(const CoreSet& set) const;
   SessionMemory memory() const;
-  LayerRange range(std::optional<LayerRange> layers) const;
   const NeuronCounts& counted();
   NeuronCounts make_counts(const StatisticSpec& spec) const;
   void make_samples(int64_t capacity);

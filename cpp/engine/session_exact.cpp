@@ -25,9 +25,7 @@ constexpr double kCompactCost = 3.0;
 }  // namespace
 
 void check(const ExactSpec& spec) {
-  if (!(spec.beta > 0.0 && spec.beta <= 1.0)) {
-    throw_error(ErrorKind::kValue, "beta is %g, expected above 0 and at most 1", spec.beta);
-  }
+  check(spec.share);
   if (spec.max_drafts < 0 || spec.max_drafts > DraftPace::kMaxDrafts) {
     throw_error(ErrorKind::kValue, "max_drafts is %lld, expected 0 to %lld",
                 static_cast<long long>(spec.max_drafts),
@@ -177,14 +175,14 @@ int64_t Session::prepare_core(int64_t limit) {
   if (!due) return s.length(DraftPace::kCore, limit);
 
   const ModelWeights& weights = engine_->weights();
-  const double share = s.spec.beta * static_cast<double>(weights.ffn_bytes()) /
+  const double share = s.spec.share.beta * static_cast<double>(weights.ffn_bytes()) /
                        static_cast<double>(weights.bytes_per_token());
   const double entry = 2.0 * share * kCompactCost * s.pace.dense_seconds();
   const int64_t n = s.length(DraftPace::kCore, limit, entry);
   if (n == 0) return 0;
   const int64_t start = now_ns();
   try {
-    CoreSet set = select(s.spec.beta, s.spec.layers);
+    CoreSet set = select(s.spec.share);
     const bool first = s.chosen_at == 0 || !core_set_;
     if (first || similarity(*core_set_, set) < kDrifted) set_core(std::move(set));
     s.chosen_at = counts_->n_tokens();

@@ -17,12 +17,11 @@ namespace coreinfer {
 
 // How exact mode drafts.
 struct ExactSpec {
-  double beta = 0.4;                 // share of neurons of the drafting core set
-  std::optional<LayerRange> layers;  // of the core set; none: all
-  int64_t max_drafts = 8;            // in one verification
-  bool core = true;                  // draft with the core neurons
-  bool text = true;                  // draft what followed an earlier place of the same text
-  bool paced = true;  // draft as many as pay; false: always max_drafts, for measurements
+  CoreShare share{0.4};    // of the drafting core set
+  int64_t max_drafts = 8;  // in one verification
+  bool core = true;        // draft with the core neurons
+  bool text = true;        // draft what followed an earlier place of the same text
+  bool paced = true;       // draft as many as pay; false: always max_drafts, for measurements
 };
 void check(const ExactSpec& spec);  // kValue naming the field
 

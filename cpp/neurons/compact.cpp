@@ -1,11 +1,13 @@
 #include "neurons/compact.h"
 
+#include <numeric>
+
 #include "neurons/patch.h"
 
 namespace coreinfer {
 namespace {
 
-constexpr int64_t kTablesOfALayer = 8192;  // what does not grow with the neurons
+constexpr size_t kTablesOfALayer = 8192;  // what does not grow with the neurons
 
 }  // namespace
 
@@ -33,12 +35,16 @@ CompactWeights compact(Backend& backend, const ModelWeights& weights, const Core
 }
 
 PassingCompact::PassingCompact(Backend& backend, const ModelWeights& weights,
-                               const NeuronCounts& counts, double beta, LayerRange range,
+                               const NeuronCounts& counts, const CoreShare& share,
                                size_t room_bytes)
-    : backend_(backend), weights_(weights), counts_(counts), beta_(beta), range_(range) {
+    : backend_(backend),
+      weights_(weights),
+      counts_(counts),
+      range_(share.range(static_cast<int64_t>(weights.layers.size()))),
+      sizes_(core_sizes(share, static_cast<int64_t>(weights.layers.size()), counts.n_ff())) {
   // A backend may put tables of the picked neurons beside the weights.
-  const auto tables = weights.layers.size() *
-                      static_cast<size_t>(16 * core_size(beta, counts.n_ff()) + kTablesOfALayer);
+  const int64_t picked = std::accumulate(sizes_.begin(), sizes_.end(), int64_t{0});
+  const auto tables = static_cast<size_t>(16 * picked) + sizes_.size() * kTablesOfALayer;
   room_.buffer = backend.allocate(static_cast<int64_t>((room_bytes + tables) / sizeof(float)));
   set_.n_ff = counts.n_ff();
 }
@@ -50,7 +56,8 @@ void PassingCompact::layer(const FfnWeights& dense) {
   if (!range_.contains(static_cast<int64_t>(i))) return;
   const Rows scores = counts_.now().rows().slice(static_cast<int64_t>(i), 1);
   // Without any, select_core will say so; until then the layer is as good as dense.
-  set_.layers[i] = std::move(backend_.select(scores, core_size(beta_, set_.n_ff))[0]);
+  set_.layers[i] =
+      std::move(backend_.select(scores, sizes_[i - static_cast<size_t>(range_.first)])[0]);
   const auto k = static_cast<int64_t>(set_.layers[i]->size());
   if (k == 0 || k == set_.n_ff) return;
   CompactSource source = weights_.layers[i].source;

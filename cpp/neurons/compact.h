@@ -18,7 +18,7 @@ class PassingCompact {
   // `counts` is completed by the batch, layer by layer. room_bytes: about what the layers of the
   // range will take.
   PassingCompact(Backend& backend, const ModelWeights& weights, const NeuronCounts& counts,
-                 double beta, LayerRange range, size_t room_bytes);
+                 const CoreShare& share, size_t room_bytes);
 
   // The next layer, whose counts are complete and whose dense weights these are.
   void layer(const FfnWeights& dense);
@@ -29,8 +29,8 @@ class PassingCompact {
   Backend& backend_;
   const ModelWeights& weights_;
   const NeuronCounts& counts_;
-  double beta_;
-  LayerRange range_;
+  const LayerRange range_;
+  const std::vector<int64_t> sizes_;  // of its layers
   Room room_;
   CoreSet set_;  // layers so far
   CompactWeights made_;

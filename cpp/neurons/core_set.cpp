@@ -9,10 +9,7 @@
 namespace coreinfer {
 namespace {
 
-void check_selection(double beta, LayerRange range, int64_t n_layer) {
-  if (!(beta > 0.0 && beta <= 1.0)) {
-    throw_error(ErrorKind::kValue, "beta is %g, expected above 0 and at most 1", beta);
-  }
+void check_range(LayerRange range, int64_t n_layer) {
   if (range.first < 0 || range.last > n_layer || range.first >= range.last) {
     throw_error(ErrorKind::kValue,
                 "layers are %lld:%lld, expected FIRST:LAST with 0 <= FIRST < LAST <= %lld",
@@ -22,26 +19,33 @@ void check_selection(double beta, LayerRange range, int64_t n_layer) {
 }
 
 // The neurons alone.
-CoreSet pick(Backend& backend, const NeuronCounts::Snapshot& snapshot, double beta,
-             LayerRange range) {
+CoreSet pick(Backend& backend, const NeuronCounts::Snapshot& snapshot, const CoreShare& share) {
   const Rows scores = snapshot.rows();
-  check_selection(beta, range, scores.n);
+  const std::vector<int64_t> sizes = core_sizes(share, scores.n, snapshot.n_ff);
+  const int64_t first = share.range(scores.n).first;
   CoreSet set;
   set.n_ff = snapshot.n_ff;
-  set.beta = beta;
+  set.beta = share.beta;
   set.n_tokens = snapshot.n_tokens;
   set.layers.resize(static_cast<size_t>(scores.n));
-  std::vector<std::vector<int32_t>> chosen = backend.select(
-      scores.slice(range.first, range.last - range.first), core_size(beta, set.n_ff));
-  for (int64_t i = range.first; i < range.last; ++i) {
-    std::vector<int32_t>& neurons = chosen[static_cast<size_t>(i - range.first)];
-    if (neurons.empty()) {
-      throw_error(ErrorKind::kNumeric,
-                  "no neuron of layer %lld was active in %lld prompt tokens, so it has no core "
-                  "set; leave the layer out (layers) or decode dense",
-                  static_cast<long long>(i), static_cast<long long>(snapshot.n_tokens));
+  for (size_t done = 0; done < sizes.size();) {
+    const auto of_other_size = [&](int64_t size) { return size != sizes[done]; };
+    const auto end =
+        std::find_if(sizes.begin() + static_cast<int64_t>(done), sizes.end(), of_other_size);
+    const auto next = static_cast<size_t>(end - sizes.begin());
+    std::vector<std::vector<int32_t>> chosen = backend.select(
+        scores.slice(first + static_cast<int64_t>(done), static_cast<int64_t>(next - done)),
+        sizes[done]);
+    for (std::vector<int32_t>& neurons : chosen) {
+      const size_t layer = static_cast<size_t>(first) + done++;
+      if (neurons.empty()) {
+        throw_error(ErrorKind::kNumeric,
+                    "no neuron of layer %zu was active in %lld prompt tokens, so it has no core "
+                    "set; leave the layer out (layers) or decode dense",
+                    layer, static_cast<long long>(snapshot.n_tokens));
+      }
+      set.layers[layer] = std::move(neurons);
     }
-    set.layers[static_cast<size_t>(i)] = std::move(neurons);
   }
   return set;
 }
@@ -97,13 +101,37 @@ void check(const CoreSet& set, int64_t n_layer, int64_t n_ff) {
   }
 }
 
+void check(const CoreShare& share) {
+  if (!(share.beta > 0.0 && share.beta <= 1.0)) {
+    throw_error(ErrorKind::kValue, "beta is %g, expected above 0 and at most 1", share.beta);
+  }
+  if (!(share.first_layer >= 1.0 && std::isfinite(share.first_layer))) {
+    throw_error(ErrorKind::kValue, "first_layer is %g, expected at least 1", share.first_layer);
+  }
+}
+
 int64_t core_size(double beta, int64_t n) {
   const auto k = static_cast<int64_t>(std::floor(beta * static_cast<double>(n) + 0.5));
   return std::clamp<int64_t>(k, 1, n);
 }
 
-CoreSet select_core(Backend& backend, const NeuronCounts& counts, double beta, LayerRange range) {
-  CoreSet set = pick(backend, counts.now(), beta, range);
+std::vector<int64_t> core_sizes(const CoreShare& share, int64_t n_layer, int64_t n_ff) {
+  check(share);
+  const LayerRange range = share.range(n_layer);
+  check_range(range, n_layer);
+  const auto others = range.last - range.first - 1;
+  std::vector<int64_t> sizes(static_cast<size_t>(others + 1), core_size(share.beta, n_ff));
+  if (range.first > 0 || others == 0) return sizes;
+  const double most = share.beta * (1.0 + 0.5 * static_cast<double>(others));
+  const double first = std::min({share.beta * share.first_layer, most, 1.0});
+  const double rest = share.beta + (share.beta - first) / static_cast<double>(others);
+  std::fill(sizes.begin(), sizes.end(), core_size(rest, n_ff));
+  sizes[0] = core_size(first, n_ff);
+  return sizes;
+}
+
+CoreSet select_core(Backend& backend, const NeuronCounts& counts, const CoreShare& share) {
+  CoreSet set = pick(backend, counts.now(), share);
   set.scores = counts.read(counts.now()).layers;
   set.statistic = statistic_name(counts.spec().statistic);
   set.alpha = counts.spec().alpha;
@@ -126,23 +154,23 @@ double similarity(const CoreSet& a, const CoreSet& b) {
   return n == 0 ? 0.0 : sum / static_cast<double>(n);
 }
 
-std::optional<double> stability(Backend& backend, const NeuronCounts& counts, double beta,
-                                LayerRange range) {
+std::optional<double> stability(Backend& backend, const NeuronCounts& counts, CoreShare share) {
+  share.first_layer = 1.0;
   const int64_t n = counts.n_tokens();
-  if (n < 2 || beta >= 1.0) return std::nullopt;
+  if (n < 2 || share.beta >= 1.0) return std::nullopt;
   const auto half = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(n / 2)));
   const NeuronCounts::Snapshot* early = counts.snapshot(half);
   if (early == nullptr) return std::nullopt;
   CoreSet a;
   try {
-    a = pick(backend, *early, beta, range);
+    a = pick(backend, *early, share);
   } catch (const Error& e) {
     // A layer may still be silent after a few tokens: then there is nothing to compare with.
     if (e.kind() == ErrorKind::kNumeric) return std::nullopt;
     throw;
   }
-  const CoreSet b = pick(backend, counts.now(), beta, range);
-  return (similarity(a, b) - beta) / (1.0 - beta);
+  const CoreSet b = pick(backend, counts.now(), share);
+  return (similarity(a, b) - share.beta) / (1.0 - share.beta);
 }
 
 }  // namespace coreinfer

@@ -20,6 +20,16 @@ struct LayerRange {
   bool contains(int64_t layer) const { return layer >= first && layer < last; }
 };
 
+// How many neurons are kept: the share beta of those of the layers that take part, the same number
+// in each, but `first_layer` times as many in the model's first, on which all others build.
+struct CoreShare {
+  double beta = 0.0;
+  std::optional<LayerRange> layers{};  // none: all
+  double first_layer = 1.0;
+
+  LayerRange range(int64_t n_layer) const { return layers.value_or(LayerRange{0, n_layer}); }
+};
+
 // What the kept neurons of a layer add for the dropped ones: y += out (in h), h their activations.
 // Float16 values, as they are decoded with.
 struct LayerPatch {
@@ -55,10 +65,17 @@ void check(const CoreSet& set, int64_t n_layer, int64_t n_ff);
 // round(x) = floor(x + 0.5), and at least one: how many of n neurons the share beta keeps.
 int64_t core_size(double beta, int64_t n);
 
-// The core_size(beta, n_ff) neurons of highest score in each layer of the range (Eq. 2, as its
-// prose: the top beta); ties to the lower index, neurons of score 0 never. Throws kValue for a bad
-// beta or range, kNumeric for a layer in which no neuron was ever active.
-CoreSet select_core(Backend& backend, const NeuronCounts& counts, double beta, LayerRange range);
+void check(const CoreShare& share);  // kValue naming the field, the layers apart
+
+// Neurons that each layer of the range keeps, core_size(beta, n_ff) on average: the first layer at
+// most all, and no more than leaves half their share to the others. Throws kValue for a share that
+// is not in its bounds.
+std::vector<int64_t> core_sizes(const CoreShare& share, int64_t n_layer, int64_t n_ff);
+
+// The neurons of highest score in each layer of the range, core_sizes of them (Eq. 2, as its prose:
+// the top beta); ties to the lower index, neurons of score 0 never. Throws kValue as core_sizes
+// does, kNumeric for a layer in which no neuron was ever active.
+CoreSet select_core(Backend& backend, const NeuronCounts& counts, const CoreShare& share);
 
 // Shared neurons over the size of a set (of the larger one), averaged over the layers that both
 // have (Insight 2).
@@ -66,8 +83,8 @@ double similarity(const CoreSet& a, const CoreSet& b);
 
 // Stability of a text (Insight 1): similarity of the core sets of its first p tokens, p the largest
 // power of two <= n / 2, and of all n, made free of chance: (overlap - beta) / (1 - beta). Nothing
-// for fewer than two tokens, with beta = 1, or while a layer has not been active.
-std::optional<double> stability(Backend& backend, const NeuronCounts& counts, double beta,
-                                LayerRange range);
+// for fewer than two tokens, with beta = 1, or while a layer has not been active. The sets are of
+// the same size in every layer, whatever `first_layer` says.
+std::optional<double> stability(Backend& backend, const NeuronCounts& counts, CoreShare share);
 
 }  // namespace coreinfer

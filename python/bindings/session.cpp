@@ -27,6 +27,10 @@ std::optional<LayerRange> range_of(const Layers& layers) {
   return LayerRange{layers->first, layers->second};
 }
 
+CoreShare share_of(double beta, const Layers& layers, double first_layer) {
+  return {beta, range_of(layers), first_layer};
+}
+
 std::optional<StatisticSpec> spec_of(const std::optional<std::string>& statistic, double alpha,
                                      bool weighted, int64_t samples) {
   if (!statistic) return std::nullopt;
@@ -189,7 +193,7 @@ bool interrupted() {
 void prefill(Session& s, const Tokens& tokens, const std::optional<std::string>& statistic,
              double alpha, bool weighted, int64_t samples,
              const std::function<void(int64_t, int64_t)>& progress, std::optional<double> beta,
-             const Layers& layers) {
+             const Layers& layers, double first_layer) {
   const auto spec = spec_of(statistic, alpha, weighted, samples);
   const auto ids = span_of<int32_t>(tokens);
   std::function<void(int64_t, int64_t)> report;
@@ -200,7 +204,7 @@ void prefill(Session& s, const Tokens& tokens, const std::optional<std::string>&
     };
   }
   std::optional<CoreShare> expected;
-  if (beta) expected = CoreShare{*beta, range_of(layers)};
+  if (beta) expected = share_of(*beta, layers, first_layer);
   nb::gil_scoped_release release;
   s.prefill(ids, spec, report, interrupted, expected);
 }
@@ -282,6 +286,15 @@ void bind_session(nb::module_& m) {
           nb::arg("logits").noconvert());
 
   m.attr("PATCH_SAMPLES") = kPatchSamples;
+  m.def(
+      "core_sizes",
+      [](double beta, int64_t n_layer, int64_t n_ff, const Layers& layers, double first_layer) {
+        return core_sizes(share_of(beta, layers, first_layer), n_layer, n_ff);
+      },
+      nb::arg("beta"), nb::kw_only(), nb::arg("n_layer"), nb::arg("n_ff"),
+      nb::arg("layers") = nb::none(), nb::arg("first_layer") = CoreShare{}.first_layer,
+      "Neurons that each layer that takes part keeps: the share beta on average, in the model's "
+      "first layer first_layer times as many.");
 
   nb::class_<Session>(m, "Session", "One text of one caller: cache, neuron scores, decode weights.")
       .def(
@@ -313,22 +326,26 @@ void bind_session(nb::module_& m) {
       .def("prefill", &prefill, nb::arg("tokens").noconvert(), nb::kw_only(),
            nb::arg("statistic") = nb::none(), nb::arg("alpha") = 0.4, nb::arg("weighted") = false,
            nb::arg("samples") = 0, nb::arg("progress") = nb::none(), nb::arg("beta") = nb::none(),
-           nb::arg("layers") = nb::none(),
+           nb::arg("layers") = nb::none(), nb::arg("first_layer") = CoreShare{}.first_layer,
            "Appends int32 tokens with the dense weights, counting for the statistic if given. With "
-           "the beta and layers of the select that follows, weights that are not resident are "
-           "gathered as they pass by.")
+           "what the select that follows will be given, weights that are not resident are gathered "
+           "as they pass by.")
       .def(
           "select",
-          [](Session& s, double beta, const Layers& layers) {
+          [](Session& s, double beta, const Layers& layers, double first_layer) {
+            const CoreShare share = share_of(beta, layers, first_layer);
             nb::gil_scoped_release release;
-            return s.select(beta, range_of(layers));
+            return s.select(share);
           },
-          nb::kw_only(), nb::arg("beta"), nb::arg("layers") = nb::none())
+          nb::kw_only(), nb::arg("beta"), nb::arg("layers") = nb::none(),
+          nb::arg("first_layer") = CoreShare{}.first_layer,
+          "The neurons of highest score, core_sizes of them.")
       .def(
           "stability",
           [](Session& s, double beta, const Layers& layers) {
+            const CoreShare share{beta, range_of(layers)};
             nb::gil_scoped_release release;
-            return s.stability(beta, range_of(layers));
+            return s.stability(share);
           },
           nb::kw_only(), nb::arg("beta"), nb::arg("layers") = nb::none())
       .def(
@@ -375,11 +392,13 @@ void bind_session(nb::module_& m) {
            "One token; in exact mode a copy of the sampler draws the drafts.")
       .def(
           "set_exact",
-          [](Session& s, double beta, const Layers& layers, int64_t max_drafts, bool core,
-             bool text, bool paced) {
-            s.set_exact(ExactSpec{beta, range_of(layers), max_drafts, core, text, paced});
+          [](Session& s, double beta, const Layers& layers, double first_layer, int64_t max_drafts,
+             bool core, bool text, bool paced) {
+            s.set_exact(
+                ExactSpec{share_of(beta, layers, first_layer), max_drafts, core, text, paced});
           },
-          nb::kw_only(), nb::arg("beta") = ExactSpec{}.beta, nb::arg("layers") = nb::none(),
+          nb::kw_only(), nb::arg("beta") = ExactSpec{}.share.beta, nb::arg("layers") = nb::none(),
+          nb::arg("first_layer") = CoreShare{}.first_layer,
           nb::arg("max_drafts") = ExactSpec{}.max_drafts, nb::arg("core") = true,
           nb::arg("text") = true, nb::arg("paced") = true,
           "From now on decode gives the dense weights' logits and uses core neurons to draft.")

@@ -204,6 +204,11 @@ class Sampler:
 
 PATCH_SAMPLES: int = 128
 
+def core_sizes(beta: float, *, n_layer: int, n_ff: int, layers: tuple[int, int] | None = None, first_layer: float = 1.0) -> list[int]:
+    """
+    Neurons that each layer that takes part keeps: the share beta on average, in the model's first layer first_layer times as many.
+    """
+
 class Session:
     """One text of one caller: cache, neuron scores, decode weights."""
 
@@ -235,12 +240,13 @@ class Session:
 
     def reset(self) -> None: ...
 
-    def prefill(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], *, statistic: str | None = None, alpha: float = 0.4, weighted: bool = False, samples: int = 0, progress: Callable[[int, int], None] | None = None, beta: float | None = None, layers: tuple[int, int] | None = None) -> None:
+    def prefill(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], *, statistic: str | None = None, alpha: float = 0.4, weighted: bool = False, samples: int = 0, progress: Callable[[int, int], None] | None = None, beta: float | None = None, layers: tuple[int, int] | None = None, first_layer: float = 1.0) -> None:
         """
-        Appends int32 tokens with the dense weights, counting for the statistic if given. With the beta and layers of the select that follows, weights that are not resident are gathered as they pass by.
+        Appends int32 tokens with the dense weights, counting for the statistic if given. With what the select that follows will be given, weights that are not resident are gathered as they pass by.
         """
 
-    def select(self, *, beta: float, layers: tuple[int, int] | None = None) -> CoreSet: ...
+    def select(self, *, beta: float, layers: tuple[int, int] | None = None, first_layer: float = 1.0) -> CoreSet:
+        """The neurons of highest score, core_sizes of them."""
 
     def stability(self, *, beta: float, layers: tuple[int, int] | None = None) -> float | None: ...
 
@@ -271,7 +277,7 @@ class Session:
     def decode(self, token: int, sampler: Sampler | None = None) -> None:
         """One token; in exact mode a copy of the sampler draws the drafts."""
 
-    def set_exact(self, *, beta: float = 0.4, layers: tuple[int, int] | None = None, max_drafts: int = 8, core: bool = True, text: bool = True, paced: bool = True) -> None:
+    def set_exact(self, *, beta: float = 0.4, layers: tuple[int, int] | None = None, first_layer: float = 1.0, max_drafts: int = 8, core: bool = True, text: bool = True, paced: bool = True) -> None:
         """
         From now on decode gives the dense weights' logits and uses core neurons to draft.
         """

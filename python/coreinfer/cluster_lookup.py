@@ -11,15 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from . import _core
 from .clusters import Clusters
 from .config import CoreConfig
 from .core_sets import CoreSet
 from .embedders import AnyEmbedder, Embedder, as_embedder
-
-
-def core_size(share: float, n_ff: int) -> int:
-    """How many of `n_ff` neurons a share keeps: rounded half up, and at least one."""
-    return max(1, int(np.floor(share * n_ff + 0.5)))
 
 
 def top_neurons(scores: np.ndarray, k: int) -> np.ndarray:
@@ -35,8 +31,9 @@ def top_neurons(scores: np.ndarray, k: int) -> np.ndarray:
 def core_neurons(scores: Sequence[np.ndarray], beta: float) -> np.ndarray:
     """1 for the share `beta` of highest score in each layer, else 0: bool (n_layer * n_ff,)."""
     marks = np.zeros((len(scores), len(scores[0])), dtype=bool)
-    for mark, score in zip(marks, scores, strict=True):
-        mark[top_neurons(score, core_size(beta, score.size))] = True
+    sizes = _core.core_sizes(beta, n_layer=marks.shape[0], n_ff=marks.shape[1])
+    for mark, score, k in zip(marks, scores, sizes, strict=True):
+        mark[top_neurons(score, k)] = True
     return marks.ravel()
 
 
@@ -92,7 +89,7 @@ class ClusterLookup:
         Parameters
         ----------
         core
-            `gamma`, `blend` and `layers` are looked at.
+            `gamma`, `blend`, `layers` and `first_layer` are looked at.
         text
             What the prompt says; not looked at by clusters of core neurons.
         own : list of ndarray float32 (n_ff,)
@@ -115,11 +112,16 @@ class ClusterLookup:
             scores = [
                 blend_scores(o, n_tokens, c, core.blend) for o, c in zip(own, scores, strict=True)
             ]
-        k = core_size(core.gamma, clusters.n_ff)
         first, last = core.layer_range(clusters.n_layer) or (0, clusters.n_layer)
-        layers = [
-            top_neurons(score, k) if first <= i < last else None for i, score in enumerate(scores)
-        ]
+        sizes = _core.core_sizes(
+            core.gamma,
+            n_layer=clusters.n_layer,
+            n_ff=clusters.n_ff,
+            layers=(first, last),
+            first_layer=core.first_layer,
+        )
+        layers: list[np.ndarray | None] = [None] * clusters.n_layer
+        layers[first:last] = map(top_neurons, scores[first:last], sizes)
         chosen = CoreSet(
             layers=layers,
             n_ff=clusters.n_ff,

@@ -25,7 +25,7 @@ FIELDS_OF_MODES = {
     ("stable", "exact"): ("alpha", "beta", "statistic", "weighted"),
     ("stable", "similar"): ("patch", "prior"),
     ("similar",): ("gamma", "blend"),
-    ("stable", "similar", "exact"): ("layers",),
+    ("stable", "similar", "exact"): ("layers", "first_layer"),
 }
 CORE_PRESETS = ("paper",)  # names of whole CoreConfigs, beside the modes
 PATCH_RANK = 64  # of `patch=True`
@@ -245,6 +245,14 @@ class CoreConfig(Checked):
         optional=True,
         metavar="A:B",
     )
+    first_layer: float = parameter(
+        2.0,
+        "times as many neurons in the model's first layer, on which all others build, as the "
+        "share says, and fewer in the others, so that the total stays (1: the same in all)",
+        "float",
+        low=1,
+        high=1024,
+    )
     gamma: float = parameter(
         0.4,
         "share of a layer's neurons that decoding keeps of a cluster's",
@@ -309,6 +317,7 @@ class CoreConfig(Checked):
             weighted=False,
             patch=False,
             layers=None,
+            first_layer=1.0,
         )
 
     @classmethod

@@ -318,7 +318,7 @@ class TokenModel:
         own, n_tokens, stability = (), 0, None
         if lookup.needs_scores(core):
             layers = core.layer_range(self.n_layer())
-            raw = session.select(beta=core.gamma, layers=layers)
+            raw = session.select(beta=core.gamma, layers=layers)  # for the scores
             own, n_tokens = raw.scores, raw.n_tokens
             stability = session.stability(beta=core.gamma, layers=layers)
         if text is None and self._text_of is not None:
@@ -340,7 +340,12 @@ class TokenModel:
         core = self._active
         layers = core.layer_range(self.n_layer())
         if core.mode == "exact":
-            session.set_exact(beta=core.beta, layers=layers, max_drafts=core.max_drafts)
+            session.set_exact(
+                beta=core.beta,
+                layers=layers,
+                first_layer=core.first_layer,
+                max_drafts=core.max_drafts,
+            )
             self._core_set = None
             return
         session.end_exact()
@@ -360,7 +365,7 @@ class TokenModel:
     def _stable_core(
         self, session: _core.Session, core: CoreConfig, layers: tuple[int, int] | None
     ) -> CoreSet:
-        raw = session.select(beta=core.beta, layers=layers)
+        raw = session.select(beta=core.beta, layers=layers, first_layer=core.first_layer)
         return CoreSet(
             layers=raw.layers,
             n_ff=raw.n_ff,
@@ -472,7 +477,8 @@ class TokenModel:
         self._timings_before = dict(session.timings)
         self._lookup_seconds = {}
         self._active = self._core if self._auto is None else self._auto.counting
-        chooses = counted is None and self._active.mode == "stable"
+        core = self._active
+        chooses = counted is None and core.mode == "stable"
         if counted is None:
             counted = self._counted()
         self._reused = session.reusable(ids, **counted)
@@ -481,8 +487,9 @@ class TokenModel:
             ids[self._reused :],
             **counted,
             progress=self.prefill_progress,
-            beta=self._active.beta if chooses else None,
-            layers=self._active.layer_range(self.n_layer()) if chooses else None,
+            beta=core.beta if chooses else None,
+            layers=core.layer_range(self.n_layer()) if chooses else None,
+            first_layer=core.first_layer,
         )
 
     def _sampler(
@@ -725,8 +732,7 @@ def _core_share(core: CoreConfig | CoreSet) -> float:
     """Share of the FFN weights that decoding will want beside the dense ones."""
     if isinstance(core, CoreSet):
         return core.kept
-    return 0.0 if core.mode == "off" else core.beta
-    return {"stable": core.beta, "similar": core.gamma}.get(core.mode, 0.0)
+    return {"off": 0.0, "similar": core.gamma}.get(core.mode, core.beta)
 
 
 def _samples(core: CoreConfig | CoreSet) -> int:

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from .token_model import TokenModel
 
 FORMAT_NAME = "coreinfer tuning"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MAX_FILE_BYTES = 1 << 24
 _BLOCK = 256  # rows of (n, n_vocab) that are widened to float64 at once
 _CONFIG_FIELDS = (
-    *("mode", "beta", "statistic", "alpha", "layers", "weighted", "patch", "prior"),
-    *("gamma", "blend"),
+    *("mode", "beta", "statistic", "alpha", "layers", "first_layer", "weighted"),
+    *("patch", "prior", "gamma", "blend"),
 )
 
 PROMPT_TOKENS = (64, 128, 256)  # lengths that are measured
@@ -165,7 +165,8 @@ class Tuning:
                 raise ValueError(f"it does not say {FORMAT_NAME!r}")
             if document.get("version") != FORMAT_VERSION:
                 raise ValueError(
-                    f"version {document.get('version')!r}; this build reads {FORMAT_VERSION}"
+                    f"version {document.get('version')!r}; this build reads {FORMAT_VERSION}: run "
+                    "`coreinfer tune` again, or remove the file"
                 )
             rows = document["rows"]
             if not isinstance(rows, list):

@@ -51,7 +51,7 @@ Result run(const std::string& path, int n_threads, bool f32_activations) {
   };
   session.prefill({tokens.data(), kPrompt}, StatisticSpec{});
   take();
-  result.core = session.select(0.4, std::nullopt);
+  result.core = session.select({0.4});
   session.set_core(result.core);
   for (int i = 0; i < kDecoded; ++i) {
     session.decode(tokens[static_cast<size_t>(kPrompt + i)]);

@@ -88,6 +88,16 @@ def core_set(scores: np.ndarray, beta: float) -> np.ndarray:
     return chosen[np.asarray(scores)[chosen] > 0]
 
 
+def core_sizes(beta: float, n_layer: int, n_ff: int, first_layer: float = 1.0) -> list[int]:
+    """How many neurons each layer keeps, beta * N on average: in the first `first_layer` times as
+    many, at most all, and no more than leaves the others half their share."""
+    if n_layer == 1:
+        return [max(1, round_half_up(beta * n_ff))]
+    first = min(beta * first_layer, beta + (n_layer - 1) * beta / 2, 1.0)
+    rest = (n_layer * beta - first) / (n_layer - 1)
+    return [max(1, round_half_up(share * n_ff)) for share in [first] + [rest] * (n_layer - 1)]
+
+
 def core_sets(
     statistic: str,
     h: np.ndarray,
