@@ -31,7 +31,7 @@ struct PatchSpec {
   int64_t rank = 64;
   double decay = 1.0;
   double ridge = 0.3;  // relative to the mean squared norm of the samples' kept activations
-  double prior = 4.0;  // what a prior counts, all its rows together, in times the samples
+  double prior = 2.0;  // what a prior counts, all its rows together, in times the samples
 };
 void check(const PatchSpec& spec);
 

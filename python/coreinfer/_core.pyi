@@ -260,7 +260,7 @@ class Session:
         Compacts and decodes with these neurons from now on; None: the dense weights.
         """
 
-    def fit_patch(self, prior: PatchPrior | None = None, *, rank: int = 64, decay: float = 1.0, ridge: float = 0.3, prior_weight: float = 4.0) -> None:
+    def fit_patch(self, prior: PatchPrior | None = None, *, rank: int = 64, decay: float = 1.0, ridge: float = 0.3, prior_weight: float = 2.0) -> None:
         """
         Lets the kept neurons of the present core set answer for the dropped ones, as learned from the prompt's samples, and from a prior; core_set then carries the patch.
         """
