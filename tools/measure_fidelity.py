@@ -85,6 +85,7 @@ class Fidelity:
         *,
         alpha: float = 0.4,
         layers: tuple[int, int] | None = None,
+        first_layer: float = 1.0,
         weighted: bool = False,
         patch: int = 0,
         min_prompt: int = 32,
@@ -104,7 +105,8 @@ class Fidelity:
                 self.session.reset()
                 self.session.set_core(None)
                 self.session.prefill(prompt, **counted)
-                self.session.set_core(self.session.select(beta=beta, layers=layers))
+                chosen = self.session.select(beta=beta, layers=layers, first_layer=first_layer)
+                self.session.set_core(chosen)
                 if patch:
                     self.session.fit_patch(rank=patch)
                 got = self.session.score(forced)[1:]
@@ -125,6 +127,9 @@ def main() -> None:
     parser.add_argument("--betas", nargs="*", type=float, default=[0.2, 0.4, 0.6, 0.8])
     parser.add_argument("--alpha", type=float, default=0.4)
     parser.add_argument("--layers", type=int, nargs=2, metavar=("FIRST", "LAST"))
+    parser.add_argument(
+        "--first-layer", type=float, default=1.0, help="times as many neurons there (default: 1)"
+    )
     parser.add_argument("--weighted", action="store_true", help="by the norms of what is written")
     parser.add_argument("--patch", type=int, default=0, metavar="RANK", help="0: no patch")
     parser.add_argument("--threads", type=int, default=0)
@@ -158,6 +163,7 @@ def main() -> None:
             args.betas,
             alpha=args.alpha,
             layers=layers,
+            first_layer=args.first_layer,
             weighted=args.weighted,
             patch=args.patch,
         )
