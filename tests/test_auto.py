@@ -270,11 +270,12 @@ def test_tune_writes_what_auto_goes_by(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("some words of a text that repeats " * 30)
     small = ["--prompts", "32,48", "--texts", "2", "-n", "6", "--betas", "0.5,0.9"]
+    small += ["--first-layers", "1,2"]
     assert main(["tune", str(model), "--text", str(text), *small]) == 0
     out, err = capsys.readouterr()
-    assert out.count("\n") == 2 + 4 and "| 48 | flock | all | 64 | 0.9 |" in out
+    assert out.count("\n") == 2 + 8 and "| 48 | flock | all | × 2 | 64 | 0.9 |" in out
     assert "wrote" in err
-    assert len(Tuning.load(tuning_path(model)).rows) == 4
+    assert len(Tuning.load(tuning_path(model)).rows) == 8
     with Llama(str(model), verbose=False) as llm:
         llm("ab", max_tokens=1)
         assert llm.decision.reason != "no tuning file"

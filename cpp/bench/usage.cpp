@@ -77,7 +77,7 @@ tests, as lists; every combination is run:
   --statistic S             count, count_gate, count_abs or flock (default: flock)
   --alpha A                 share of a token's active neurons that are counted; not for flock
                             (default: 0.4)
-  --beta B                  share of the neurons to keep (default: 0.4)
+  --beta B                  share of the neurons to keep in every layer (default: 0.4)
   --layers FIRST:LAST       layers with core neurons, LAST excluded, the others stay dense
                             (default: all)
   --patch RANK              let the kept neurons answer for the dropped ones, 0: no; of stable

@@ -60,6 +60,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="how neurons are ranked (default: flock)",
     )
     parser.add_argument(
+        "--first-layers",
+        type=_list_of(float),
+        default=(CoreConfig.first_layer,),
+        metavar="T,T",
+        help="times as many neurons in the first layer (default: 2)",
+    )
+    parser.add_argument(
         "--patches",
         type=_list_of(_patch),
         default=(CoreConfig.patch,),
@@ -135,16 +142,30 @@ def call(args: argparse.Namespace) -> int:
         options.make(
             parser,
             CoreConfig,
-            {"beta": beta, "statistic": statistic, "layers": layers, "patch": patch},
+            {
+                "beta": beta,
+                "statistic": statistic,
+                "layers": layers,
+                "first_layer": first_layer,
+                "patch": patch,
+            },
         )
-        for statistic, layers, patch, beta in product(
-            args.statistics, [None, *(args.layers or ())], args.patches, args.betas
+        for statistic, layers, first_layer, patch, beta in product(
+            args.statistics,
+            [None, *(args.layers or ())],
+            args.first_layers,
+            args.patches,
+            args.betas,
         )
     ]
     if args.clusters is not None:
         configs += [
-            options.make(parser, CoreConfig, {"mode": "similar", "gamma": gamma, "patch": patch})
-            for patch, gamma in product(args.patches, args.gammas)
+            options.make(
+                parser,
+                CoreConfig,
+                {"mode": "similar", "gamma": gamma, "first_layer": first_layer, "patch": patch},
+            )
+            for first_layer, patch, gamma in product(args.first_layers, args.patches, args.gammas)
         ]
     for name, value in (("--texts", args.texts), ("-n", args.n_answer), *_named(args.prompts)):
         if value < 2:
@@ -209,16 +230,17 @@ def _named(prompts: tuple[int, ...]) -> list[tuple[str, int]]:
 def table(rows: list[Row]) -> str:
     """The rows in Markdown, by prompt length."""
     lines = [
-        "| prompt | statistic | layers | patch | beta | KL to dense | agreement | weights read "
-        "| speed |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| prompt | statistic | layers | first layer | patch | beta | KL to dense | agreement "
+        "| weights read | speed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         c = row.config
         layers = "all" if c.layers is None else "{}:{}".format(*c.layers)
         lines.append(
             f"| {row.n_prompt} | {'clusters' if c.mode == 'similar' else c.statistic} | {layers} "
-            f"| {c.patch or 'off'} | {c.gamma if c.mode == 'similar' else c.beta:g} "
+            f"| × {c.first_layer:g} | {c.patch or 'off'} "
+            f"| {c.gamma if c.mode == 'similar' else c.beta:g} "
             f"| {row.kl:.4f} ± {row.kl_error:.4f} | {row.agreement:.3f} "
             f"| {row.weight_share:.2f} | {row.speed:.2f} |"
         )
