@@ -357,3 +357,20 @@ def test_patch_is_on_off_or_a_rank(given, rank):
 def test_another_patch_is_said_to_be_wrong(wrong):
     with pytest.raises(ValueError, match="patch is .*; expected on, off or a rank"):
         CoreConfig(patch=wrong)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 9), (64, 128), (9, 5)])
+def test_rows_become_orthonormal_in_their_order(shape):
+    x = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+    x[1:] += 30 * x[:1]  # nearly parallel
+    if shape[0] > 3:
+        x[3] = x[1] - 2 * x[0]  # dependent
+    rows = _core.testing.orthonormalise(x).astype(np.float64)
+    gram = rows @ rows.T
+    kept = np.diag(gram) > 0.5
+    assert kept.sum() == min(np.linalg.matrix_rank(x), *shape)
+    np.testing.assert_allclose(gram, np.diag(kept.astype(float)), atol=2e-4)
+    within = x - (x @ rows.T) @ rows  # nothing of x is lost
+    np.testing.assert_allclose(within, 0, atol=2e-3 * np.abs(x).max())
+    if shape[0] > 3:
+        assert not rows[3].any()

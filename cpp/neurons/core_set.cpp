@@ -18,6 +18,11 @@ void check_range(LayerRange range, int64_t n_layer) {
   }
 }
 
+int64_t core_size(double beta, int64_t n) {
+  const auto k = static_cast<int64_t>(std::floor(beta * static_cast<double>(n) + 0.5));
+  return std::clamp<int64_t>(k, 1, n);
+}
+
 // The neurons alone.
 CoreSet pick(Backend& backend, const NeuronCounts::Snapshot& snapshot, const CoreShare& share) {
   const Rows scores = snapshot.rows();
@@ -108,11 +113,6 @@ void check(const CoreShare& share) {
   if (!(share.first_layer >= 1.0 && std::isfinite(share.first_layer))) {
     throw_error(ErrorKind::kValue, "first_layer is %g, expected at least 1", share.first_layer);
   }
-}
-
-int64_t core_size(double beta, int64_t n) {
-  const auto k = static_cast<int64_t>(std::floor(beta * static_cast<double>(n) + 0.5));
-  return std::clamp<int64_t>(k, 1, n);
 }
 
 std::vector<int64_t> core_sizes(const CoreShare& share, int64_t n_layer, int64_t n_ff) {

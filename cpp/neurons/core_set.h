@@ -62,14 +62,11 @@ struct CoreSet {
 // with NaN or Inf.
 void check(const CoreSet& set, int64_t n_layer, int64_t n_ff);
 
-// round(x) = floor(x + 0.5), and at least one: how many of n neurons the share beta keeps.
-int64_t core_size(double beta, int64_t n);
-
 void check(const CoreShare& share);  // kValue naming the field, the layers apart
 
-// Neurons that each layer of the range keeps, core_size(beta, n_ff) on average: the first layer at
-// most all, and no more than leaves half their share to the others. Throws kValue for a share that
-// is not in its bounds.
+// Neurons that each layer of the range keeps, beta * n_ff on average, rounded (half up) and at
+// least one: the first layer at most all, and no more than leaves half their share to the others.
+// Throws kValue for a share that is not in its bounds.
 std::vector<int64_t> core_sizes(const CoreShare& share, int64_t n_layer, int64_t n_ff);
 
 // The neurons of highest score in each layer of the range, core_sizes of them (Eq. 2, as its prose:

@@ -1,6 +1,6 @@
 // Small dense algebra on host memory, for systems of a few hundred unknowns: a Cholesky factor, the
-// inverse of a triangle, a triangular solve. Matrices are square, by rows, float32. Large products
-// are the backend's matter.
+// inverse of a triangle, a triangular solve, orthonormal rows. Matrices are square, by rows,
+// float32. Large products are the backend's matter.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +17,9 @@ int64_t cholesky(float* a, int64_t n, float least);
 
 // The inverse of U, all pivots positive: upper again; below the diagonal zeros are written.
 void invert_upper(const float* u, int64_t n, float* inverse);
+
+// Makes rows of `width` orthonormal, in place; those that depend on earlier ones become zero.
+void orthonormalise(float* x, int64_t rows, int64_t width);
 
 // X = U^-T X for rows x of `width`, in place; rows of zero pivots become zero.
 void solve_transposed(const float* u, int64_t n, float* x, int64_t width);

@@ -92,23 +92,6 @@ class Products {
   BufferPtr in_, out_;
 };
 
-// Makes the rows orthonormal; those that depend on earlier ones become zero.
-void orthonormalise(Matrix& x) {
-  for (int64_t i = 0; i < x.rows; ++i) {
-    float* const row = x.row(i);
-    const double before = dot(row, row, x.cols);
-    for (int64_t j = 0; j < i; ++j) {
-      const float* const other = x.row(j);
-      const auto share = static_cast<float>(dot(row, other, x.cols));
-      for (int64_t c = 0; c < x.cols; ++c) row[c] -= share * other[c];
-    }
-    const double after = dot(row, row, x.cols);
-    const bool independent = after > 1e-10 * before;
-    const float scale = independent ? static_cast<float>(1.0 / std::sqrt(after)) : 0.0f;
-    for (int64_t c = 0; c < x.cols; ++c) row[c] *= scale;
-  }
-}
-
 std::vector<uint16_t> halves(const Matrix& a) {
   std::vector<uint16_t> h(a.values.size());
   std::transform(a.values.begin(), a.values.end(), h.begin(), f32_to_f16);
@@ -280,12 +263,12 @@ int64_t PatchFitter::Work::find_directions(int64_t rank) {
   x.shape(std::min(rank, m), m);
   std::mt19937 random(1);
   for (float& v : x.values) v = (random() & 1u) != 0 ? 1.0f : -1.0f;
-  orthonormalise(x);
+  orthonormalise(x.values.data(), x.rows, x.cols);
   for (int pass = 0; pass < kPasses; ++pass) {
     shrink(x, fitted);
     products.times(fitted, *by_energies, energy);
     shrink(energy, x);
-    orthonormalise(x);
+    orthonormalise(x.values.data(), x.rows, x.cols);
   }
   shrink(x, fitted);
   products.times(fitted, fitted, small);

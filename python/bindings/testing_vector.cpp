@@ -381,7 +381,6 @@ void bind_testing_vector(nb::module_& testing) {
               arg("c").noconvert() = nb::none());
   testing.def("softmax", &softmax, arg("isa"), arg("s").noconvert(), arg("begin"), arg("end"),
               arg("softcap"), arg("max"), arg("sum"));
-  testing.def("share_of", &share_of, arg("share"), arg("count"));
   testing.def("pool_sums", &pool_sums, arg("n_threads"), arg("n_jobs"), arg("n"), arg("chunk"),
               nb::call_guard<nb::gil_scoped_release>());
   testing.def("pool_after_throw", &pool_after_throw, arg("n_threads"), arg("thread"),
