@@ -14,9 +14,6 @@
 namespace coreinfer {
 namespace {
 
-// Passes of subspace iteration. The strongest directions stand out after two; weaker ones differ
-// little in what they carry.
-constexpr int kPasses = 2;
 // Directions of which the fit keeps less than this share (squared) are rounding noise.
 constexpr float kLeastEnergy = 1e-6f;
 // Outputs that the search for directions looks at, about; in runs of kRun with gaps between them.
@@ -252,10 +249,11 @@ void PatchFitter::Work::measure_energies() {
 }
 
 // Orthonormal directions T (rank, m) among the samples that hold most of what is fitted. They are
-// searched by subspace iteration on F Y Y^T F: the outputs lie where R, what the dropped neurons
-// added to them, does, and R itself is dear. With T = U^-T X F, what is fitted is nearly
-// T^T T F R, a product of T F R, (rank, n_embd), and U^-T X (G + mu I)^-1 H, (rank, k). Leaves T F
-// and then U^-T X (G + mu I)^-1 in `coefficients`; returns how many directions there are.
+// searched by one step of subspace iteration on F Y Y^T F, since weaker directions differ little in
+// what they carry: the outputs lie where R, what the dropped neurons added to them, does, and R
+// itself is dear. With T = U^-T X F, what is fitted is nearly T^T T F R, a product of T F R, (rank,
+// n_embd), and U^-T X (G + mu I)^-1 H, (rank, k). Leaves T F and then U^-T X (G + mu I)^-1 in
+// `coefficients`; returns how many directions there are.
 int64_t PatchFitter::Work::find_directions(int64_t rank) {
   const int64_t m = inverse.rows;
   measure_energies();
@@ -263,13 +261,10 @@ int64_t PatchFitter::Work::find_directions(int64_t rank) {
   x.shape(std::min(rank, m), m);
   std::mt19937 random(1);
   for (float& v : x.values) v = (random() & 1u) != 0 ? 1.0f : -1.0f;
+  shrink(x, fitted);
+  products.times(fitted, *by_energies, energy);
+  shrink(energy, x);
   orthonormalise(x.values.data(), x.rows, x.cols);
-  for (int pass = 0; pass < kPasses; ++pass) {
-    shrink(x, fitted);
-    products.times(fitted, *by_energies, energy);
-    shrink(energy, x);
-    orthonormalise(x.values.data(), x.rows, x.cols);
-  }
   shrink(x, fitted);
   products.times(fitted, fitted, small);
   float strongest = 0.0f;
