@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from coreinfer import _core
+from coreinfer import CoreConfig, Llama, _core
 from make_synthetic_model import make_paper_model
 from synthetic_shapes import PAPER
 
@@ -20,7 +20,7 @@ MIB = 1 << 20
 RUN = """
 import json, sys
 import numpy as np
-from coreinfer import _core
+from coreinfer import CoreConfig, Llama, _core
 path, limit = sys.argv[1], int(sys.argv[2])
 before = _core.memory()["rss"]
 engine = _core.Engine(path, memory_limit=limit, core_share=0.2)
@@ -195,3 +195,25 @@ def test_the_limit_that_a_message_asks_for_is_enough_and_is_kept(model):
     needed, (resident, patch_rank), peak = json.loads(done.stdout)
     assert not resident and patch_rank > 0
     assert peak <= 1.04 * needed * MIB  # pages of libraries that are touched later are not planned
+
+
+@pytest.mark.parametrize(
+    ("core", "share"),
+    [
+        ("off", 0.0),
+        (CoreConfig(beta=0.2), 0.2),
+        (CoreConfig(mode="similar", gamma=0.1), 0.1),
+        (CoreConfig(mode="exact", beta=0.3), 0.3),
+    ],
+)
+def test_a_memory_limit_is_planned_with_the_share_that_will_decode(model, core, share, monkeypatch):
+    asked = {}
+
+    def engine(*args, **options):
+        asked.update(options)
+        raise MemoryError
+
+    monkeypatch.setattr(_core, "Engine", engine)
+    with pytest.raises(MemoryError):
+        Llama(model, core=core, memory_limit="1GiB", verbose=False)
+    assert asked["core_share"] == share
