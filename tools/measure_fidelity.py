@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from coreinfer import _core
+from coreinfer.tuning import divergence
 
 STATISTICS = ("count", "count_gate", "count_abs", "flock")
 
@@ -110,9 +111,8 @@ class Fidelity:
                 if patch:
                     self.session.fit_patch(rank=patch)
                 got = self.session.score(forced)[1:]
-                p = np.exp(dense[1:].astype(np.float64))
-                kl = (p * (dense[1:].astype(np.float64) - got)).sum(axis=1).mean()
-                found[beta].append((float(kl), agreement(got, dense[1:])))
+                kl = float(divergence(dense[1:], got).mean())
+                found[beta].append((kl, agreement(got, dense[1:])))
         return {
             beta: dict(zip(("kl", "agreement"), np.mean(rows, axis=0), strict=True))
             for beta, rows in found.items()

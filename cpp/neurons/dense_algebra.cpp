@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
 namespace coreinfer {
 namespace {
@@ -37,24 +36,6 @@ void subtract_all(float* x, int64_t begin, int64_t end, int64_t width,
     subtract(x, rows, a, width);
   }
   for (; j < end; ++j) subtract(x, row(j), coefficient(j), width);
-}
-
-// The products of x with kBlock rows.
-void dot_all(const float* x, const float* const* y, float* products, int64_t n) {
-  constexpr int64_t kParts = 8;
-  float parts[kBlock][kParts] = {};
-  int64_t i = 0;
-  for (; i + kParts <= n; i += kParts) {
-    for (int64_t b = 0; b < kBlock; ++b) {
-      for (int64_t p = 0; p < kParts; ++p) parts[b][p] += x[i + p] * y[b][i + p];
-    }
-  }
-  for (; i < n; ++i) {
-    for (int64_t b = 0; b < kBlock; ++b) parts[b][i % kParts] += x[i] * y[b][i];
-  }
-  for (int64_t b = 0; b < kBlock; ++b) {
-    products[b] = std::accumulate(parts[b], parts[b] + kParts, 0.0f);
-  }
 }
 
 }  // namespace
@@ -99,20 +80,11 @@ void invert_upper(const float* u, int64_t n, float* inverse) {
   }
 }
 
-// Earlier rows are orthonormal already, so that several can be taken off at once.
 void orthonormalise(float* x, int64_t rows, int64_t width) {
   for (int64_t i = 0; i < rows; ++i) {
     float* const row = x + i * width;
     const double before = dot(row, row, width);
-    int64_t j = 0;
-    for (; j + kBlock <= i; j += kBlock) {
-      const float* others[kBlock];
-      float shares[kBlock];
-      for (int64_t b = 0; b < kBlock; ++b) others[b] = x + (j + b) * width;
-      dot_all(row, others, shares, width);
-      subtract(row, others, shares, width);
-    }
-    for (; j < i; ++j) {
+    for (int64_t j = 0; j < i; ++j) {
       const float* const other = x + j * width;
       subtract(row, other, static_cast<float>(dot(row, other, width)), width);
     }

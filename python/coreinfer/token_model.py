@@ -338,14 +338,8 @@ class TokenModel:
         if self._auto is not None:
             self._decide(session, self._auto)
         core = self._active
-        layers = core.layer_range(self.n_layer())
         if core.mode == "exact":
-            session.set_exact(
-                beta=core.beta,
-                layers=layers,
-                first_layer=core.first_layer,
-                max_drafts=core.max_drafts,
-            )
+            session.set_exact(**self._share(core), max_drafts=core.max_drafts)
             self._core_set = None
             return
         session.end_exact()
@@ -354,7 +348,7 @@ class TokenModel:
             return
         session.replay(**self._counted())  # no work after a prefill
         if core.mode == "stable":
-            self._decode_with(session, self._stable_core(session, core, layers))
+            self._decode_with(session, self._stable_core(session, core))
         else:
             self._decode_with(session, self._similar_core(session, text))
         if core.patch:
@@ -362,10 +356,14 @@ class TokenModel:
             session.fit_patch(self._prior if core.prior else None, rank=core.patch)
             self._core_set = replace(chosen, patch=session.core_set.patch)
 
-    def _stable_core(
-        self, session: _core.Session, core: CoreConfig, layers: tuple[int, int] | None
-    ) -> CoreSet:
-        raw = session.select(beta=core.beta, layers=layers, first_layer=core.first_layer)
+    def _share(self, core: CoreConfig) -> dict[str, Any]:
+        """How many neurons are chosen by the prompt, as the session's keyword arguments."""
+        layers = core.layer_range(self.n_layer())
+        return {"beta": core.beta, "layers": layers, "first_layer": core.first_layer}
+
+    def _stable_core(self, session: _core.Session, core: CoreConfig) -> CoreSet:
+        share = self._share(core)
+        raw = session.select(**share)
         return CoreSet(
             layers=raw.layers,
             n_ff=raw.n_ff,
@@ -374,7 +372,7 @@ class TokenModel:
             alpha=core.alpha,
             beta=core.beta,
             n_tokens=raw.n_tokens,
-            stability=session.stability(beta=core.beta, layers=layers),
+            stability=session.stability(beta=core.beta, layers=share["layers"]),
             fingerprint=self.fingerprint,
             weighted=core.weighted,
         )
@@ -477,8 +475,7 @@ class TokenModel:
         self._timings_before = dict(session.timings)
         self._lookup_seconds = {}
         self._active = self._core if self._auto is None else self._auto.counting
-        core = self._active
-        chooses = counted is None and core.mode == "stable"
+        chooses = counted is None and self._active.mode == "stable"
         if counted is None:
             counted = self._counted()
         self._reused = session.reusable(ids, **counted)
@@ -487,9 +484,7 @@ class TokenModel:
             ids[self._reused :],
             **counted,
             progress=self.prefill_progress,
-            beta=core.beta if chooses else None,
-            layers=core.layer_range(self.n_layer()) if chooses else None,
-            first_layer=core.first_layer,
+            **(self._share(self._active) if chooses else {}),
         )
 
     def _sampler(
