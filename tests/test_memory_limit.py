@@ -20,7 +20,7 @@ MIB = 1 << 20
 RUN = """
 import json, sys
 import numpy as np
-from coreinfer import CoreConfig, Llama, _core
+from coreinfer import _core
 path, limit = sys.argv[1], int(sys.argv[2])
 before = _core.memory()["rss"]
 engine = _core.Engine(path, memory_limit=limit, core_share=0.2)

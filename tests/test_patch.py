@@ -59,6 +59,14 @@ def test_kept_neurons_answer_better_for_what_the_prompt_repeats(engine):
     assert np.square(patched - wanted).sum() < 0.5 * np.square(without - wanted).sum()
 
 
+def random_signs(*shape: int) -> np.ndarray:
+    """By the last bits of std::mt19937(1)."""
+    bits = np.random.MT19937()
+    bits._legacy_seeding(1)
+    drawn = bits.random_raw(int(np.prod(shape))) & 1
+    return np.where(drawn, 1.0, -1.0).reshape(shape)
+
+
 @pytest.mark.parametrize("rank", [20, 8])
 def test_the_fit_is_the_ridge_regression_of_the_oracle(model, engine, rank):
     m, beta, spec = 20, 0.4, _core.Session(engine, n_ctx=256)
@@ -78,12 +86,14 @@ def test_the_fit_is_the_ridge_regression_of_the_oracle(model, engine, rank):
         got = scaled @ (outer @ inner).T
         if rank == m:
             np.testing.assert_allclose(got, fitted, atol=4e-3 * np.abs(fitted).max())
-        # The directions are about those in which the fit sees most of all outputs.
-        norms = np.linalg.norm(h, axis=1, keepdims=True)
+        # The directions are those of one step of subspace iteration from random signs ...
         gram = scaled @ scaled.T
         fit = gram @ np.linalg.inv(gram + 0.3 * np.trace(gram) / m * np.eye(m))
-        seen = np.linalg.svd(fit @ (y / norms))[0][:, :rank]
-        directions = np.linalg.qr(fit @ seen)[0]
+        seen = fit @ (y / np.linalg.norm(h, axis=1, keepdims=True))
+        step = np.linalg.qr(fit @ seen @ seen.T @ random_signs(rank, m).T)[0]
+        np.testing.assert_allclose(got, step @ step.T @ fitted, atol=4e-3 * np.abs(fitted).max())
+        # ... and about those in which the fit sees most of all outputs.
+        directions = np.linalg.qr(fit @ np.linalg.svd(seen)[0][:, :rank])[0]
         best = np.square(directions.T @ fitted).sum()
         assert np.square(got).sum() > 0.8 * best
         left = np.square(got - fitted).sum()
