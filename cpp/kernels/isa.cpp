@@ -24,6 +24,7 @@ struct Features {
   bool avx512_vbmi = false;
   bool amx = false;
   bool neon = false;
+  bool amd = false;
 };
 
 #if defined(__x86_64__)
@@ -51,6 +52,8 @@ bool request_amx_permission() {
 Features detect() {
   Features f;
   uint32_t a, b, c, d;
+  if (!__get_cpuid(0, &a, &b, &c, &d)) return f;
+  f.amd = b == signature_AMD_ebx && d == signature_AMD_edx && c == signature_AMD_ecx;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return f;
   const bool fma = bit(c, 12), osxsave = bit(c, 27), avx = bit(c, 28), f16c = bit(c, 29);
   if (!osxsave || !avx) return f;
@@ -174,5 +177,7 @@ Isa best_isa() {
 }
 
 bool has_avx512_vbmi() { return features().avx512_vbmi; }
+
+bool fetches_directly() { return features().amd; }
 
 }  // namespace coreinfer
