@@ -29,8 +29,6 @@ using Codes = __m512i;
 // 32 registers: a sum and an accumulator a token. A panel's column is one register.
 constexpr int kDotTokens = 8, kPairTokens = 8, kPanelTokens = 12, kRowTokens = 4,
               kRowPairTokens = 4;
-// Strips times tokens for which two integer sums each fit the registers.
-constexpr int kPairSums = 8;
 
 inline Floats broadcast(float v) { return _mm512_set1_ps(v); }
 inline Ints broadcast(int32_t v) { return _mm512_set1_epi32(v); }
@@ -48,39 +46,28 @@ constexpr bool signed_codes() {
   return false;
 }
 
-// Codes times activations of steps in pairs: a line of 64 bytes holds two steps, its low halves
-// rows 0 to 7 of both, its high halves rows 8 to 15. Each has sums of its own, which are folded
-// into those of 16 rows at the end.
-template <DType kType, int S, int T>
-inline void add_step_pairs(const std::byte* const (&first)[S], const std::byte* const (&second)[S],
-                           int n_pairs, const int8_t* x, int64_t x_stride, Ints (&sum)[S][T]) {
-  constexpr PackedFormat f = packed_format(kType);
-  __m512i low[S][T], high[S][T];
-  for (int s = 0; s < S; ++s) {
-    for (int t = 0; t < T; ++t) low[s][t] = high[s][t] = _mm512_setzero_si512();
-  }
+// Codes times activations of steps in pairs, for one token: a line of 64 bytes holds two steps, its
+// low halves rows 0 to 7 of both, its high halves rows 8 to 15. Each half has a sum of its own;
+// they are folded into that of 16 rows at the end.
+template <DType kType, int S>
+inline void add_step_pairs(const std::byte* const (&codes)[S], int n_pairs, const int8_t* x,
+                           Ints (&sum)[S][1]) {
+  __m512i low[S], high[S];
+  for (int s = 0; s < S; ++s) low[s] = high[s] = _mm512_setzero_si512();
   for (int i = 0; i < n_pairs; ++i) {
-    CodesPair codes[S];
+    const int8_t* const eight = x + i * 2 * kStepCols;
+    const __m512i activations = _mm512_mask_broadcastd_epi32(
+        _mm512_broadcastd_epi32(_mm_loadu_si32(eight)), 0xff00, _mm_loadu_si32(eight + 4));
     for (int s = 0; s < S; ++s) {
-      codes[s] = load_codes_pair<kType>(first[s] + i * kStepCols * 4 * f.plane_bits(0),
-                                        second[s] + i * kStepCols * 4 * f.plane_bits(1));
-    }
-    for (int t = 0; t < T; ++t) {
-      const int8_t* const eight = x + i * 2 * kStepCols + t * x_stride;
-      const __m512i activations = _mm512_mask_broadcastd_epi32(
-          _mm512_broadcastd_epi32(_mm_loadu_si32(eight)), 0xff00, _mm_loadu_si32(eight + 4));
-      for (int s = 0; s < S; ++s) {
-        low[s][t] = _mm512_dpbusd_epi32(low[s][t], codes[s].low, activations);
-        high[s][t] = _mm512_dpbusd_epi32(high[s][t], codes[s].high, activations);
-      }
+      const CodesPair pair = load_codes_pair<kType>(codes[s] + i * 64);
+      low[s] = _mm512_dpbusd_epi32(low[s], pair.low, activations);
+      high[s] = _mm512_dpbusd_epi32(high[s], pair.high, activations);
     }
   }
   for (int s = 0; s < S; ++s) {
-    for (int t = 0; t < T; ++t) {
-      const __m512i first_steps = _mm512_shuffle_i64x2(low[s][t], high[s][t], 0x44);
-      const __m512i second_steps = _mm512_shuffle_i64x2(low[s][t], high[s][t], 0xee);
-      sum[s][t] = _mm512_add_epi32(sum[s][t], _mm512_add_epi32(first_steps, second_steps));
-    }
+    const __m512i first_steps = _mm512_shuffle_i64x2(low[s], high[s], 0x44);
+    const __m512i second_steps = _mm512_shuffle_i64x2(low[s], high[s], 0xee);
+    sum[s][0] = _mm512_add_epi32(sum[s][0], _mm512_add_epi32(first_steps, second_steps));
   }
 }
 
@@ -89,10 +76,13 @@ inline void add_steps(const std::byte* const (&first)[S], const std::byte* const
                       int n_steps, const int8_t* x, int64_t x_stride, Ints (&sum)[S][T]) {
   constexpr PackedFormat f = packed_format(kType);
   int i = 0;
-  if constexpr (f.plane_bits(0) == 4 && !kTail && S * T <= kPairSums) {
+  if constexpr (f.bits == 4 && !kTail && T == 1) {
     i = n_steps & ~1;
-    add_step_pairs<kType>(first, second, i / 2, x, x_stride, sum);
+    add_step_pairs<kType>(first, i / 2, x, sum);
   }
+  // Unrolled, the sums stay where they are; otherwise GCC moves each from one register to another
+  // and back in every step, which takes a third of the time.
+#pragma GCC unroll 8
   for (; i < n_steps; ++i) {
     Codes codes[S];
     for (int s = 0; s < S; ++s) {
