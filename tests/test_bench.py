@@ -6,16 +6,19 @@ import csv
 import io
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from coreinfer import _core
 from coreinfer.bench import binary_path
-from make_synthetic_model import make_tiny_model
+from make_synthetic_model import make_paper_model, make_tiny_model
+from synthetic_shapes import PAPER
 
 # llama-bench's columns, in its order; its tools find theirs by these names.
 LLAMA_BENCH_COLUMNS = """
@@ -27,9 +30,10 @@ n_depth test_time avg_ns stddev_ns avg_ts stddev_ts
 """.split()
 OWN_COLUMNS = """
 test isa core statistic alpha weighted beta layer_first layer_last ffn_kept_frac n_prompt_select
-count_ns select_ns compact_ns patch_rank patch_ns patch_bytes n_drafts accept acceptance
-compact_bytes compact_source_bytes weight_bytes_per_token eff_bw_gbs read_bw_gbs read_bw_bytes
-read_bw_share ttft_ns break_even_tokens verify_over_decode kv_bytes load_ns peak_rss logits_hash
+count_ns select_ns compact_ns choice_over_read_bw patch_rank patch_ns patch_bytes n_drafts accept
+acceptance compact_bytes compact_source_bytes weight_bytes_per_token eff_bw_gbs read_bw_gbs
+read_bw_bytes read_bw_share ttft_ns break_even_tokens verify_over_decode kv_bytes load_ns
+memory_limit rss peak_rss logits_hash
 """.split()
 TEXT_COLUMNS = """
 build_commit cpu_info gpu_info backends model_filename model_type cpu_mask type_k type_v split_mode
@@ -142,7 +146,7 @@ def test_zero_leaves_a_kind_of_test_out(model):
         (["-r", "0"], "-r is 0, expected 1 to"),
         (["-ctk", "q4_0"], 'cache type is "q4_0", expected f16, f32 or q8_0'),
         (["-o", "xml"], '-o is "xml", expected one of md, csv, json, jsonl, sql'),
-        (["-ngl", "-1"], "-ngl is -1, expected 0 to"),
+        (["-ngl", "-2"], "-ngl is -2, expected -1 to"),
         (["-mg", "1024"], "-mg is 1024, expected 0 to 1023"),
         (["--core", "sometimes"], '--core is "sometimes", expected one of off, stable, exact'),
         (["--statistic", "mean"], "mean"),
@@ -160,7 +164,12 @@ def test_zero_leaves_a_kind_of_test_out(model):
         (["-p"], "-p needs a value"),
         (["-p", "0", "-n", "0"], "no test to run"),
         (["--frobnicate"], 'unknown argument "--frobnicate"'),
-        (["-fa", "on"], "llama-bench's -fa has no meaning here"),
+        (["-mmp", "0"], "llama-bench's -mmp has no meaning here: model files are always mapped"),
+        (["-mmp", "1,0"], "llama-bench's -mmp has no meaning here"),
+        (["-mmp"], "llama-bench's -mmp has no meaning here"),
+        (["--memory-limit", "2G"], '"2G" is not a size in bytes, for example 2GiB or 500MB'),
+        (["--memory-limit", "0"], '"0" is not a size in bytes'),
+        (["--memory-limit", "1MiB"], "memory_limit is 1.0 MiB, but"),
         (["-hf", "a/b"], "give the path of a GGUF file with -m"),
     ],
 )
@@ -170,6 +179,17 @@ def test_bad_arguments_are_named_and_nothing_is_written_to_stdout(model, args, m
     assert message in done.stderr
     assert done.stderr.count("\n") <= 2  # a note and the error, no dump
     assert len(done.stdout.splitlines()) <= 1  # at most the header
+
+
+def test_flags_of_llama_bench_that_change_nothing_are_taken_and_said(model):
+    given = ["-fa", "0,1", "-mmp", "1", "--poll", "50", "-nkvo", "0", "-sm", "layer", "--prio", "0"]
+    done = bench("-m", model, "-p", 2, "-n", 0, "-r", 1, "--bandwidth", 0, "-o", "json", *given)
+    assert done.returncode == 0
+    assert len(json.loads(done.stdout)) == 1
+    notes = done.stderr.splitlines()
+    assert len(notes) == 6
+    for flag, note in zip(given[::2], notes, strict=True):
+        assert f"llama-bench's {flag} has no meaning here" in note
 
 
 def test_a_model_is_required():
@@ -456,6 +476,13 @@ def test_a_bad_token_file_is_an_error(model, tmp_path, text, message):
     assert done.returncode == 1 and message in done.stderr
 
 
+def test_what_tokenize_prints_for_programs_is_refused_as_a_token_file(model, tmp_path):
+    path = tmp_path / "ids"
+    path.write_text('{"ids": [1, 2, 3, 4]}')
+    done = bench("-m", model, "-p", 4, "-n", 0, "--bandwidth", 0, "--tokens", path)
+    assert done.returncode == 1 and "`coreinfer tokenize` without --json" in done.stderr
+
+
 def test_drawn_ids_depend_on_the_seed_only(model):
     def hashes(*args: object) -> list[str]:
         return [row["logits_hash"] for row in rows_of(model, "-p", 8, "-n", 2, *args)]
@@ -636,6 +663,32 @@ def test_memory_for_the_bandwidth_is_not_in_the_peak_of_the_rows(model):
     args = ["-m", model, "-p", 2, "-n", 0, "-r", 1, "-o", "json", "--bandwidth", 0.25]
     (row,) = json.loads(bench(*args).stdout)
     assert 0 < row["peak_rss"] < 128 << 20  # half of what was read; the tiny model needs few MiB
+
+
+def test_core_rows_hold_what_they_compute_with_under_a_memory_limit(tmp_path):
+    """The limit that a refusal names is enough, is kept, and changes no bit."""
+    path = tmp_path / "wide.gguf"  # 54 MB of FFN weights, little else
+    shape = PAPER["llama2-7b"]
+    shape = replace(shape, n_layer=4, n_embd=512, n_ff=8192, n_head=8, n_head_kv=2, n_vocab=512)
+    make_paper_model(path, shape, "Q8_0")
+    args = ["-m", path, "-p", 32, "-n", 2, "-r", 2, "--core", "stable", "--beta", 0.2, "-t", 2]
+    args += ["--bandwidth", 0, "-o", "json"]
+    refused = bench(*args, "--memory-limit", "1MB")
+    assert refused.returncode == 1 and "lower beta" in refused.stderr
+    needed = re.search(r"but (\d+) MiB are needed for the process \((\S+)\)", refused.stderr)
+    # The refusal is of the prompt's test; the other has a longer context.
+    limited = bench(*args, "--memory-limit", f"{int(needed[1]) + 1}MiB")
+    assert limited.returncode == 0, limited.stderr
+    rows, free = json.loads(limited.stdout), json.loads(bench(*args).stdout)
+    assert [row["logits_hash"] for row in rows] == [row["logits_hash"] for row in free]
+    for row in rows:
+        assert row["memory_limit"] == (int(needed[1]) + 1) << 20
+        assert row["rss"] <= row["peak_rss"] <= row["memory_limit"]
+        assert row["choice_over_read_bw"] is None
+    core = rows[-1]
+    held = float(needed[2]) * (1 << 20) + core["weight_bytes_per_token"] + core["kv_bytes"]
+    assert core["rss"] <= held + (8 << 20)  # batches' workspace, and what is not worth counting
+    assert free[0]["memory_limit"] is None and free[-1]["rss"] > core["rss"] + (40 << 20)
 
 
 def test_peak_memory_and_model_facts_are_reported(model):

@@ -135,6 +135,7 @@ std::vector<Column> own_columns() {
       integer("count_ns", [](const Row& r) { return r.count_ns; }),
       integer("select_ns", [](const Row& r) { return r.select_ns; }),
       integer("compact_ns", [](const Row& r) { return r.compact_ns; }),
+      number("choice_over_read_bw", [](const Row& r) { return r.choice_over_bandwidth(); }),
       integer("patch_rank", [](const Row& r) { return if_core(r, r.setting.patch); }),
       integer("patch_ns", [](const Row& r) { return r.patch_ns; }),
       integer("patch_bytes", [](const Row& r) { return r.patch_bytes; }),
@@ -153,6 +154,8 @@ std::vector<Column> own_columns() {
       number("verify_over_decode", [](const Row& r) { return r.verify_over_decode; }),
       integer("kv_bytes", [](const Row& r) { return r.kv_bytes; }),
       integer("load_ns", [](const Row& r) { return r.load_ns; }),
+      integer("memory_limit", [](const Row& r) { return r.memory_limit; }),
+      integer("rss", [](const Row& r) { return r.rss; }),
       integer("peak_rss", [](const Row& r) { return r.peak_rss; }),
       words("logits_hash", [](const Row& r) { return hex(r.logits_hash); }),
   };

@@ -77,6 +77,9 @@ void run(const BenchParams& params) {
   for (const Group& group : plan) tokens.require(group.test.n_tokens());
   Runner runner(params, tokens, measure_bandwidths(params));
   check_gpus(params);
+  for (const std::string& note : params.notes) {
+    std::fprintf(stderr, "coreinfer-bench: %s\n", note.c_str());
+  }
   std::vector<std::unique_ptr<Printer>> printers;
   printers.push_back(make_printer(params.output, stdout, plan));
   if (params.output_err != "none") {

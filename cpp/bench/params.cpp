@@ -100,12 +100,17 @@ class Parser {
       params_.n_pg.emplace_back(parse_integer(flag, pair[0], 1, kMaxTokens),
                                 parse_integer(flag, pair[1], 1, kMaxTokens));
     });
-    integers({"-ngl", "--n-gpu-layers"}, params_.n_gpu_layers, kMaxLayers);
+    list({"-ngl", "--n-gpu-layers"}, params_.n_gpu_layers, [](const auto& flag, const auto& text) {
+      return parse_integer(flag, text, -1, kMaxLayers);
+    });
     integers({"-mg", "--main-gpu"}, params_.main_gpu, kMaxGpus);
     integer({"-r", "--repetitions"}, params_.repetitions, 1, 1000000);
     integer({"--delay"}, params_.delay_seconds, 0, 3600);
     integer({"--seed"}, params_.seed, 0, INT64_MAX);
     option({"--tokens"}, [this](const auto&, const auto& text) { params_.tokens_file = text; });
+    option({"--memory-limit"}, [this](const auto& flag, const auto& text) {
+      params_.memory_limit = parse_bytes(flag, text);
+    });
     option({"--bandwidth"}, [this](const auto& flag, const auto& text) {
       params_.bandwidth_gib = parse_number(flag, text);
       if (params_.bandwidth_gib < 0.0 || params_.bandwidth_gib > 1024.0) {
@@ -136,8 +141,13 @@ class Parser {
         continue;
       }
       const auto found = options_.find(arg);
-      if (found == options_.end()) unknown(arg);
-      if (i + 1 == argc) {
+      const bool has_value = i + 1 < argc;
+      if (found == options_.end()) {
+        unknown(arg, has_value ? argv[i + 1] : "");
+        ++i;
+        continue;
+      }
+      if (!has_value) {
         throw_error(ErrorKind::kValue, "%s needs a value (see --help)", arg.c_str());
       }
       found->second(arg, argv[++i]);
@@ -181,11 +191,14 @@ class Parser {
     values.insert(values.end(), more.begin(), more.end());
   }
 
-  [[noreturn]] static void unknown(const std::string& arg) {
-    if (const char* why = why_meaningless(arg)) {
-      throw_error(ErrorKind::kValue, "llama-bench's %s has no meaning here: %s", arg.c_str(), why);
-    }
-    throw_error(ErrorKind::kValue, "unknown argument \"%s\" (see --help)", arg.c_str());
+  // Returns for what llama-bench's scripts may say, since it changes nothing.
+  void unknown(const std::string& arg, const std::string& value) {
+    const auto known = meaningless(arg, value);
+    if (!known) throw_error(ErrorKind::kValue, "unknown argument \"%s\" (see --help)", arg.c_str());
+    const std::string note =
+        format_string("llama-bench's %s has no meaning here: %s", arg.c_str(), known->why);
+    if (!known->harmless) throw_error(ErrorKind::kValue, "%s", note.c_str());
+    params_.notes.push_back(note);
   }
 
   BenchParams params_;

@@ -35,7 +35,7 @@ struct BenchParams {
   std::vector<int64_t> n_batch = {2048};
   std::vector<int64_t> n_ubatch = {512};
   std::vector<int64_t> n_threads;           // default: the cores that this process may use
-  std::vector<int64_t> n_gpu_layers = {0};  // 0: on the CPU
+  std::vector<int64_t> n_gpu_layers = {0};  // 0: on the CPU; -1: all on a GPU
   std::vector<int64_t> main_gpu = {0};
   std::vector<std::string> type_k = {"f16"};
   std::vector<std::string> type_v = {"f16"};
@@ -53,6 +53,7 @@ struct BenchParams {
   int64_t delay_seconds = 0;  // before each test
   std::string tokens_file;    // "": ids drawn with `seed`
   uint64_t seed = 0;
+  uint64_t memory_limit = 0;   // bytes that the process may hold; 0: no limit
   double bandwidth_gib = 4.0;  // memory that the bandwidth measurement reads; 0: do not measure
   bool weighted = false;
   bool warmup = true;
@@ -60,6 +61,7 @@ struct BenchParams {
   bool verbose = false;
   std::string output = "md";
   std::string output_err = "none";
+  std::vector<std::string> notes;  // for stderr: flags that were taken and set nothing
 };
 
 BenchParams parse_params(int argc, const char* const* argv);

@@ -54,6 +54,13 @@ std::optional<double> Row::bandwidth_share() const {
   return *used / bandwidth.gb_per_s;
 }
 
+std::optional<double> Row::choice_over_bandwidth() const {
+  if (!compact_bytes || !select_ns || !compact_ns || bandwidth.gb_per_s <= 0.0) return std::nullopt;
+  if (memory_limit) return std::nullopt;  // some of it was done during the prefill
+  const auto bytes = static_cast<double>(*compact_bytes + compact_source_bytes.value_or(0));
+  return static_cast<double>(*select_ns + *compact_ns) * bandwidth.gb_per_s / bytes;
+}
+
 std::optional<double> Row::break_even_tokens() const {
   if (group.test.kind != TestKind::kGenerate || !setting.on || !dense_step_ns) return std::nullopt;
   if (setting.exact) return std::nullopt;  // its steps have chosen and compacted themselves

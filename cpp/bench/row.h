@@ -44,6 +44,8 @@ struct Row {
   std::optional<double> verify_over_decode;     // time of a verification over a decode step
   std::optional<double> acceptance;             // drafts that came true, over all
   int64_t load_ns = 0;
+  std::optional<int64_t> memory_limit;
+  uint64_t rss = 0;  // after the last repetition
   uint64_t peak_rss = 0;
   uint64_t logits_hash = 0;
 
@@ -55,6 +57,8 @@ struct Row {
   // Weights read per second while decoding, 10^9 bytes.
   std::optional<double> eff_gb_per_s() const;
   std::optional<double> bandwidth_share() const;
+  // Select and compact, over the time in which their bytes, read and written, could be read.
+  std::optional<double> choice_over_bandwidth() const;
   // Tokens after which the time saved by a core step has paid for select and compact.
   std::optional<double> break_even_tokens() const;
 };

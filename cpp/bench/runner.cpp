@@ -1,11 +1,13 @@
 #include "bench/runner.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <thread>
 
 #include "base/error.h"
+#include "base/memory_use.h"
 #include "bench/host.h"
 #include "bench/test_run.h"
 
@@ -15,8 +17,23 @@ Runner::Runner(const BenchParams& params, const TokenSource& tokens,
                std::map<int, ReadBandwidth> bandwidth)
     : params_(params), tokens_(tokens), bandwidth_(std::move(bandwidth)), cpu_(cpu_name()) {}
 
+// Without a limit nothing is planned, and one engine serves all groups.
+Runner::MemoryNeeds Runner::needs_of(const Group& group) const {
+  MemoryNeeds needs;
+  if (params_.memory_limit == 0) return needs;
+  needs.n_ctx = group.test.n_tokens();
+  for (const CoreSetting& setting : group.settings) {
+    if (!setting.on) continue;
+    needs.core_share = std::max(needs.core_share, setting.beta);
+    needs.samples = std::max(needs.samples, setting.spec.samples);
+  }
+  return needs;
+}
+
 const Engine& Runner::engine_for(const Group& group) {
-  if (engine_ && engine_group_.model == group.model && engine_group_.n_threads == group.n_threads &&
+  const MemoryNeeds needs = needs_of(group);
+  if (engine_ && needs_ == needs && engine_group_.model == group.model &&
+      engine_group_.n_threads == group.n_threads &&
       engine_group_.n_gpu_layers == group.n_gpu_layers &&
       engine_group_.main_gpu == group.main_gpu) {
     return *engine_;
@@ -26,8 +43,15 @@ const Engine& Runner::engine_for(const Group& group) {
   options.cpu.n_threads = group.n_threads;
   options.n_gpu_layers = group.n_gpu_layers;
   options.main_gpu = static_cast<int>(group.main_gpu);
+  if (params_.memory_limit > 0) {
+    options.memory_limit = params_.memory_limit;
+    options.core_share = needs.core_share;
+    options.session = session_options(group);
+    options.samples = needs.samples;
+  }
   engine_ = Engine::load(group.model, options);
   engine_group_ = group;
+  needs_ = needs;
   facts_ = model_facts(engine_->file());
   if (params_.verbose) {
     std::fprintf(stderr, "coreinfer-bench: %s: %s, %.1f MiB, loaded in %.2f s on %s\n",
@@ -93,6 +117,8 @@ Row Runner::measure(const Group& group, const CoreSetting& setting, const char* 
     }
   }
   test.fill(row);
+  if (params_.memory_limit > 0) row.memory_limit = static_cast<int64_t>(params_.memory_limit);
+  row.rss = memory_use().rss;
   row.peak_rss = peak_rss();
   return row;
 }

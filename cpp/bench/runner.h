@@ -25,6 +25,16 @@ class Runner {
   void run(const std::vector<Group>& plan, const std::function<void(const Row&)>& take);
 
  private:
+  // What a group will want beside the weights.
+  struct MemoryNeeds {
+    double core_share = 0.0;
+    int64_t samples = 0;
+    int64_t n_ctx = 0;
+
+    bool operator==(const MemoryNeeds&) const = default;
+  };
+
+  MemoryNeeds needs_of(const Group& group) const;
   const Engine& engine_for(const Group& group);
   void check_layers(const Group& group);
   Row measure(const Group& group, const CoreSetting& setting, const char* where);
@@ -35,6 +45,7 @@ class Runner {
   std::string cpu_;
   std::shared_ptr<const Engine> engine_;
   Group engine_group_;  // that it was loaded for
+  MemoryNeeds needs_;   // that a limit was planned with
   ModelFacts facts_;    // of the engine's model
 };
 

@@ -13,15 +13,6 @@ namespace {
 // Decode steps and verifications measured in turn in one repetition.
 constexpr int kVerifyRounds = 8;
 
-SessionOptions session_options(const Group& group) {
-  SessionOptions options;
-  options.n_ctx = group.test.n_tokens();
-  options.n_batch = std::min(group.n_batch, group.n_ubatch);
-  options.type_k = kv_type_from_name(group.type_k);
-  options.type_v = kv_type_from_name(group.type_v);
-  return options;
-}
-
 int64_t to_ns(double seconds) { return std::llround(seconds * 1e9); }
 
 double median(std::vector<double> values) {
@@ -31,6 +22,15 @@ double median(std::vector<double> values) {
 }
 
 }  // namespace
+
+SessionOptions session_options(const Group& group) {
+  SessionOptions options;
+  options.n_ctx = group.test.n_tokens();
+  options.n_batch = std::min(group.n_batch, group.n_ubatch);
+  options.type_k = kv_type_from_name(group.type_k);
+  options.type_v = kv_type_from_name(group.type_v);
+  return options;
+}
 
 TestRun::TestRun(std::shared_ptr<const Engine> engine, const Group& group,
                  const CoreSetting& setting, std::span<const int32_t> ids)
@@ -58,7 +58,9 @@ void TestRun::to_depth() {
   session_.set_core(std::nullopt);
   // Scores cannot be taken back to any length, as the cache can.
   const bool scores_grow = spec_ && (test_.n_prompt > 0 || setting_.exact);
-  if (at_depth_ && !scores_grow) {
+  // Within a memory limit fitting a patch lets the samples go.
+  const bool samples_gone = setting_.patch > 0 && session_.engine().memory().limited();
+  if (at_depth_ && !scores_grow && !samples_gone) {
     session_.keep(test_.n_depth);
     return;
   }
@@ -69,7 +71,7 @@ void TestRun::to_depth() {
   session_.reset();
   if (test_.n_depth > 0) {
     const Timings before = session_.timings();
-    session_.prefill(ids(0, test_.n_depth), spec_);
+    prefill(ids(0, test_.n_depth));
     depth_timings_ = session_.timings();
     depth_timings_.prefill_seconds -= before.prefill_seconds;
     depth_timings_.count_seconds -= before.count_seconds;
@@ -79,29 +81,40 @@ void TestRun::to_depth() {
   at_depth_ = true;
 }
 
+// Where weights do not stay, their core is gathered as they pass by.
+void TestRun::prefill(Ids tokens) {
+  std::optional<CoreShare> expected;
+  if (setting_.on && !setting_.exact) expected = share();
+  session_.prefill(tokens, spec_, {}, {}, expected);
+}
+
 void TestRun::choose() {
   if (!setting_.on) return;
   if (setting_.exact) {
-    session_.set_exact(ExactSpec{{setting_.beta, layers()}, setting_.drafts, true, false, false});
+    session_.set_exact(ExactSpec{share(), setting_.drafts, true, false, false});
     return;
   }
-  session_.set_core(session_.select({setting_.beta, layers()}));
+  session_.set_core(session_.select(share()));
   if (setting_.patch > 0) session_.fit_patch({.rank = setting_.patch});
 }
 
 void TestRun::warm_up() {
-  if (test_.n_prompt > 0) {
-    session_.prefill(ids(0, test_.n_prompt), spec_);
-  } else {
-    to_depth();
+  // One batch of what comes before the first decoded token, which is then timed warm.
+  const int64_t before = test_.n_prompt > 0 ? test_.n_prompt : test_.n_depth;
+  const int64_t n = test_.n_prompt > 0 ? before : std::min(before, session_.n_batch());
+  if (n > 0) {
+    prefill(ids(0, n));
+    choose();
   }
-  choose();
   if (test_.n_gen > 0) session_.decode(ids_[static_cast<size_t>(session_.n_past())]);
+  session_.set_exact(std::nullopt);
+  session_.set_core(std::nullopt);
+  session_.reset();
 }
 
 int64_t TestRun::timed_prompt(LogitsHash& hash) {
   const int64_t start = now_ns();
-  session_.prefill(ids(test_.n_depth, test_.n_prompt), spec_);
+  prefill(ids(test_.n_depth, test_.n_prompt));
   choose();
   const int64_t ns = now_ns() - start;
   prompt_ns_.push_back(ns);

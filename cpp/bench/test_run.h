@@ -18,13 +18,16 @@
 
 namespace coreinfer::bench {
 
+// Of the sessions of a group's tests.
+SessionOptions session_options(const Group& group);
+
 class TestRun {
  public:
   // ids: test.n_tokens() of them. All three must outlive the run.
   TestRun(std::shared_ptr<const Engine> engine, const Group& group, const CoreSetting& setting,
           std::span<const int32_t> ids);
 
-  // Once before the repetitions: the whole prompt, and one decode step.
+  // Once before the repetitions: the prompt, or a batch of the depth, and one decode step.
   void warm_up();
   // One repetition; its time in nanoseconds. Throws kState when its logits are not those of the
   // repetitions before.
@@ -38,6 +41,8 @@ class TestRun {
  private:
   using Ids = std::span<const int32_t>;
   Ids ids(int64_t begin, int64_t count) const;
+  CoreShare share() const { return {setting_.beta, layers()}; }
+  void prefill(Ids tokens);
   // Brings the session to n_depth positions and its decode weights to the dense ones.
   void to_depth();
   // Selects and compacts; nothing for a dense setting.

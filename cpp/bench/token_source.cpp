@@ -26,6 +26,12 @@ std::vector<int32_t> read_ids(const std::string& path) {
   };
   std::string_view rest = text;
   trim(rest);
+  if (!rest.empty() && rest.front() == '{') {
+    throw_error(ErrorKind::kValue,
+                "token file %s holds a JSON object, expected a list of ids or what `coreinfer "
+                "tokenize` without --json prints",
+                path.c_str());
+  }
   const bool json = !rest.empty() && rest.front() == '[';
   if (json) {
     if (rest.back() != ']') {

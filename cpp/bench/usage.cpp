@@ -5,31 +5,43 @@
 
 #include "base/error.h"
 #include "base/thread_pool.h"
+#include "bench/value_list.h"
 
 namespace coreinfer::bench {
 namespace {
 
+// `anyway`: values that ask for what is done anyway; "*" stands for all.
 struct Reason {
   std::vector<std::string_view> flags;
   const char* why;
+  std::vector<std::string_view> anyway;
 };
 
 const Reason kMeaningless[] = {
     {{"-hf", "-hfr", "--hf-repo", "-hff", "--hf-file", "-hft", "--hf-token", "--offline"},
-     "nothing is downloaded; give the path of a GGUF file with -m"},
-    {{"-C", "--cpu-mask", "--cpu-strict", "--numa"}, "start it under taskset or numactl instead"},
-    {{"--prio"}, "start it under nice instead"},
-    {{"--poll"}, "how the threads wait is fixed"},
-    {{"-ncmoe", "--n-cpu-moe"}, "there are no mixture-of-experts models"},
-    {{"-dev", "--device", "-sm", "--split-mode", "-ts", "--tensor-split", "-ot",
-      "--override-tensor", "-nkvo", "--no-kv-offload", "-nopo", "--no-op-offload", "--no-host",
-      "-fitt", "--fit-target", "-fitc", "--fit-ctx"},
-     "everything is computed by the CPU or by one GPU (-ngl, -mg)"},
-    {{"-fa", "--flash-attn"}, "there is one way to compute attention"},
-    {{"-embd", "--embeddings"}, "embeddings are not computed"},
-    {{"-lm", "--load-mode", "-lzm", "--lazy-mode", "-mmp", "--mmap", "-dio", "--direct-io"},
-     "model files are always mapped"},
-    {{"--repack"}, "each type has one layout to compute with"},
+     "nothing is downloaded; give the path of a GGUF file with -m",
+     {}},
+    {{"-C", "--cpu-mask", "--numa"}, "start it under taskset or numactl instead", {"0x0"}},
+    {{"--cpu-strict"}, "start it under taskset or numactl instead", {"0"}},
+    {{"--prio"}, "start it under nice instead", {"0"}},
+    {{"--poll"}, "how the threads wait is fixed", {"*"}},
+    {{"-ncmoe", "--n-cpu-moe"}, "there are no mixture-of-experts models", {"0"}},
+    {{"-dev", "--device", "-ts", "--tensor-split", "-ot", "--override-tensor", "-fitt",
+      "--fit-target", "-fitc", "--fit-ctx"},
+     "everything is computed by the CPU or by one GPU (-ngl, -mg)",
+     {}},
+    {{"-sm", "--split-mode"},
+     "everything is computed by the CPU or by one GPU (-ngl, -mg)",
+     {"none", "layer"}},
+    {{"-nkvo", "--no-kv-offload", "-nopo", "--no-op-offload", "--no-host"},
+     "everything is computed by the CPU or by one GPU (-ngl, -mg)",
+     {"0"}},
+    {{"-fa", "--flash-attn"}, "there is one way to compute attention", {"*"}},
+    {{"-embd", "--embeddings"}, "embeddings are not computed", {"0"}},
+    {{"-mmp", "--mmap"}, "model files are always mapped", {"1"}},
+    {{"-dio", "--direct-io"}, "model files are always mapped", {"0"}},
+    {{"-lm", "--load-mode", "-lzm", "--lazy-mode"}, "model files are always mapped", {"auto"}},
+    {{"--repack"}, "each type has one layout to compute with", {"1"}},
 };
 
 constexpr const char* kUsage = R"(usage: coreinfer-bench -m MODEL [options]
@@ -53,6 +65,9 @@ options:
                             generated tokens from it in this order
                             (default: ids drawn from the vocabulary)
   --seed N                  of the drawn ids (default: 0)
+  --memory-limit SIZE       bytes that the process may hold, for example 2GiB or 500MB: where all
+                            does not fit, dense FFN weights come in a layer at a time
+                            (default: no limit)
   --bandwidth GIB           memory to read when measuring the read bandwidth, once for each number
                             of threads; less is used where memory is short; 0 skips (default: 4)
 
@@ -69,8 +84,8 @@ tests, as lists; every combination is run:
   -ctk, --cache-type-k T    f16, f32 or q8_0 (default: f16)
   -ctv, --cache-type-v T    f16, f32 or q8_0 (default: f16)
   -t, --threads N           (default: %d)
-  -ngl, --n-gpu-layers N    0: on the CPU; the model's number of layers or more: on a GPU; fewer:
-                            the last N layers on a GPU (default: 0)
+  -ngl, --n-gpu-layers N    0: on the CPU; -1, or the model's number of layers or more: on a GPU;
+                            fewer: the last N layers on a GPU (default: 0)
   -mg, --main-gpu N         which GPU (default: 0)
   --core MODE               off: dense weights; stable: the core neurons of the prompt; exact: dense,
                             with the core neurons' drafts verified (default: off)
@@ -100,13 +115,20 @@ with the prompt.
 
 std::string usage() { return format_string(kUsage, ThreadPool::default_threads()); }
 
-const char* why_meaningless(std::string_view flag) {
+std::optional<Meaningless> meaningless(std::string_view flag, std::string_view value) {
+  const auto holds = [](const std::vector<std::string_view>& list, std::string_view what) {
+    return std::find(list.begin(), list.end(), what) != list.end();
+  };
   for (const Reason& reason : kMeaningless) {
-    if (std::find(reason.flags.begin(), reason.flags.end(), flag) != reason.flags.end()) {
-      return reason.why;
+    if (!holds(reason.flags, flag)) continue;
+    if (value.empty()) return Meaningless{reason.why, false};
+    bool harmless = true;
+    for (const std::string& member : split_list(flag, value, ',')) {
+      harmless = harmless && (holds(reason.anyway, "*") || holds(reason.anyway, member));
     }
+    return Meaningless{reason.why, harmless};
   }
-  return nullptr;
+  return std::nullopt;
 }
 
 }  // namespace coreinfer::bench

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <locale>
 #include <sstream>
+#include <utility>
 
 #include "base/error.h"
 
@@ -79,6 +80,24 @@ double parse_number(std::string_view flag, std::string_view text) {
     malformed(flag, text, "a number");
   }
   return value;
+}
+
+uint64_t parse_bytes(std::string_view flag, std::string_view text) {
+  constexpr std::pair<std::string_view, double> kUnits[] = {
+      {"KiB", 0x1p10}, {"MiB", 0x1p20}, {"GiB", 0x1p30}, {"KB", 1e3}, {"MB", 1e6}, {"GB", 1e9}};
+  std::string_view digits = text;
+  double unit = 1.0;
+  for (const auto& [name, bytes] : kUnits) {
+    if (!text.ends_with(name)) continue;
+    digits.remove_suffix(name.size());
+    unit = bytes;
+    break;
+  }
+  constexpr const char* kExpected = "a size in bytes, for example 2GiB or 500MB";
+  if (digits.find_first_not_of("0123456789.") != digits.npos) malformed(flag, text, kExpected);
+  const double bytes = parse_number(flag, digits) * unit;
+  if (bytes >= 1.0 && bytes < 0x1p62) return static_cast<uint64_t>(bytes);
+  malformed(flag, text, kExpected);
 }
 
 std::vector<int64_t> parse_integers(std::string_view flag, std::string_view text, int64_t high) {

@@ -16,6 +16,9 @@ std::vector<std::string> split_list(std::string_view flag, std::string_view text
 // One decimal integer in [low, high].
 int64_t parse_integer(std::string_view flag, std::string_view text, int64_t low, int64_t high);
 
+// A size in bytes: a number, then nothing or KB, MB, GB (powers of 1000), KiB, MiB, GiB (of 1024).
+uint64_t parse_bytes(std::string_view flag, std::string_view text);
+
 // One finite decimal number, written with a point whatever the locale.
 double parse_number(std::string_view flag, std::string_view text);
 
