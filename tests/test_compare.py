@@ -28,6 +28,8 @@ from make_synthetic_model import make_tiny_model
 FAKE = """#!{python}
 import json, os, signal, sys, time
 args = sys.argv[1:]
+if "--help" in args:
+    sys.exit(print({help!r}))
 get = lambda flag, default: args[args.index(flag) + 1] if flag in args else default
 ints = lambda text: [int(v) for v in text.split(",")]
 with open({log!r}, "a") as log:
@@ -48,11 +50,13 @@ WELL = "print(json.dumps(rows))"
 def fake(tmp_path):
     """Makes an executable peer: fake(name, speed, body) -> path. All log to tmp_path/log."""
 
-    def make(name: str, speed: float = 100.0, body: str = WELL) -> Path:
+    def make(name: str, speed: float = 100.0, body: str = WELL, help: str = "-d") -> Path:
         path = tmp_path / name
         log = str(tmp_path / "log")
         path.write_text(
-            FAKE.format(python=sys.executable, log=log, name=name, speed=speed, body=body)
+            FAKE.format(
+                python=sys.executable, log=log, name=name, speed=speed, body=body, help=help
+            )
         )
         path.chmod(0o755)
         return path
@@ -232,6 +236,23 @@ def test_a_comparison_with_core_neurons_is_written_and_drawn(fake, model, tmp_pa
     }
     png = (tmp_path / "out" / "roofline.png").read_bytes()
     assert png.startswith(b"\x89PNG") and len(png) > 10_000
+
+
+def test_a_peer_without_depths_generates_after_a_prompt(fake, model, tmp_path, capsys):
+    """As ik_llama.cpp's does, with -gp; it has arguments of its own here, too."""
+    body = """
+for pair in [args[i + 1] for i, arg in enumerate(args) if arg == "-gp"]:
+    p, n = ints(pair)
+    row = {"n_prompt": p, "n_gen": n, "test": f"tg{n}@pp{p}", "avg_ts": 50.0}
+    rows.append(row)
+print(json.dumps(rows))"""
+    peer = f"--peer=ik={fake('ik', body=body, help='  -gp <pp,tg>  (default: )')} -rtr 1"
+    assert run_tool(model, tmp_path, peer, "--rounds", "1", "--beta", "0.5", "--no-plot") == 0
+    out = capsys.readouterr().out
+    assert "| tg4 @ d8 | ik | 50.00 (50.00–50.00)" in out and "| pp8 | ik | 100.00" in out
+    assert "failed" not in out
+    log = (tmp_path / "log").read_text()
+    assert "-d " not in log and all(" -rtr 1 -m " in line for line in log.splitlines())
 
 
 def test_a_peer_that_crashes_does_not_stop_the_others(fake, model, tmp_path, capsys):

@@ -17,11 +17,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Program:
-    """A benchmark binary; `ours` is coreinfer-bench, which knows core neurons."""
+    """A benchmark binary; `ours` is coreinfer-bench, which knows core neurons.
+
+    `arguments` stand before all others. `takes_depth` is false for programs like ik_llama.cpp's,
+    which have no `-d` and generate after a prompt with `-gp` instead.
+    """
 
     name: str
     path: Path
     ours: bool = False
+    arguments: tuple[str, ...] = ()
+    takes_depth: bool = True
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ def invocations(
     """Command lines that cover all tests of a program, each with the tests it must give."""
     base = [
         str(program.path),
+        *program.arguments,
         "-m",
         model,
         "-t",
@@ -100,8 +107,22 @@ def invocations(
         own = ["-d", str(settings.depth), "--bandwidth", settings.bandwidth, *settings.core]
         return [([*base, "-p", prompts, "-n", gens, *own], pp + tg)]
     commands = [([*base, "-p", prompts, "-n", "0", *_depth([settings.depth])], pp)]
-    commands.append(([*base, "-p", "0", "-n", gens, *_depth(settings.gen_depths())], tg))
+    depths = settings.gen_depths()
+    if program.takes_depth or depths == [0]:
+        commands.append(([*base, "-p", "0", "-n", gens, *_depth(depths)], tg))
+    else:
+        after = [arg for d in depths for n in settings.n_gen for arg in ("-gp", f"{d},{n}")]
+        commands.append(([*base, "-p", "0", "-n", "0", *after], tg))
     return commands
+
+
+def takes_depth(path: Path) -> bool:
+    """Whether a program's help has no `-gp`, which stands for `-d` where there is none."""
+    try:
+        done = subprocess.run([path, "--help"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return True  # running it will say what is wrong
+    return " -gp " not in done.stdout
 
 
 def _list(values: Sequence[int]) -> str:
@@ -203,9 +224,10 @@ def _measurement(program: Program, model: str, row: dict[str, Any]) -> Measureme
     """A row with a positive speed; None for one that is not llama-bench's."""
     try:
         tok_s = float(row["avg_ts"])
-        name = row.get("test") or name_of_test(
-            int(row["n_prompt"]), int(row["n_gen"]), int(row.get("n_depth") or 0)
-        )
+        n_prompt, n_gen, depth = (int(row.get(k) or 0) for k in ("n_prompt", "n_gen", "n_depth"))
+        name = row.get("test") or name_of_test(n_prompt, n_gen, depth)
+        if not program.takes_depth:
+            name = name_of_test(0, n_gen, n_prompt) if "@pp" in name else name
     except (KeyError, TypeError, ValueError):
         return None
     if tok_s <= 0.0:

@@ -3,7 +3,8 @@
 The programs run in turn, round after round, and ratios are taken within a round. For example:
 `python tools/compare_llama_cpp.py -m M.gguf --peer llama.cpp=build/bin/llama-bench --beta 0.2,0.4
 --out results` prints a table of ratios and writes comparison.md, comparison.json and roofline.png
-there. A peer that crashes is reported with the reason, and the others go on.
+there. A peer that crashes is reported with the reason, and the others go on. ik_llama.cpp's
+llama-bench is one, too.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bench_programs import Failure, Measurement, Program, Settings, run_program
+from bench_programs import Failure, Measurement, Program, Settings, run_program, takes_depth
 from bench_report import markdown, summarize
 from bench_roofline import plot
 
@@ -43,8 +45,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--peer",
         action="append",
-        metavar="NAME=PATH",
-        help="a llama-bench binary; repeatable (default: llama-bench on PATH)",
+        metavar="NAME=PATH [ARGUMENT…]",
+        help="a llama-bench binary, and arguments of its own after the path; repeatable "
+        "(default: llama-bench on PATH)",
     )
     p.add_argument(
         "--bench",
@@ -103,7 +106,15 @@ def find_programs(args: argparse.Namespace) -> list[Program]:
             raise ValueError(f"--peer {peer!r} is not NAME=PATH")
         if name == OURS or name in {p.name for p in programs}:
             raise ValueError(f"--peer {peer!r}: the name {name!r} is taken")
-        programs.append(Program(name, Path(path)))
+        binary, *arguments = [path] if Path(path).exists() else shlex.split(path)
+        programs.append(
+            Program(
+                name,
+                Path(binary),
+                arguments=tuple(arguments),
+                takes_depth=takes_depth(Path(binary)),
+            )
+        )
     if not programs:
         found = shutil.which("llama-bench")
         if not found:
