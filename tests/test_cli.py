@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -55,7 +56,9 @@ def test_run_streams_the_text_and_summarises_on_stderr(tiny, capsys):
     assert list(lines)[-2:] == ["decode", "memory"]
     assert lines["auto"] == "exact: no tuning file"
     assert "all (dense)" in lines["neurons"] and "tok/s" in lines["prompt"]
-    assert "GB/s" in lines["decode"] and lines["memory"].endswith("MB at most")
+    assert "GB/s" in lines["decode"] and re.fullmatch(
+        r"\d+ MB now, \d+ MB at most", lines["memory"]
+    )
 
 
 def test_run_applies_the_chat_template_unless_raw(tiny, capsys):
@@ -80,7 +83,8 @@ def test_run_prints_one_json_object(tiny, capsys):
     timings = facts["timings"]
     assert timings["decode_tokens"] == 5 and timings["decode_tokens_per_second"] > 0
     assert timings["decode_weight_bytes"] < timings["dense_weight_bytes"]
-    assert facts["peak_memory_bytes"] > 1e6 and facts["backend"]["n_threads"] == 2
+    assert 1e6 < timings["resident_bytes"] <= timings["peak_resident_bytes"]
+    assert facts["backend"]["n_threads"] == 2
     assert "384 of 1536 kept (25 %)" in err and " -> " in err and "stability" in err
 
 
@@ -367,11 +371,11 @@ def test_a_reader_that_goes_away_ends_the_run_quietly(tmp_path):
 
 
 def test_a_long_prefill_draws_a_bar_on_a_terminal_and_takes_it_away(smollm2_path, tmp_path):
-    (tmp_path / "prompt.txt").write_text("The river rose. " * 120)
+    (tmp_path / "prompt.txt").write_text("The river rose. " * 240)
     primary, secondary = pty.openpty()
     process = start(
         *("run", str(smollm2_path), "-f", str(tmp_path / "prompt.txt"), "-n", "2", "--raw"),
-        *("--batch", "32"),
+        *("--batch", "1"),  # slow enough for a bar on any machine
         stdout=subprocess.PIPE,
         stderr=secondary,
     )

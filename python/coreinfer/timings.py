@@ -15,6 +15,8 @@ class Timings:
     the first decoded token, so they belong to the time to first token of a generation with core
     neurons, as do embedding the prompt and looking its cluster up. In exact mode drafts (made, and
     those that came true) are inside the decode seconds; replays of `refresh` stand beside them.
+    Resident bytes are the process's, when asked and at most since it began; the model file's
+    mapped pages are among them.
     """
 
     load_seconds: float = 0.0
@@ -40,6 +42,8 @@ class Timings:
     dense_weight_bytes: int = 0
     decode_weight_bytes: int = 0
     kv_bytes: int = 0
+    resident_bytes: int = 0
+    peak_resident_bytes: int = 0
 
     @property
     def prefill_tokens_per_second(self) -> float:

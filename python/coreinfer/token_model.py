@@ -182,7 +182,7 @@ class TokenModel:
     def timings(self) -> Timings:
         """Tokens, seconds and bytes of the last generation or score."""
         session, engine = self._open_session(), self._open_engine()
-        now = session.timings
+        now, memory = session.timings, _core.memory()
         return Timings(
             load_seconds=now["load_seconds"],
             **since(now, self._timings_before),
@@ -193,6 +193,8 @@ class TokenModel:
             dense_weight_bytes=engine.weight_bytes,
             decode_weight_bytes=session.decode_weight_bytes,
             kv_bytes=session.kv_bytes,
+            resident_bytes=memory["rss"],
+            peak_resident_bytes=memory["peak_rss"],
         )
 
     # --- core neurons ---

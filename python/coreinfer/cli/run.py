@@ -199,8 +199,6 @@ def _answer(
 
 
 def _facts(llm: Llama, stream: TextStream) -> dict[str, Any]:
-    from .. import _core
-
     timings = llm.timings
     backend = llm.backend
     return {
@@ -214,7 +212,6 @@ def _facts(llm: Llama, stream: TextStream) -> dict[str, Any]:
         "auto": _auto_facts(llm),
         "clusters": None if llm.clusters is None else llm.clusters.n_clusters,
         "timings": timings.as_dict(),
-        "peak_memory_bytes": _core.memory()["peak_rss"],
     }
 
 
@@ -284,6 +281,7 @@ def summary(facts: dict[str, Any]) -> str:
     lines += [
         f"decode   {t['decode_tokens']} tokens, {t['decode_tokens_per_second']:.1f} tok/s, "
         f"{t['decode_gb_per_second']:.1f} GB/s",
-        f"memory   {facts['peak_memory_bytes'] / 1e6:.0f} MB at most",
+        f"memory   {t['resident_bytes'] / 1e6:.0f} MB now, "
+        f"{t['peak_resident_bytes'] / 1e6:.0f} MB at most",
     ]
     return "\n".join(lines)
