@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import sys
 import warnings
 from dataclasses import replace
@@ -228,6 +231,48 @@ def test_a_tuning_file_round_trips_and_is_found_beside_the_model(tiny, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["model.gguf.tuning.json"]
     with pytest.raises(ValueError, match="belongs to another model file"):
         find_tuning(model, 78)
+
+
+def test_a_full_disk_leaves_the_old_tuning_file_and_says_so(tmp_path, monkeypatch):
+    path = tmp_path / "t.json"
+    Tuning(1, (row(0.4, 64, 0.04),)).save(path)
+    before = path.read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="cannot save the tuning file: No space left.*unchanged"):
+        Tuning(1, ()).save(path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["t.json"]
+
+
+def test_files_beside_a_model_are_as_readable_as_the_umask_allows(tmp_path):
+    old = os.umask(0o027)
+    try:
+        Tuning(1, ()).save(tmp_path / "t.json")
+        make_clusters().save(tmp_path / "c.npz")
+    finally:
+        os.umask(old)
+    assert [p.stat().st_mode & 0o777 for p in tmp_path.iterdir()] == [0o640, 0o640]
+
+
+def test_a_tuning_file_that_may_not_be_read_is_passed_over_with_a_warning(
+    tiny, tmp_path, monkeypatch
+):
+    model = tmp_path / "model.gguf"
+    shutil.copy(tiny, model)
+    Tuning(1, (row(0.4, 64, 0.04),)).save(tuning_path(model))
+
+    def refused(*_):  # tests may run as root, whom no mode refuses
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("coreinfer.tuning.open", refused, raising=False)
+    with pytest.warns(UserWarning, match=r"tuning\.json: .* not used: Permission denied"):
+        llm = Llama(str(model), verbose=False)
+    with llm:
+        llm("ab", max_tokens=1)
+        assert llm.decision.config.mode == "exact"
 
 
 DAMAGES = {

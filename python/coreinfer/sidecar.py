@@ -1,7 +1,8 @@
 """Files of our own beside a model: `.npz` without pickle, with a JSON header; core sets, clusters.
 
-Flows in: a header and named arrays. Flows out: a file that is whole or not there. What is read is
-hostile until checked: sizes before anything is allocated, types, shapes and every header field.
+Flows in: a header and named arrays, or whatever `write_replacing` is to write. Flows out: a file
+that is whole or not there. What is read is hostile until checked: sizes before anything is
+allocated, types, shapes and every header field.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import io
 import json
 import os
 import re
-import tempfile
+import secrets
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
@@ -52,10 +53,32 @@ def save(
 
     Raises OSError if the system refuses (disk full, no permission); the old file then stays.
     """
-    path = Path(path)
     text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+    write_replacing(path, noun, lambda file: np.savez(file, header=text, **arrays))
+
+
+def write_replacing(
+    path: str | os.PathLike[str], noun: str, write: Callable[[BinaryIO], object]
+) -> None:
+    """`write(file)` to a temporary file, then rename it over `path`.
+
+    The file is as readable as the umask makes any other: what lies beside a shared model is shared.
+    Raises OSError that names the `noun` if the system refuses; the old file then stays.
+    """
+    path = Path(path)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
     try:
-        _write_replacing(path, {"header": text, **arrays})
+        file = open(temporary, "xb")
+        try:
+            with file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
     except OSError as error:
         kept = "; the file that was there is unchanged" if path.exists() else ""
         reason = f"cannot save the {noun}: {error.strerror or error}{kept}"
@@ -157,20 +180,6 @@ class Archive:
                 f"the array {name} has {len(data)} bytes; its shape {shape} needs {n_bytes}"
             )
         return shape, data
-
-
-def _write_replacing(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 # --- header fields ---

@@ -11,8 +11,8 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import sidecar
 from .config import CoreConfig
 
 if TYPE_CHECKING:
@@ -129,7 +130,10 @@ class Tuning:
         return None if best is None else best[1]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as JSON, by a temporary file that is renamed; OSError if the system refuses."""
+        """Write as JSON, to a temporary file first, then renamed over `path`.
+
+        Raises OSError if the system refuses (disk full, no permission); the old file then stays.
+        """
         rows = [
             {f: getattr(row.config, f) for f in _CONFIG_FIELDS}
             | {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "config"}
@@ -141,16 +145,8 @@ class Tuning:
             "fingerprint": str(self.fingerprint),
             "rows": rows,
         }
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(document, file, indent=1)
-                file.write("\n")
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        text = json.dumps(document, indent=1) + "\n"
+        sidecar.write_replacing(path, "tuning file", lambda file: file.write(text.encode()))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tuning:
@@ -207,6 +203,9 @@ def tuning_path(model_path: str | os.PathLike[str]) -> Path:
 def find_tuning(model_path: str | os.PathLike[str], fingerprint: int) -> Tuning | None:
     """The tuning file beside a model, if there is one.
 
+    One that this user may not read is left alone with a warning: whoever shares a model may not
+    share the file, and without it auto is exact, which is no worse a text.
+
     Raises
     ------
     ValueError
@@ -215,7 +214,11 @@ def find_tuning(model_path: str | os.PathLike[str], fingerprint: int) -> Tuning 
     path = tuning_path(model_path)
     if not path.is_file():
         return None
-    tuning = Tuning.load(path)
+    try:
+        tuning = Tuning.load(path)
+    except PermissionError as error:
+        warnings.warn(f"{path}: the tuning file is not used: {error.strerror}", stacklevel=2)
+        return None
     if tuning.fingerprint != fingerprint:
         raise ValueError(
             f"{path}: the tuning file belongs to another model file; run `coreinfer tune` again, "
