@@ -17,7 +17,7 @@ import measure_auto
 from coreinfer import CoreConfig, Llama
 from coreinfer.auto import Auto
 from coreinfer.cli import main
-from coreinfer.tuning import Row, Tuning, cut, find_tuning, measure, tuning_path
+from coreinfer.tuning import FORMAT_VERSION, Row, Tuning, cut, find_tuning, measure, tuning_path
 from make_synthetic_model import make_tiny_model
 from small_clusters import make_clusters, write_texts
 
@@ -275,22 +275,26 @@ def test_a_tuning_file_that_may_not_be_read_is_passed_over_with_a_warning(
         assert llm.decision.config.mode == "exact"
 
 
+def document(**fields) -> bytes:
+    return json.dumps({"format": "coreinfer tuning", "fingerprint": "1"} | fields).encode()
+
+
 DAMAGES = {
-    "not json": b"{",
-    "bytes": b"\xff\xfe\x00",
-    "another format": b'{"format": "x"}',
-    "another version": b'{"format": "coreinfer tuning", "version": 9}',
-    "no rows": b'{"format": "coreinfer tuning", "version": 1, "fingerprint": "1"}',
-    "rows of numbers": b'{"format": "coreinfer tuning", "version": 1, "fingerprint": "1", '
-    b'"rows": [3]}',
+    "not json": (b"{", "Expecting property name"),
+    "bytes": (b"\xff\xfe\x00", "can't decode byte 0xff"),
+    "another format": (b'{"format": "x"}', "does not say 'coreinfer tuning'"),
+    "another version": (document(version=9), "version 9; this build reads"),
+    "no rows": (document(version=FORMAT_VERSION), "'rows' is missing"),
+    "rows of numbers": (document(version=FORMAT_VERSION, rows=[3]), "a row is 3; expected an obj"),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_tuning_file_is_a_clear_error(name, tmp_path):
     path = tmp_path / "t.json"
-    path.write_bytes(DAMAGES[name])
-    with pytest.raises(ValueError, match=r"t\.json: not a valid tuning file: "):
+    data, reason = DAMAGES[name]
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"t\.json: not a valid tuning file: .*{reason}"):
         Tuning.load(path)
 
 
