@@ -164,6 +164,13 @@ def test_stability_by_hand():
     assert neurons.stability("count", h, h, 1.0, 0.5) == (0.5 - 0.5) / 0.5
 
 
+def test_stability_of_neurons_that_are_mostly_silent():
+    # Of 4 neurons beta 0.75 would keep 3, but 2 answer to the prefix and 3 to the whole.
+    h = np.array([[[2, 1, 0, 0], [1, 2, 0, 0], [1, 0, 0, 3], [0, 0, 0, 1]]], float)
+    chance = 2 / 4
+    assert neurons.stability("count", h, h, 1.0, 0.75) == (2 / 3 - chance) / (1 - chance)
+
+
 def test_stability_is_one_when_all_tokens_are_alike():
     alike = np.repeat(np.random.default_rng(3).standard_normal((2, 1, 50)), 8, axis=1)
     assert neurons.stability("count", alike, alike, 0.4, 0.2) == 1.0

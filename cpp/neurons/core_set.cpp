@@ -154,6 +154,22 @@ double similarity(const CoreSet& a, const CoreSet& b) {
   return n == 0 ? 0.0 : sum / static_cast<double>(n);
 }
 
+namespace {
+
+// What similarity() is on average for random sets of these sizes.
+double chance_similarity(const CoreSet& a, const CoreSet& b) {
+  double sum = 0.0;
+  int64_t n = 0;
+  for (size_t i = 0; i < a.layers.size(); ++i) {
+    if (!a.layers[i] || !b.layers[i]) continue;
+    sum += static_cast<double>(std::min(a.layers[i]->size(), b.layers[i]->size()));
+    ++n;
+  }
+  return n == 0 ? 0.0 : sum / static_cast<double>(n * a.n_ff);
+}
+
+}  // namespace
+
 std::optional<double> stability(Backend& backend, const NeuronCounts& counts, CoreShare share) {
   share.first_layer = 1.0;
   const int64_t n = counts.n_tokens();
@@ -170,7 +186,9 @@ std::optional<double> stability(Backend& backend, const NeuronCounts& counts, Co
     throw;
   }
   const CoreSet b = pick(backend, counts.now(), share);
-  return (similarity(a, b) - share.beta) / (1.0 - share.beta);
+  const double chance = chance_similarity(a, b);
+  if (chance >= 1.0) return std::nullopt;
+  return (similarity(a, b) - chance) / (1.0 - chance);
 }
 
 }  // namespace coreinfer

@@ -79,9 +79,11 @@ CoreSet select_core(Backend& backend, const NeuronCounts& counts, const CoreShar
 double similarity(const CoreSet& a, const CoreSet& b);
 
 // Stability of a text (Insight 1): similarity of the core sets of its first p tokens, p the largest
-// power of two <= n / 2, and of all n, made free of chance: (overlap - beta) / (1 - beta). Nothing
-// for fewer than two tokens, with beta = 1, or while a layer has not been active. The sets are of
-// the same size in every layer, whatever `first_layer` says.
+// power of two <= n / 2, and of all n, made free of chance: (overlap - chance) / (1 - chance),
+// where random sets of their sizes overlap by chance: beta, less where neurons were silent. It is
+// in
+// [-1, 1]. Nothing for fewer than two tokens, with beta = 1, or while a layer has not been active.
+// The sets are of the same size in every layer, whatever `first_layer` says.
 std::optional<double> stability(Backend& backend, const NeuronCounts& counts, CoreShare share);
 
 }  // namespace coreinfer

@@ -154,14 +154,17 @@ def stability(
     layers: tuple[int, int] | None = None,
 ) -> float | None:
     """Similarity of the prefix's core sets and the prompt's, made free of chance:
-    (overlap - beta) / (1 - beta). None for prompts of fewer than two tokens and for beta = 1."""
+    (overlap - chance) / (1 - chance), where random sets of their sizes overlap by chance (beta,
+    unless neurons are silent). None for prompts of fewer than two tokens and for beta = 1."""
     n_tokens = h.shape[1]
     if n_tokens < 2 or beta >= 1:
         return None
     p = stability_prefix(n_tokens)
     prefix = core_sets(statistic, h[:, :p], act[:, :p], alpha, beta, layers)
     whole = core_sets(statistic, h, act, alpha, beta, layers)
-    return (core_similarity(prefix, whole) - beta) / (1 - beta)
+    pairs = [(len(a), len(b)) for a, b in zip(prefix, whole, strict=True) if a is not None]
+    chance = np.mean([min(pair) for pair in pairs]) / h.shape[2]
+    return (core_similarity(prefix, whole) - chance) / (1 - chance)
 
 
 def ridge_patch(
