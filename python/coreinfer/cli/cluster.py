@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from ..config import CoreConfig, LoadConfig
@@ -129,9 +128,7 @@ def call_build(args: argparse.Namespace) -> int:
     load = options.make(args.parser, LoadConfig, options.given(args, LoadConfig))
     if args.by == "embedding" and args.beta is not None:
         args.parser.error("--beta: no effect without --by neurons")
-    out = Path(args.out)
-    if not out.parent.is_dir():  # said before the work, not after it
-        raise ValueError(f"cannot write {out}: there is no folder {out.parent}")
+    out = options.writable(args.out)
     texts = read_texts(args.data, args.field, args.limit)
 
     from ..llama import Llama

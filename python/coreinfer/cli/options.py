@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ..config import Checked, Spec
@@ -65,6 +67,21 @@ def read_stdin() -> bytes:
     if sys.stdin is None:
         raise ValueError("stdin is closed; there is no text to read")
     return sys.stdin.buffer.read()
+
+
+def writable(path: str | os.PathLike[str]) -> Path:
+    """`path`, if a file can be put there; ValueError, said before the work and not after it."""
+    out = Path(path)
+    reason = None
+    if not out.parent.is_dir():
+        reason = f"there is no folder {out.parent}"
+    elif out.is_dir():
+        reason = "it is a folder"
+    elif not os.access(out.parent, os.W_OK):
+        reason = f"the folder {out.parent} may not be written to"
+    if reason is not None:
+        raise ValueError(f"cannot write {out}: {reason}")
+    return out
 
 
 def say(text: str) -> None:

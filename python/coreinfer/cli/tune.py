@@ -13,6 +13,7 @@ from itertools import product
 from typing import Any
 
 from ..config import CoreConfig, LoadConfig
+from ..sidecar import write_replacing
 from ..tuning import (
     ANSWER_TOKENS,
     BETAS,
@@ -172,12 +173,23 @@ def call(args: argparse.Namespace) -> int:
             parser.error(f"{name} is {value}; expected at least 2")
     with open(args.text, "rb") as file:
         text = file.read()
+    # What would lose an hour's measurement is said before it.
+    if args.plot is not None:
+        options.writable(args.plot)
+        _figure()
+    path = None if args.out is None else options.writable(args.out)
+    model = resolve(args.model)
+    if path is None:
+        try:
+            path = options.writable(tuning_path(model))
+        except ValueError as error:
+            raise ValueError(f"{error}; give --out a place of your own") from None
 
     from ..llama import Llama
 
     line = ProgressLine("measuring", "settings")
     with Llama(
-        resolve(args.model),
+        model,
         **vars(load),
         core="off",
         clusters=args.clusters,
@@ -198,11 +210,12 @@ def call(args: argparse.Namespace) -> int:
             rows.append(row)
         line.clear()
         tuning = Tuning(llm.fingerprint, tuple(rows))
-        path = args.out or tuning_path(llm.model_path)
-    print(table(rows), flush=True)
+    try:
+        tuning.save(path)
+    finally:
+        print(table(rows), flush=True)
     if args.plot is not None:
         draw(rows, allowed, args.plot)
-    tuning.save(path)
     digest = rows[-1].clusters
     own = tuning.choose(allowed, clusters=digest) or tuning.choose(allowed)
     options.say(_found(own, "prompt", allowed))
@@ -248,12 +261,8 @@ def table(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row], allowed: float, path: str) -> None:
-    """KL against speed, a line a prompt length, to a PNG file."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("--plot needs matplotlib: pip install 'coreinfer-cpp[plot]'") from error
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    """KL against speed, a line a prompt length, to a PNG file; OSError if the system refuses."""
+    figure = _figure()(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for n_prompt in dict.fromkeys(row.n_prompt for row in rows):
         points = sorted((r.speed, r.kl) for r in rows if r.n_prompt == n_prompt)
@@ -261,4 +270,13 @@ def draw(rows: list[Row], allowed: float, path: str) -> None:
     axes.axhline(allowed, linestyle="--", color="grey", label="allowed")
     axes.set(xlabel="speed over dense decoding", ylabel="KL to dense decoding, nats", yscale="log")
     axes.legend()
-    figure.savefig(path, format="png", dpi=120)
+    write_replacing(path, "plot", lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def _figure() -> Any:
+    """Matplotlib's `Figure`; ImportError that names the extra."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("--plot needs matplotlib: pip install 'coreinfer-cpp[plot]'") from error
+    return Figure

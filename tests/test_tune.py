@@ -1,0 +1,104 @@
+"""`coreinfer tune` keeps what it measured, and measures each prompt as a text of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from coreinfer.cli import main, tune
+from coreinfer.tuning import Tuning, tuning_path
+from make_synthetic_model import make_tiny_model
+
+SMALL = ["--prompts", "32", "--texts", "2", "-n", "6", "--betas", "0.5,0.9"]
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    make_tiny_model(path, "llama", "Q8_0")
+    return path
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("some words of a text that repeats " * 30)
+    return str(path)
+
+
+# --- files ---
+
+
+def test_a_plot_is_a_png_beside_what_was_measured(model, text, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "plot.png"
+    assert main(["tune", str(model), "--text", text, "--plot", str(plot), *SMALL]) == 0
+    data = plot.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n") and data.endswith(b"IEND\xae\x42\x60\x82")
+    assert len(Tuning.load(tuning_path(model)).rows) == 2
+    names = {"tiny.gguf", "tiny.gguf.tuning.json", "text.txt", "plot.png"}
+    assert set(os.listdir(tmp_path)) == names
+
+
+def test_what_was_measured_is_kept_where_the_plot_fails(model, text, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+
+    def fails(*_):
+        raise OSError("the disk of plots is full")
+
+    monkeypatch.setattr(tune, "draw", fails)
+    plot = str(tmp_path / "plot.png")
+    assert main(["tune", str(model), "--text", text, "--plot", plot, *SMALL]) == 1
+    out, err = capsys.readouterr()
+    assert "the disk of plots is full" in err and "| 32 | flock " in out
+    assert len(Tuning.load(tuning_path(model)).rows) == 2
+
+
+def test_a_table_is_shown_where_its_file_cannot_be_saved(model, text, monkeypatch, capsys):
+    def fails(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Tuning, "save", fails)
+    assert main(["tune", str(model), "--text", text, *SMALL]) == 1
+    out, err = capsys.readouterr()
+    assert "the disk is full" in err and "| 32 | flock " in out
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Whatever is wrong is to be said before a model is even looked for."""
+
+    def resolve(_):
+        raise AssertionError("the model was asked for")
+
+    monkeypatch.setattr(tune, "resolve", resolve)
+
+
+def test_without_matplotlib_the_extra_is_named_before_the_work(text, no_model, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["tune", "model", "--text", text, "--plot", "plot.png"]) == 1
+    assert "pip install 'coreinfer-cpp[plot]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--out", "--plot"])
+def test_a_file_that_cannot_be_written_is_said_before_the_work(
+    flag, text, no_model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", sys)  # not needed to say this
+    given = ["tune", "model", "--text", text, flag]
+    assert main([*given, str(tmp_path / "none" / "f")]) == 1
+    assert "f: there is no folder" in capsys.readouterr().err
+    assert main([*given, str(tmp_path)]) == 1
+    assert "it is a folder" in capsys.readouterr().err
+
+
+def test_a_model_s_folder_that_may_not_be_written_to_is_said_before_the_work(
+    model, text, monkeypatch, capsys
+):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setattr(tune, "measure", lambda *_, **__: pytest.fail("measured"))
+    assert main(["tune", str(model), "--text", text]) == 1
+    err = capsys.readouterr().err
+    assert "tuning.json: the folder" in err and "may not be written to; give --out" in err
