@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -14,12 +15,13 @@ import numpy as np
 import pytest
 
 import measure_auto
-from coreinfer import CoreConfig, Llama
+from coreinfer import CoreConfig, Llama, _core
 from coreinfer.auto import Auto
 from coreinfer.cli import main
 from coreinfer.tuning import FORMAT_VERSION, Row, Tuning, cut, find_tuning, measure, tuning_path
-from make_synthetic_model import make_tiny_model
+from make_synthetic_model import make_paper_model, make_tiny_model
 from small_clusters import make_clusters, write_texts
+from synthetic_shapes import PAPER
 
 
 def row(beta: float, n_prompt: int, kl: float, speed: float = 1.5, **rest) -> Row:
@@ -97,8 +99,33 @@ def test_a_limit_that_keeps_dense_weights_out_decides_at_once_and_says_what_is_k
     unknown = decide(None, n_tokens=3, resident=False)
     assert unknown.config.mode == "stable" and unknown.kl is None and unknown.until is None
     assert "not known" in unknown.reason
-    known = decide(Tuning(1, (row(0.4, 64, 0.03),)), n_tokens=3, resident=False)
-    assert known.config.mode == "stable" and known.kl == 0.03
+    tuning = Tuning(1, (row(0.6, 64, 0.03, stability=0.5),))
+    known = decide(tuning, stability=0.6, resident=False)
+    assert known.config == CoreConfig(beta=0.6) and known.kl == 0.03 and known.stability == 0.6
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "stability", "why"),
+    [
+        (3, 0.9, "3 tokens; measured within KL 0.05 from 64 on"),
+        (100, 0.1, "stability 0.10, measured from 0.50 on"),
+        (100, None, "stability 0.00, measured from 0.50 on"),
+    ],
+)
+def test_under_a_limit_nothing_is_claimed_of_a_text_unlike_those_measured(n_tokens, stability, why):
+    tuning = Tuning(1, (row(0.6, 64, 0.03, stability=0.5),))
+    decision = decide(tuning, n_tokens=n_tokens, stability=stability, resident=False)
+    assert decision.config == CoreConfig(beta=0.6) and decision.kl is None
+    assert "not known" in decision.reason and why in decision.reason
+
+
+def test_under_a_limit_a_setting_that_measured_worse_says_so():
+    rows = (row(0.4, 64, 0.16), row(0.4, 256, 0.12), row(0.6, 64, 0.07))
+    decision = decide(Tuning(1, rows), resident=False)
+    assert decision.config.beta == 0.4 and decision.kl == 0.16
+    assert "measured KL 0.16, more than the allowed 0.05" in decision.reason
+    assert decide(Tuning(1, rows), n_tokens=300, resident=False).kl == 0.12
+    assert decide(Tuning(1, rows), n_tokens=30, resident=False).kl is None
 
 
 def test_clusters_serve_where_the_prompt_s_own_neurons_may_not():
@@ -120,6 +147,8 @@ def test_clusters_serve_where_the_prompt_s_own_neurons_may_not():
     assert decide(100, 0.1).config == gamma
     assert decide(10).config.mode == "exact" and decide(10).until == 64
     assert decide(10, resident=False).config.mode == "stable"
+    assert decide(10, resident=False).kl is None
+    assert decide(20, resident=False).config == gamma and decide(20, resident=False).kl == 0.02
     only_clusters = Tuning(1, rows[1:])
     assert decide(100, tuning=only_clusters).config == gamma
     assert decide(3, resident=False, tuning=only_clusters).config == gamma
@@ -182,17 +211,59 @@ def test_auto_under_a_memory_limit_warns_that_nothing_is_known(tiny, monkeypatch
             llm("ab" * 31, max_tokens=4)
 
 
-def test_exact_under_a_memory_limit_says_what_to_do(tmp_path):
-    from coreinfer import _core
-    from synthetic_shapes import PAPER
-    from test_memory_limit import MIB, make_paper_model
+def test_auto_under_a_memory_limit_warns_of_what_measured_worse_than_asked(tiny, monkeypatch):
+    from coreinfer import token_model
 
-    path = tmp_path / "wide.gguf"
+    made = token_model.Auto
+    monkeypatch.setattr(
+        token_model, "Auto", lambda core, tuning, **_: made(core, tuning, ffn_resident=False)
+    )
+    with Llama(str(tiny), verbose=False, core="off") as llm:
+        tuning = Tuning(llm.fingerprint, (row(0.4, 8, 0.16),))
+    with Llama(str(tiny), verbose=False, tuning=tuning) as llm:
+        with pytest.warns(UserWarning, match="more than the allowed 0.05"):
+            llm("ab" * 30, max_tokens=4)
+        assert llm.decision.kl == 0.16
+
+
+AUTO_UNDER_A_LIMIT = """
+import json, re, sys
+from coreinfer import Llama, _core
+def run(limit):
+    with Llama(sys.argv[1], n_ctx=512, n_batch=64, memory_limit=limit, verbose=False) as llm:
+        llm("word " * 60, max_tokens=4, temperature=0)
+        return llm._engine.ffn_resident, llm.core_set.patch_rank
+try:
+    run(1 << 20)
+except MemoryError as error:
+    needed = re.search(r"but (\\d+) MiB are needed", str(error))[1]
+print(json.dumps([int(needed), run(needed + "MiB"), _core.memory()["peak_rss"]]))
+"""
+
+
+def test_the_limit_that_auto_asks_for_is_enough(wide):
+    """The core set that will decode is patched, and its samples are planned with."""
+    program = [sys.executable, "-W", "ignore", "-c", AUTO_UNDER_A_LIMIT, str(wide)]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    needed, (resident, patch_rank), peak = json.loads(done.stdout)
+    assert not resident and patch_rank > 0
+    assert peak <= 1.04 * needed * (1 << 20)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """150 MiB of FFN weights in 6 layers, and little else."""
+    path = tmp_path_factory.mktemp("auto") / "wide.gguf"
     shape = replace(
         PAPER["llama2-7b"], n_layer=6, n_embd=1024, n_ff=8192, n_head=8, n_head_kv=2, n_vocab=2048
     )
     make_paper_model(path, shape, "Q8_0")
-    engine = _core.Engine(str(path), memory_limit=_core.memory()["rss"] + 140 * MIB)
+    return path
+
+
+def test_exact_under_a_memory_limit_says_what_to_do(wide):
+    engine = _core.Engine(str(wide), memory_limit=_core.memory()["rss"] + (140 << 20))
     assert not engine.ffn_resident
     session = _core.Session(engine, n_ctx=64, n_batch=8)
     with pytest.raises(RuntimeError, match="memory limit keeps out: raise the limit"):

@@ -28,12 +28,15 @@ class Decision:
         Mean KL to dense decoding in nats as measured, 0 for exact, None where it is not known.
     until : int or None
         Decide again once the text has this many tokens.
+    stability : float or None
+        The text's, that the decision went by; None where it is not defined.
     """
 
     config: CoreConfig
     reason: str
     kl: float | None
     until: int | None = None
+    stability: float | None = None
 
 
 class Auto:
@@ -51,7 +54,7 @@ class Auto:
     ) -> None:
         self._core = core
         self._resident = ffn_resident
-        self._tuned = tuning is not None
+        self._tuning = tuning
         self._choice: Choice | None = None
         self._similar: Choice | None = None  # for prompts that the choice is not for
         if tuning is not None:
@@ -74,31 +77,63 @@ class Auto:
 
     def decide(self, n_tokens: int, stability: float | None) -> Decision:
         """For a text of `n_tokens`; `stability` is that of `counting`, None if undefined."""
-        allowed = f"KL {self._core.max_kl:g}"
-        choice, similar = self._choice, self._similar
-        if not self._resident:
-            # Dense weights come in a layer at a time: every dense token would read them all again.
-            kept_out = "the memory limit keeps dense FFN weights out"
-            if choice is None and similar is None:
-                reason = (
-                    f"{kept_out}, and how far the text is from dense decoding is not known: "
-                    "`coreinfer tune` without the limit measures it"
-                )
-                return Decision(self.counting, reason, None)
-            known = choice or similar
-            return Decision(known.config, f"{kept_out}; measured within {allowed}", known.kl)
-        until = None
-        if choice is None:
-            reason = f"nothing measured is within {allowed}" if self._tuned else "no tuning file"
-        elif n_tokens < choice.n_prompt:
-            reason = f"{n_tokens} tokens; measured within {allowed} from {choice.n_prompt} on"
-            until = choice.n_prompt
-        elif (0.0 if stability is None else stability) < choice.stability:
-            reason = f"stability {stability or 0.0:.2f}, measured from {choice.stability:.2f} on"
-            until = n_tokens + self._AGAIN
+        if self._resident:
+            decision = self._with_dense(n_tokens, stability)
         else:
-            return Decision(choice.config, f"measured within {allowed}", choice.kl)
-        if similar is not None and n_tokens >= similar.n_prompt:
-            reason += f"; the prompt's cluster is measured within {allowed}"
+            decision = self._without_dense(n_tokens, stability)
+        return replace(decision, stability=stability)
+
+    def _unlike(
+        self, choice: Choice, n_tokens: int, stability: float | None
+    ) -> tuple[str, int] | None:
+        """Why a text is not one that a choice was measured with, and when to look again."""
+        if n_tokens < choice.n_prompt:
+            within = f"measured within {self._allowed} from {choice.n_prompt} on"
+            return f"{n_tokens} tokens; {within}", choice.n_prompt
+        if choice.config.mode != "similar" and (stability or 0.0) < choice.stability:
+            measured = f"measured from {choice.stability:.2f} on"
+            return f"stability {stability or 0.0:.2f}, {measured}", n_tokens + self._AGAIN
+        return None
+
+    @property
+    def _allowed(self) -> str:
+        return f"KL {self._core.max_kl:g}"
+
+    def _with_dense(self, n_tokens: int, stability: float | None) -> Decision:
+        until = None
+        if self._choice is None:
+            nothing = f"nothing measured is within {self._allowed}"
+            reason = "no tuning file" if self._tuning is None else nothing
+        else:
+            unlike = self._unlike(self._choice, n_tokens, stability)
+            if unlike is None:
+                within = f"measured within {self._allowed}"
+                return Decision(self._choice.config, within, self._choice.kl)
+            reason, until = unlike
+        similar = self._similar
+        if similar is not None and self._unlike(similar, n_tokens, stability) is None:
+            reason += f"; the prompt's cluster is measured within {self._allowed}"
             return Decision(similar.config, reason, similar.kl)
         return Decision(replace(self.counting, mode="exact"), reason, 0.0, until)
+
+    def _without_dense(self, n_tokens: int, stability: float | None) -> Decision:
+        """Every dense token would bring in all weights again, so that there is no waiting."""
+        kept_out = "the memory limit keeps dense FFN weights out"
+        choices = [c for c in (self._choice, self._similar) if c is not None]
+        for choice in choices:
+            if self._unlike(choice, n_tokens, stability) is None:
+                within = f"{kept_out}; measured within {self._allowed}"
+                return Decision(choice.config, within, choice.kl)
+        if choices:
+            why, _ = self._unlike(choices[0], n_tokens, stability)  # type: ignore[misc]
+            reason = f"{kept_out}, and how far such a text is from dense decoding is not known: "
+            return Decision(choices[0].config, reason + why, None)
+        kl = None if self._tuning is None else self._tuning.known(self.counting, n_tokens)
+        if kl is not None:
+            above = f"KL {kl:.2g}, more than the allowed {self._core.max_kl:g}"
+            return Decision(self.counting, f"{kept_out}; measured {above}", kl)
+        reason = (
+            f"{kept_out}, and how far the text is from dense decoding is not known: "
+            "`coreinfer tune` without the limit measures it"
+        )
+        return Decision(self.counting, reason, None)

@@ -60,21 +60,8 @@ class TokenModel:
         self.model_path = model_path
         self.prefill_progress = prefill_progress
         self._config = config
-        self._engine: _core.Engine | None = _core.Engine(
-            file,
-            n_threads=config.n_threads or 0,
-            f32_activations=config.f32_activations,
-            memory_limit=config.memory_limit or 0,
-            core_share=_core_share(core),
-            n_ctx=config.n_ctx,
-            n_batch=config.n_batch,
-            type_k=config.type_k,
-            type_v=config.type_v,
-            samples=_samples(core),
-            n_gpu_layers=config.n_gpu_layers,
-            main_gpu=config.main_gpu,
-            vram_limit=config.vram_limit or 0,
-        )
+        self._tuning = tuning
+        self._engine: _core.Engine | None = self._load(file, core)
         self._session: _core.Session | None = _core.Session(
             self._engine,
             n_ctx=config.n_ctx,
@@ -88,14 +75,50 @@ class TokenModel:
         self._timings_before: dict[str, float] = {}
         self._reused = 0
         self._text_of = text_of
-        self._tuning = tuning
         self._auto: Auto | None = None
         self._decision: Decision | None = None
+        self._stability: float | None = None
         self._lookup_seconds: dict[str, float] = {}
         self._core = self._active = CoreConfig.of("off")
         self.set_clusters(clusters, embedder)
         self.core = core
         self.set_seed(config.seed)
+
+    def _load(self, file: _core.GgufFile, core: CoreConfig | CoreSet) -> _core.Engine:
+        config = self._config
+
+        def load(core: CoreConfig | CoreSet) -> _core.Engine:
+            return _core.Engine(
+                file,
+                n_threads=config.n_threads or 0,
+                f32_activations=config.f32_activations,
+                memory_limit=config.memory_limit or 0,
+                core_share=_core_share(core),
+                n_ctx=config.n_ctx,
+                n_batch=config.n_batch,
+                type_k=config.type_k,
+                type_v=config.type_v,
+                samples=_samples(core),
+                n_gpu_layers=config.n_gpu_layers,
+                main_gpu=config.main_gpu,
+                vram_limit=config.vram_limit or 0,
+            )
+
+        limited = config.memory_limit or config.vram_limit
+        if not (limited and isinstance(core, CoreConfig) and core.mode == "auto"):
+            return load(core)
+        # Exact mode needs less beside the dense weights than a patched core set without them. Where
+        # they do not stay, the limit must hold for what then decodes.
+        tuning = self._found_tuning(file.fingerprint)
+        choice = None if tuning is None else tuning.choose(core.max_kl)
+        chosen = replace(core, mode="stable") if choice is None else choice.config
+        if choice is None:
+            with contextlib.suppress(MemoryError):
+                engine = load(replace(core, mode="exact"))
+                if engine.ffn_resident:
+                    return engine
+                del engine
+        return load(chosen)
 
     # --- what is open, and closing ---
 
@@ -226,15 +249,20 @@ class TokenModel:
 
     def _make_auto(self, config: CoreConfig) -> Auto:
         engine = self._open_engine()
-        tuning = self._tuning
-        if tuning is None:
-            tuning = find_tuning(self.model_path, engine.fingerprint)
-        elif not isinstance(tuning, Tuning):
-            tuning = Tuning.load(tuning)
-        if tuning is not None and tuning.fingerprint != engine.fingerprint:
-            raise ValueError("the tuning file belongs to another model file; run `coreinfer tune`")
+        tuning = self._found_tuning(engine.fingerprint)
         clusters = None if self._lookup is None else self._lookup.clusters
         return Auto(config, tuning, ffn_resident=engine.ffn_resident, clusters=clusters)
+
+    def _found_tuning(self, fingerprint: int) -> Tuning | None:
+        """The table that was given, or that lies beside the model; ValueError for another's."""
+        tuning = self._tuning
+        if tuning is None:
+            tuning = find_tuning(self.model_path, fingerprint)
+        elif not isinstance(tuning, Tuning):
+            tuning = Tuning.load(tuning)
+        if tuning is not None and tuning.fingerprint != fingerprint:
+            raise ValueError("the tuning file belongs to another model file; run `coreinfer tune`")
+        return tuning
 
     @property
     def decision(self) -> Decision | None:
@@ -255,6 +283,25 @@ class TokenModel:
         """The neurons that decode the present text; None if it is decoded dense."""
         self._open_session()
         return self._core_set
+
+    @property
+    def stability(self) -> float | None:
+        """How surely the prompt chooses its neurons: whether its first half chose the same ones.
+
+        1: all of them; 0: as many as by chance. None where nothing was counted (`core="off"`) and
+        for a prompt of one token.
+        """
+        return self._stability
+
+    @property
+    def drafting(self) -> dict[str, dict[str, Any]] | None:
+        """What drafts are worth in exact mode, by their source ("core", "text"); None otherwise.
+
+        For each the `gain`, expected tokens a second over dense decoding's, 1 where dense decoding
+        is the faster and nothing is drafted; the `acceptance`, the share of drafts that come true;
+        and whether enough were judged for these to be `known`.
+        """
+        return self._open_session().pace
 
     @property
     def clusters(self) -> Clusters | None:
@@ -317,12 +364,11 @@ class TokenModel:
     def _similar_core(self, session: _core.Session, text: str | None) -> CoreSet:
         """The neurons of the prompt's nearest cluster; `text` is what the prompt says, if known."""
         lookup, core = self._need_clusters(self._lookup), self._active
-        own, n_tokens, stability = (), 0, None
+        own, n_tokens = (), 0
         if lookup.needs_scores(core):
             layers = core.layer_range(self.n_layer())
             raw = session.select(beta=core.gamma, layers=layers)  # for the scores
             own, n_tokens = raw.scores, raw.n_tokens
-            stability = session.stability(beta=core.gamma, layers=layers)
         if text is None and self._text_of is not None:
             text = self._text_of(session.tokens)
         chosen = lookup.choose(core, text or "", own, n_tokens)
@@ -330,7 +376,7 @@ class TokenModel:
             "embed_seconds": lookup.embed_seconds,
             "lookup_seconds": lookup.lookup_seconds,
         }
-        return replace(chosen, stability=stability, fingerprint=self.fingerprint)
+        return replace(chosen, stability=self._stability, fingerprint=self.fingerprint)
 
     def _choose_core(self, session: _core.Session, text: str | None = None) -> None:
         """Select from the prompt's statistics or by its cluster, compact, and fit the patch.
@@ -341,14 +387,17 @@ class TokenModel:
             self._decide(session, self._auto)
         core = self._active
         if core.mode == "exact":
+            self._stability = self._stability_of(session, core)
             session.set_exact(**self._share(core), max_drafts=core.max_drafts)
             self._core_set = None
             return
         session.end_exact()
+        self._stability = None
         if core.mode not in ("stable", "similar"):
             self._decode_with(session, self._given)
             return
         session.replay(**self._counted())  # no work after a prefill
+        self._stability = self._stability_of(session, core)
         if core.mode == "stable":
             self._decode_with(session, self._stable_core(session, core))
         else:
@@ -357,6 +406,13 @@ class TokenModel:
             chosen, self._core_set = self._core_set, None
             session.fit_patch(self._prior if core.prior else None, rank=core.patch)
             self._core_set = replace(chosen, patch=session.core_set.patch)
+
+    def _stability_of(self, session: _core.Session, core: CoreConfig) -> float | None:
+        """Of the text in the cache, where its neurons were counted."""
+        if not self._counted():
+            return None
+        beta = core.gamma if core.mode == "similar" else core.beta
+        return session.stability(beta=beta, layers=core.layer_range(self.n_layer()))
 
     def _share(self, core: CoreConfig) -> dict[str, Any]:
         """How many neurons are chosen by the prompt, as the session's keyword arguments."""
@@ -374,7 +430,7 @@ class TokenModel:
             alpha=core.alpha,
             beta=core.beta,
             n_tokens=raw.n_tokens,
-            stability=session.stability(beta=core.beta, layers=share["layers"]),
+            stability=self._stability,
             fingerprint=self.fingerprint,
             weighted=core.weighted,
         )
@@ -560,15 +616,18 @@ class TokenModel:
     def _decide(self, session: _core.Session, auto: Auto) -> None:
         """Settle what decodes the text, given how long and how stable it is."""
         counting = auto.counting
-        stability = None
+        self._stability = None
         if counting.mode != "similar":
-            layers = counting.layer_range(self.n_layer())
-            stability = session.stability(beta=counting.beta, layers=layers)
+            self._stability = self._stability_of(session, counting)
         before = self._decision
-        self._decision = auto.decide(session.n_past, stability)
+        self._decision = auto.decide(session.n_past, self._stability)
         self._active = self._decision.config
-        if self._decision.kl is None and (before is None or before.kl is not None):
+        if self._exceeds(self._decision) and (before is None or not self._exceeds(before)):
             warnings.warn(self._decision.reason, stacklevel=4)
+
+    def _exceeds(self, decision: Decision) -> bool:
+        """Whether a text may be further from dense decoding than was asked for."""
+        return decision.kl is None or decision.kl > self._core.max_kl
 
     def _look_again(self, session: _core.Session) -> None:
         """A text that was too short or not stable: decide again once it has grown."""

@@ -129,6 +129,24 @@ class Tuning:
                 best = speed, choice
         return None if best is None else best[1]
 
+    def known(self, config: CoreConfig, n_tokens: int) -> float | None:
+        """Measured KL of a setting with prompts of `n_tokens`: of the longest that are no longer.
+
+        None where none was measured.
+        """
+
+        def setting(config: CoreConfig) -> list[Any]:
+            return [getattr(config, field) for field in _CONFIG_FIELDS]
+
+        rows = [
+            row
+            for row in self.rows
+            if row.n_prompt <= n_tokens
+            and not row.clusters
+            and setting(row.config) == setting(config)
+        ]
+        return max(rows, key=lambda row: row.n_prompt).kl if rows else None
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, to a temporary file first, then renamed over `path`.
 
@@ -227,15 +245,24 @@ def find_tuning(model_path: str | os.PathLike[str], fingerprint: int) -> Tuning 
     return tuning
 
 
-def cut(ids: np.ndarray, n_prompt: int, n_texts: int) -> list[np.ndarray]:
-    """`n_texts` prompts of `n_prompt` ids, spread evenly over `ids`; ValueError if it is short."""
-    if ids.size < n_prompt:
+def cut(
+    ids: np.ndarray, n_prompt: int, n_texts: int, *, bos: int | None = None
+) -> list[np.ndarray]:
+    """`n_texts` prompts of `n_prompt` ids, spread evenly over `ids`; ValueError if it is short.
+
+    Every one begins with `bos`, if given: a prompt from the middle of a text is read as the whole
+    of one.
+    """
+    opening = np.array([] if bos is None else [bos], ids.dtype)
+    n = n_prompt - opening.size  # of the text's own
+    if ids.size < n:
         raise ValueError(
-            f"the text has {ids.size} tokens; expected at least {n_prompt} for one prompt"
+            f"the text has {ids.size + opening.size} tokens; expected at least {n_prompt} for one "
+            "prompt"
         )
-    n_texts = min(n_texts, ids.size // n_prompt)
-    starts = np.linspace(0, ids.size - n_prompt, n_texts).astype(int)
-    return [ids[s : s + n_prompt] for s in starts]
+    n_texts = min(n_texts, ids.size // n) if n else 1
+    starts = np.linspace(0, ids.size - n, n_texts).astype(int)
+    return [np.concatenate([opening, ids[s : s + n]]) for s in starts]
 
 
 def divergence(dense: np.ndarray, got: np.ndarray) -> np.ndarray:
@@ -255,17 +282,19 @@ def measure(
     n_prompts: Sequence[int] = PROMPT_TOKENS,
     n_texts: int = 8,
     n_answer: int = ANSWER_TOKENS,
+    bos: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Row]:
-    """One `Row` per setting and prompt length.
+    """One `Row` per setting and prompt length; `ids` are a text's, without the `bos` of a prompt.
 
     Every prompt is answered greedily by dense decoding; the answer is then forced through each
     setting's core neurons, as `score` does, and compared with dense position by position.
     """
-    lengths = sorted({n for n in n_prompts if n <= ids.size})
+    n_ids = ids.size + (bos is not None)
+    lengths = sorted({n for n in n_prompts if n <= n_ids})
     if not lengths:
-        cut(ids, min(n_prompts), 1)  # says how long the text must be
-    cuts = {n: cut(ids, n, n_texts) for n in lengths}
+        cut(ids, min(n_prompts), 1, bos=bos)  # says how long the text must be
+    cuts = {n: cut(ids, n, n_texts, bos=bos) for n in lengths}
     total = sum(len(texts) for texts in cuts.values()) * len(configs)
     done = 0
     for n_prompt, texts in cuts.items():
