@@ -16,6 +16,7 @@ import pytest
 
 from coreinfer import CoreSet, Llama, models
 from coreinfer.cli import main, progress
+from coreinfer.cli.run import summary
 from make_synthetic_model import make_tiny_model
 
 PROMPT = "The river rose in the night, and by the morning the lower field was under water."
@@ -59,6 +60,21 @@ def test_run_streams_the_text_and_summarises_on_stderr(tiny, capsys):
     assert "GB/s" in lines["decode"] and re.fullmatch(
         r"\d+ MB now, \d+ MB at most", lines["memory"]
     )
+
+
+def test_run_says_where_drafts_do_not_pay(tiny, capsys):
+    """So small a model's core step costs what a dense one does."""
+    argv = ["run", tiny, "-p", PROMPT, "--raw", "--json", "-n", "60", *GREEDY]
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    facts = json.loads(out)
+    assert facts["core"] is None and -1 <= facts["stability"] <= 1
+    assert set(facts["drafting"]) == {"core", "text"}
+    facts["drafting"]["core"]["gain"] = 1.0
+    assert "would not pay here" in summary(facts)
+    facts["drafting"]["core"]["gain"] = 1.3
+    assert "would not pay" not in summary(facts)
+    assert f"stability {facts['stability']:.2f}" in err
 
 
 def test_run_applies_the_chat_template_unless_raw(tiny, capsys):

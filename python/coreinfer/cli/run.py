@@ -209,9 +209,11 @@ def _facts(llm: Llama, stream: TextStream) -> dict[str, Any]:
         "prompt_tokens": timings.reused_tokens + timings.prefill_tokens,
         "backend": {"name": backend.name, "isa": backend.isa, "n_threads": backend.n_threads},
         "core": _core_facts(llm),
+        "stability": llm.stability,
         "auto": _auto_facts(llm),
         "clusters": None if llm.clusters is None else llm.clusters.n_clusters,
         "timings": timings.as_dict(),
+        "drafting": llm.drafting,
     }
 
 
@@ -241,24 +243,35 @@ def _core_facts(llm: Llama) -> dict[str, Any] | None:
     }
 
 
+def _drafts(t: dict[str, Any], drafting: dict[str, dict[str, Any]]) -> str:
+    words = "none"
+    if t["drafted_tokens"]:
+        words = (
+            f"{t['accepted_tokens']} of {t['drafted_tokens']} came true in "
+            f"{t['verifications']} verifications"
+        )
+    if drafting["core"]["gain"] <= 1.0:
+        words += "; those of the core neurons would not pay here, and dense decoding goes without"
+    return words
+
+
 def summary(facts: dict[str, Any]) -> str:
     """The lines for stderr: backend, prompt, neurons, decoding, memory."""
     backend, core, t = facts["backend"], facts["core"], facts["timings"]
     dense, now = t["dense_weight_bytes"] / 1e6, t["decode_weight_bytes"] / 1e6
     lines = [
         f"backend  {backend['name']} {backend['isa']}, {backend['n_threads']} threads",
-        f"prompt   {facts['prompt_tokens']} tokens, {t['prefill_tokens_per_second']:.1f} tok/s",
+        f"prompt   {facts['prompt_tokens']} tokens, {t['prefill_tokens_per_second']:.1f} tok/s"
+        + ("" if facts["stability"] is None else f", stability {facts['stability']:.2f}"),
     ]
     if facts["auto"] is not None:
         lines.append(f"auto     {facts['auto']['mode']}: {facts['auto']['reason']}")
     if core is None:
         lines.append(f"neurons  all (dense), {dense:.1f} MB of weights a token")
     else:
-        stability = "" if core["stability"] is None else f", stability {core['stability']:.2f}"
         lines.append(
             f"neurons  {sum(core['sizes'])} of {core['n_ff'] * len(core['sizes'])} kept "
             f"({100 * core['kept']:.0f} %), {dense:.1f} -> {now:.1f} MB of weights a token"
-            + stability
         )
         if core["patch_rank"]:
             lines.append(
@@ -271,11 +284,8 @@ def summary(facts: dict[str, Any]) -> str:
                 f"{core['cluster_similarity']:.2f}; {1e3 * t['embed_seconds']:.1f} ms to embed the "
                 f"prompt, {1e3 * t['lookup_seconds']:.1f} ms to look up"
             )
-    if t["drafted_tokens"]:
-        lines.append(
-            f"drafts   {t['accepted_tokens']} of {t['drafted_tokens']} came true in "
-            f"{t['verifications']} verifications"
-        )
+    if facts["drafting"] is not None:
+        lines.append(f"drafts   {_drafts(t, facts['drafting'])}")
     if t["replay_tokens"]:
         lines.append(f"refresh  {t['replay_tokens']} tokens, {t['replay_seconds']:.2f} s")
     lines += [
