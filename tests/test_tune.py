@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import sys
 
+import numpy as np
 import pytest
 
+from coreinfer import Llama
 from coreinfer.cli import main, tune
-from coreinfer.tuning import Tuning, tuning_path
+from coreinfer.tuning import Tuning, cut, tuning_path
 from make_synthetic_model import make_tiny_model
+from measure_similarity import cut_prompts
 
 SMALL = ["--prompts", "32", "--texts", "2", "-n", "6", "--betas", "0.5,0.9"]
 
@@ -102,3 +105,39 @@ def test_a_model_s_folder_that_may_not_be_written_to_is_said_before_the_work(
     assert main(["tune", str(model), "--text", text]) == 1
     err = capsys.readouterr().err
     assert "tuning.json: the folder" in err and "may not be written to; give --out" in err
+
+
+# --- prompts ---
+
+
+def test_every_prompt_of_a_text_begins_as_a_text_does():
+    ids = np.arange(100, dtype=np.int32)
+    cuts = cut(ids, 10, 4, bos=7)
+    assert [len(c) for c in cuts] == [10] * 4
+    assert [c[:2].tolist() for c in cuts] == [[7, 0], [7, 30], [7, 60], [7, 91]]
+    assert [len(c) for c in cut(ids, 101, 4, bos=7)] == [101]
+    with pytest.raises(ValueError, match="101 tokens; expected at least 102"):
+        cut(ids, 102, 1, bos=7)
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_tune_s_prompts_have_bos_where_the_tokenizer_adds_one(add_bos, text, tmp_path, monkeypatch):
+    path = tmp_path / "m.gguf"
+    make_tiny_model(path, "llama", "Q8_0", extra_metadata={"tokenizer.ggml.add_bos_token": add_bos})
+    seen = []
+    generate = Llama.generate_ids
+
+    def spy(self, prompt, *rest, **more):
+        seen.append(np.array(prompt))
+        return generate(self, prompt, *rest, **more)
+
+    monkeypatch.setattr(Llama, "generate_ids", spy)
+    assert main(["tune", str(path), "--text", text, *SMALL, "--prompts", "32,48"]) == 0
+    with Llama(str(path), verbose=False) as llm:
+        bos = llm.token_bos()
+        again = cut_prompts(llm, ["some words of a text", "a"], 8, 2)
+    assert len(seen) == 2 * 2 * 3 and {len(p) for p in seen} == {32, 48}
+    assert {bool(p[0] == bos) for p in seen} == {add_bos}
+    assert not any((p[1:] == bos).any() for p in seen)
+    (prompt,) = again
+    assert len(prompt) == 8 and (prompt[0] == bos) == add_bos

@@ -74,8 +74,10 @@ def main() -> None:
     core = CoreConfig(statistic=args.statistic, beta=args.beta, patch=args.patch or False)
     refreshes: list[int | None] = [None, *args.refresh]
     with Llama(args.model, n_ctx=n_ctx, verbose=False) as llm:
-        ids = llm.checked_ids(llm.tokenize(Path(args.text).read_bytes(), special=False))
-        pieces = cut(ids, n_ctx, args.pieces)
+        text = Path(args.text).read_bytes()
+        ids = llm.checked_ids(llm.tokenize(text, add_bos=False, special=False))
+        bos = llm.tokenizer().bos_id if llm.tokenizer().add_bos else None
+        pieces = cut(ids, n_ctx, args.pieces, bos=bos)
         found = compare(llm, pieces, args.prompt, core, refreshes)
     print(f"{Path(args.model).name}, {args.statistic}, beta {args.beta:g}, patch {args.patch},")
     print(f"prompts of {args.prompt} tokens, {len(pieces)} pieces\n")

@@ -1,10 +1,11 @@
 """How close similarity-guided decoding stays to dense, beside stability-guided, by prompt length.
 
 In: a GGUF model, clusters that `coreinfer cluster build` made with it, and texts as JSON lines that
-the clusters have not seen. A prompt is the last n tokens of a text (0: all of it); the continuation
-is the model's own greedy one. Out: a Markdown table of KL to dense and agreement with dense, means
-over prompts with the standard error of the KL. The first position comes from the dense prefill and
-is left out. BLEND is the weight of the prompt's own neurons: 0 is the cluster alone.
+the clusters have not seen. A prompt is the last n tokens of a text (0: all of it), BOS first where
+the tokenizer adds one; the continuation is the model's own greedy one. Out: a Markdown table of KL
+to dense and agreement with dense, means over prompts with the standard error of the KL. The first
+position comes from the dense prefill and is left out. BLEND is the weight of the prompt's own
+neurons: 0 is the cluster alone.
 
     python tools/measure_similarity.py MODEL.gguf CLUSTERS.npz --data FILE.jsonl \
         --fields context question --lengths 8 16 32 64 128 --blends 0 0.5 --share 0.4
@@ -34,9 +35,17 @@ def read_texts(path: str, fields: list[str]) -> list[str]:
 
 
 def cut_prompts(llm: Llama, texts: list[str], length: int, n_prompts: int) -> list[np.ndarray]:
-    """The last `length` ids of the first texts that have as many; all ids for 0."""
+    """The last `length` ids of the first texts that have as many; all ids for 0.
+
+    Where the tokenizer adds BOS, it is the first of them, as in any prompt.
+    """
+    n_bos = int(llm.tokenizer().add_bos)
+
+    def end(ids: np.ndarray) -> np.ndarray:
+        return np.concatenate([ids[:n_bos], ids[ids.size - length + n_bos :]]) if length else ids
+
     ids = (llm.prompt_ids(text) for text in texts)
-    fitting = (i[-length:] for i in ids if i.size >= max(2, length))
+    fitting = (end(i) for i in ids if i.size >= max(2, length))
     return list(itertools.islice(fitting, n_prompts))
 
 

@@ -196,7 +196,7 @@ def call(args: argparse.Namespace) -> int:
         embedder=args.embedder,
         verbose=False,
     ) as llm:
-        ids = llm.checked_ids(llm.tokenize(text, special=False))
+        ids = llm.checked_ids(llm.tokenize(text, add_bos=False, special=False))
         rows = []
         for row in measure(
             llm,
@@ -205,6 +205,7 @@ def call(args: argparse.Namespace) -> int:
             n_prompts=args.prompts,
             n_texts=args.texts,
             n_answer=args.n_answer,
+            bos=llm.tokenizer().bos_id if llm.tokenizer().add_bos else None,
             progress=line,
         ):
             rows.append(row)
