@@ -393,7 +393,7 @@ def test_tune_writes_what_auto_goes_by(tmp_path, capsys):
     small += ["--first-layers", "1,2"]
     assert main(["tune", str(model), "--text", str(text), *small]) == 0
     out, err = capsys.readouterr()
-    assert out.count("\n") == 2 + 8 and "| 48 | flock | all | × 2 | 64 | 0.9 |" in out
+    assert out.count("\n") == 2 + 8 and "| 48 | flock | off | all | × 2 | 64 | 0.9 |" in out
     assert "wrote" in err
     assert len(Tuning.load(tuning_path(model)).rows) == 8
     with Llama(str(model), verbose=False) as llm:

@@ -141,3 +141,28 @@ def test_tune_s_prompts_have_bos_where_the_tokenizer_adds_one(add_bos, text, tmp
     assert not any((p[1:] == bos).any() for p in seen)
     (prompt,) = again
     assert len(prompt) == 8 and (prompt[0] == bos) == add_bos
+
+
+# --- settings ---
+
+
+def test_every_axis_is_measured_with_every_other(model, text, capsys):
+    axes = ["--statistics", "count,flock", "--weighted", "off,on", "--layers", "1:"]
+    axes += ["--first-layers", "1,2", "--patches", "off,8"]
+    asked = ["--prompts", "16", "--texts", "2", "-n", "2", "--betas", "0.5,0.9", *axes]
+    assert main(["tune", str(model), "--text", text, *asked]) == 0
+    rows = Tuning.load(tuning_path(model)).rows
+    names = ("statistic", "weighted", "layers", "first_layer", "patch", "beta")
+    settings = {tuple(getattr(row.config, name) for name in names) for row in rows}
+    assert len(settings) == len(rows) == 2**6
+    assert ("flock", True, (1, None), 2.0, 8, 0.9) in settings
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert head.split("|")[3].strip() == "weighted"
+    assert {line.split("|")[3].strip() for line in lines} == {"on", "off"}
+    assert {line.split("|")[4].strip() for line in lines} == {"all", "1:"}
+
+
+def test_a_weighting_that_is_neither_on_nor_off_is_a_usage_error(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["tune", "model", "--text", text, "--weighted", "off,yes"])
+    assert "--weighted: 'yes' is neither on nor off" in capsys.readouterr().err

@@ -39,7 +39,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description=(
             "Measure how far decoding with core neurons is from dense decoding, and how much "
             "faster, on a text of yours. Writes what was measured beside the model, where "
-            "--core auto finds it."
+            "--core auto finds it. Unless asked, only the share of neurons varies, with the "
+            "defaults for all else: every list multiplies the time."
         ),
     )
     parser.add_argument("model", metavar="MODEL", help="a GGUF file or a known model's name")
@@ -59,6 +60,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         default=(CoreConfig.statistic,),
         metavar="S,S",
         help="how neurons are ranked (default: flock)",
+    )
+    parser.add_argument(
+        "--weighted",
+        type=_list_of(_switch),
+        default=(CoreConfig.weighted,),
+        metavar="W,W",
+        help="off, on: rank neurons by what they write, too (default: off)",
     )
     parser.add_argument(
         "--first-layers",
@@ -124,6 +132,12 @@ def _patch(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
+def _switch(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither on nor off")
+    return text == "on"
+
+
 def _list_of(kind: Callable[[str], Any]):
     def parse(text: str) -> tuple:
         try:
@@ -138,7 +152,10 @@ def _list_of(kind: Callable[[str], Any]):
 def call(args: argparse.Namespace) -> int:
     parser: argparse.ArgumentParser = args.parser
     load = options.make(parser, LoadConfig, options.given(args, LoadConfig))
-    allowed = options.make(parser, CoreConfig, options.given(args, CoreConfig)).max_kl
+    # Not all that is given: other fields' flags are lists here.
+    allowed = CoreConfig.max_kl
+    if args.max_kl is not None:
+        allowed = options.make(parser, CoreConfig, {"max_kl": args.max_kl}).max_kl
     configs = [
         options.make(
             parser,
@@ -146,13 +163,15 @@ def call(args: argparse.Namespace) -> int:
             {
                 "beta": beta,
                 "statistic": statistic,
+                "weighted": weighted,
                 "layers": layers,
                 "first_layer": first_layer,
                 "patch": patch,
             },
         )
-        for statistic, layers, first_layer, patch, beta in product(
+        for statistic, weighted, layers, first_layer, patch, beta in product(
             args.statistics,
+            args.weighted,
             [None, *(args.layers or ())],
             args.first_layers,
             args.patches,
@@ -244,17 +263,17 @@ def _named(prompts: tuple[int, ...]) -> list[tuple[str, int]]:
 def table(rows: list[Row]) -> str:
     """The rows in Markdown, by prompt length."""
     lines = [
-        "| prompt | statistic | layers | first layer | patch | beta | KL to dense | agreement "
-        "| weights read | speed |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| prompt | statistic | weighted | layers | first layer | patch | beta | KL to dense "
+        "| agreement | weights read | speed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         c = row.config
-        layers = "all" if c.layers is None else "{}:{}".format(*c.layers)
+        layers = "all" if c.layers is None else f"{c.layers[0]}:{c.layers[1] or ''}"
         lines.append(
-            f"| {row.n_prompt} | {'clusters' if c.mode == 'similar' else c.statistic} | {layers} "
-            f"| × {c.first_layer:g} | {c.patch or 'off'} "
-            f"| {c.gamma if c.mode == 'similar' else c.beta:g} "
+            f"| {row.n_prompt} | {'clusters' if c.mode == 'similar' else c.statistic} "
+            f"| {'on' if c.weighted else 'off'} | {layers} | × {c.first_layer:g} "
+            f"| {c.patch or 'off'} | {c.gamma if c.mode == 'similar' else c.beta:g} "
             f"| {row.kl:.4f} ± {row.kl_error:.4f} | {row.agreement:.3f} "
             f"| {row.weight_share:.2f} | {row.speed:.2f} |"
         )
