@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from coreinfer._core.testing import DraftPace, text_drafts
 
+import measure_exact
 from coreinfer import CoreConfig, Llama, _core
 from make_synthetic_model import make_tiny_model
+from measure_exact import Answer
 from measure_refresh import compare, forced
+from small_clusters import write_texts
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +100,23 @@ def test_statistics_of_exact_decoding_are_those_of_a_prefill(engines, statistic)
     assert a.n_tokens == b.n_tokens == len(whole)
     for one, other in zip(a.scores, b.scores, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_the_drafting_neurons_follow_a_text_that_goes_elsewhere(engines):
+    exact = prepared(engines("llama"), True, beta=0.2, text=False)
+    exact.decode(1)
+    at_first = exact.core_set
+    for _ in range(12):
+        exact.decode(int(exact.expected or 1))
+    assert exact.core_set.same_neurons(at_first)  # hardly a new text
+    for token in [7, 9] * 50:
+        exact.decode(token)
+    now = exact.core_set
+    assert not now.same_neurons(at_first)
+    shares = [
+        len(np.intersect1d(a, b)) / len(a) for a, b in zip(at_first.layers, now.layers, strict=True)
+    ]
+    assert np.mean(shares) < 0.9
 
 
 def test_a_text_continues_after_exact_decoding_as_after_dense(engines):
@@ -290,3 +311,23 @@ def test_drafts_from_the_text_follow_its_longest_repeated_ending():
     assert text_drafts(np.arange(50, dtype=np.int32), 4).size == 0
     assert text_drafts(np.zeros(0, np.int32), 4).size == 0
     assert text_drafts(np.array([7, 8, 9] * 4, np.int32), 5).tolist() == [7, 8, 9, 7, 8]
+
+
+# --- the tool that measures it ---
+
+
+def test_identity_and_speed_are_measured_prompt_by_prompt(tmp_path, capsys, monkeypatch):
+    model, data = tmp_path / "tiny.gguf", tmp_path / "texts.jsonl"
+    make_tiny_model(model, "llama", "Q8_0")
+    write_texts(data, "text")
+    argv = f"measure_exact {model} --data {data} --prompts 3 --length 12 --tokens 20 --threads 1"
+    monkeypatch.setattr(sys, "argv", argv.split())
+    measure_exact.main()
+    cells = [c.strip() for c in capsys.readouterr().out.splitlines()[-1].split("|")[1:-1]]
+    assert cells[0] == "3 of 3" and float(cells[1]) > 0 and 0 < float(cells[2]) <= 1e3
+    monkeypatch.setattr(measure_exact, "answer", lambda llm, core, *_: Answer([core.beta], 1.0))
+    argv += " --beta 0.3"
+    monkeypatch.setattr(sys, "argv", argv.split())
+    with pytest.raises(SystemExit, match="gave different ids"):
+        measure_exact.main()
+    assert "| 0 of 3 | 1.000 | 1.000 | none made | – |" in capsys.readouterr().out

@@ -1,0 +1,110 @@
+"""Whether exact mode writes dense decoding's text, and what it gains: both decode the same prompts.
+
+In: a GGUF model and texts as JSON lines. A prompt is the last n tokens of a text; dense and exact
+decoding continue it in turn, greedily, each prompt read anew. Out: one Markdown row: how many
+answers are the same ids, dense decoding's time over exact mode's (over all prompts, and the least
+of tenths of them), drafts that came true, and tokens a verification.
+
+    python tools/measure_exact.py MODEL.gguf --data FILE.jsonl --fields text --prompts 200
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from coreinfer import CoreConfig, Llama
+from measure_similarity import cut_prompts, read_texts
+
+_PARTS = 10  # of the prompts, for the least speed: single answers are too short to time
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Ids, the seconds that decoding them took, and what exact mode did for them."""
+
+    ids: list[int]
+    seconds: float
+    drafted: int = 0
+    accepted: int = 0
+    verifications: int = 0
+
+
+def answer(llm: Llama, core: CoreConfig, prompt: np.ndarray, n_tokens: int) -> Answer:
+    """`n_tokens` greedy ids after a prompt that is read anew."""
+    llm.core = core
+    llm.reset()
+    ids = []
+    for token in llm.generate(prompt, temp=0):
+        ids.append(token)
+        if len(ids) == n_tokens:
+            break
+    t = llm.timings
+    return Answer(ids, t.decode_seconds, t.drafted_tokens, t.accepted_tokens, t.verifications)
+
+
+def measure(
+    llm: Llama, exact: CoreConfig, prompts: list[np.ndarray], n_tokens: int
+) -> list[tuple[Answer, Answer]]:
+    """(dense, exact) for each prompt; which comes first changes from prompt to prompt."""
+    both = (CoreConfig.of("off"), exact)
+    pairs = []
+    for i, prompt in enumerate(prompts):
+        order = (0, 1) if i % 2 == 0 else (1, 0)
+        found = {j: answer(llm, both[j], prompt, n_tokens) for j in order}
+        pairs.append((found[0], found[1]))
+    return pairs
+
+
+def speed(pairs: list[tuple[Answer, Answer]]) -> float:
+    """Exact mode's tokens a second over dense decoding's."""
+    return sum(dense.seconds for dense, _ in pairs) / sum(exact.seconds for _, exact in pairs)
+
+
+def table(pairs: list[tuple[Answer, Answer]]) -> str:
+    same = sum(dense.ids == exact.ids for dense, exact in pairs)
+    parts = [pairs[i::_PARTS] for i in range(min(_PARTS, len(pairs)))]
+    drafted, accepted, verifications = (
+        sum(getattr(exact, name) for _, exact in pairs)
+        for name in ("drafted", "accepted", "verifications")
+    )
+    came_true = f"{accepted} of {drafted}" if drafted else "none made"
+    each = f"{1 + accepted / verifications:.2f}" if verifications else "–"
+    return (
+        "| identical | exact ÷ dense | least of tenths | drafts that came true | tokens a "
+        "verification |\n| --- | --- | --- | --- | --- |\n"
+        f"| {same} of {len(pairs)} | {speed(pairs):.3f} | {min(map(speed, parts)):.3f} | "
+        f"{came_true} | {each} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True, help="texts as JSON lines")
+    parser.add_argument("--fields", nargs="+", default=["text"])
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--length", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=int, default=32, help="of every answer")
+    parser.add_argument("--beta", type=float, default=CoreConfig.beta, help="of the core drafts")
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+
+    with Llama(args.model, core="off", n_threads=args.threads, verbose=False) as llm:
+        texts = read_texts(args.data, args.fields)
+        prompts = cut_prompts(llm, texts, args.length, args.prompts)
+        if not prompts:
+            raise SystemExit(f"no text of {args.data} has {args.length} tokens")
+        exact = CoreConfig(mode="exact", beta=args.beta)
+        pairs = measure(llm, exact, prompts, args.tokens)
+        print(f"{Path(args.model).name}, {llm.backend.n_threads} threads\n")
+        print(table(pairs))
+        if any(dense.ids != exact.ids for dense, exact in pairs):
+            raise SystemExit("exact mode and dense decoding gave different ids")
+
+
+if __name__ == "__main__":
+    main()
