@@ -145,6 +145,35 @@ def test_weights_that_passed_by_are_not_read_again(model, tmp_path):
                 session.set_core(core)
 
 
+def test_weights_that_pass_by_are_patched_too(model, tmp_path):
+    """While the file is gone, only a set that was gathered on the way can be made and patched."""
+    tokens = np.arange(100, 140, dtype=np.int32)
+    path = tmp_path / "passing.gguf"
+    shutil.copy2(model, path)
+    found = []
+    for engine, beta in [(_core.Engine(model), None), (small_limit(str(path)), 0.1)]:
+        session = _core.Session(engine, n_ctx=64, n_batch=16)
+        session.prefill(tokens, statistic="flock", samples=_core.PATCH_SAMPLES, beta=beta)
+        if beta is not None:
+            with open(path, "r+b") as file:
+                file.truncate(4096)
+        session.set_core(session.select(beta=0.1))
+        session.fit_patch(rank=8)
+        if beta is not None:
+            with open(model, "rb") as whole, open(path, "r+b") as file:
+                shutil.copyfileobj(whole, file)
+            shutil.copystat(model, path)  # as if it had never been away
+        found.append((session.core_set.patch, session.score(tokens[:5])))
+    (kept, free), (passing, limited) = found
+    assert len(kept) == len(passing) == 6
+    for ours, theirs in zip(passing, kept, strict=True):
+        np.testing.assert_array_equal(ours[0], theirs[0])
+        np.testing.assert_array_equal(ours[1], theirs[1])
+    np.testing.assert_array_equal(limited, free)
+    session.set_core(session.select(beta=0.1))
+    assert not np.array_equal(session.score(tokens[:5])[1:], free[1:])  # the patch matters
+
+
 def test_an_expected_core_that_does_not_fit_is_refused_when_it_is_asked_for(model):
     session = _core.Session(small_limit(model), n_ctx=64, n_batch=16)
     session.prefill(np.arange(16, dtype=np.int32), statistic="flock", beta=0.95)

@@ -255,19 +255,6 @@ def test_a_saved_state_carries_the_patch(engine):
         other.fit_patch(rank=8)
 
 
-def test_weights_that_pass_by_are_patched_too(model, tmp_path):
-    path = tmp_path / "wide.gguf"
-    make_tiny_model(path, "llama", "F32")
-    need = _core.Engine(str(path))
-    s = read(need, ids(40))
-    s.fit_patch(rank=8)
-    passing = _core.Session(need, n_ctx=256)
-    passing.prefill(ids(40), **COUNTED, beta=0.4)
-    passing.set_core(passing.select(beta=0.4))
-    passing.fit_patch(rank=8)
-    np.testing.assert_array_equal(core_logits(passing), core_logits(s))
-
-
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
