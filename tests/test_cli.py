@@ -47,6 +47,23 @@ def give_stdin(monkeypatch, data: bytes) -> None:
 # --- run ---
 
 
+def test_the_paper_s_preset_sets_what_other_flags_may_change(tiny, capsys):
+    given = ["run", tiny, "-p", PROMPT, "--raw", "-n", "3", "--json", "--preset", "paper"]
+    facts = []
+    for more in ([], ["--beta", "0.25", "--statistic", "flock", "--layers", "1:"]):
+        assert main([*given, *more, *GREEDY]) == 0
+        facts.append(json.loads(capsys.readouterr().out)["core"])
+    plain, changed = facts
+    assert (plain["statistic"], plain["alpha"], plain["beta"]) == ("count", 0.4, 0.4)
+    assert max(plain["sizes"]) == round(0.4 * 512)  # the first layer has no more than the others
+    assert (changed["statistic"], changed["alpha"], changed["beta"]) == ("flock", 0.4, 0.25)
+    assert changed["sizes"][1:] == [128, 128]
+    with Llama(tiny, verbose=False, core="paper", f32_activations=True) as llm:
+        llm(PROMPT, max_tokens=1)
+        assert llm.core_set.patch_rank == 0 and plain["sizes"] == llm.core_set.sizes
+    assert "invalid choice: 'papers'" in usage_error(capsys, *given[:-1], "papers")
+
+
 def test_run_streams_the_text_and_summarises_on_stderr(tiny, capsys):
     assert main(["run", tiny, "-p", PROMPT, "--raw", "-n", "8", *GREEDY]) == 0
     out, err = capsys.readouterr()

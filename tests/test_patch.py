@@ -341,6 +341,8 @@ def test_the_paper_s_settings_have_a_name():
     assert (paper.mode, paper.statistic, paper.alpha) == ("stable", "count", 0.4)
     assert not paper.patch and not paper.weighted and paper.layers is None
     assert paper.first_layer == 1 < CoreConfig().first_layer
+    assert paper.beta == paper.gamma == 0.4
+    assert CoreConfig.paper(0.2).beta == CoreConfig.paper(0.2).gamma == 0.2
 
 
 @pytest.mark.parametrize(

@@ -307,12 +307,14 @@ class CoreConfig(Checked):
     def paper(cls, beta: float = 0.4) -> CoreConfig:
         """The settings of the CoreInfer paper (arXiv 2410.18311), whatever the defaults become.
 
-        Its beta is 0.2 for extraction and question answering, 0.4 for translation.
+        Its beta, which is its gamma too, is 0.2 for extraction and question answering, 0.4 for
+        translation.
         """
         return cls(
             mode="stable",
             alpha=0.4,
             beta=beta,
+            gamma=beta,
             statistic="count",
             weighted=False,
             patch=False,
