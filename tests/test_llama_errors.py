@@ -87,6 +87,13 @@ def test_sampling_before_reading_is_an_error(llm):
         llm.sample()
 
 
+@pytest.mark.parametrize("refresh", [0, -1, 1.5, True])
+def test_a_refresh_that_is_no_number_of_tokens_is_refused(tiny, refresh):
+    for core in ("stable", "auto"):
+        with pytest.raises(ValueError, match=rf"refresh is {refresh}; expected an integer"):
+            load(tiny, core=core, refresh=refresh)
+
+
 def test_a_memory_limit_that_cannot_be_met_says_what_is_needed(tiny):
     with pytest.raises(MemoryError, match="memory_limit is 1.0 MiB, but .* MiB are needed"):
         load(tiny, memory_limit="1MiB")

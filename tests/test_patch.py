@@ -269,18 +269,48 @@ def test_wrong_settings_are_said_and_leave_the_set(engine, spec, message):
     assert s.core_set is not None and s.patch_bytes == 0
 
 
-def test_a_regression_without_a_solution_is_said_and_leaves_the_set(model, tmp_path):
+@pytest.fixture
+def huge(model, tmp_path) -> str:
+    """A model whose second layer writes more than a patch's float16 can hold."""
     path = tmp_path / "huge.gguf"
     shutil.copy(model, path)
     tensors = {t.name: t.data for t in gguf.GGUFReader(path, "r+").tensors}
     tensors["blk.1.ffn_down.weight"] *= np.float32(1e9)
     tensors["blk.1.ffn_down.weight"].base.flush()
-    s = read(_core.Engine(str(path)), ids(40))
+    return str(path)
+
+
+def test_a_patch_of_values_that_do_not_fit_is_said_and_leaves_the_set(huge):
+    s = read(_core.Engine(huge), ids(40))
     with pytest.raises(ArithmeticError, match="the patch of layer 1 holds NaN, Inf or values past"):
         s.fit_patch(rank=8)
     assert s.core_set is not None and s.patch_bytes == 0
     s.decode(3)
     assert np.isfinite(s.logits()).all()
+
+
+def test_llama_goes_on_after_a_patch_that_failed(huge):
+    with_patch, without = CoreConfig(beta=0.4, patch=8), CoreConfig(beta=0.4, patch=False)
+    with Llama(huge, core=without, verbose=False) as llm:
+        wanted = llm.score(ids(40), ids(8, 1))
+    with Llama(huge, core=with_patch, verbose=False) as llm:
+        for call in (lambda: llm("ab" * 20, max_tokens=4), lambda: llm.score(ids(40), ids(8, 1))):
+            with pytest.raises(ArithmeticError, match="the patch of layer 1 holds NaN, Inf or"):
+                call()
+        llm.core = without
+        np.testing.assert_array_equal(llm.score(ids(40), ids(8, 1)), wanted)
+        assert llm.core_set.patch_rank == 0
+        llm.core = "off"
+        assert llm("ab" * 20, max_tokens=4)["usage"]["completion_tokens"] > 0
+
+
+def test_a_regression_without_a_solution_is_said_and_leaves_the_set(engine):
+    s = read(engine, np.full(40, 7, np.int32))  # the same token again and again: one direction
+    with pytest.raises(ArithmeticError, match="the patch of layer 0 has no solution"):
+        s.fit_patch(rank=8, ridge=1e-30)
+    assert s.core_set is not None and s.patch_bytes == 0
+    s.fit_patch(rank=8)
+    assert s.patch_bytes > 0
 
 
 def test_without_samples_or_a_set_there_is_nothing_to_fit(engine):
