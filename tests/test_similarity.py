@@ -13,6 +13,7 @@ from coreinfer import (
     build_clusters,
 )
 from coreinfer.embedders import as_embedder
+from coreinfer.similarity import NotFittedError
 from small_clusters import TEXTS, letters
 from tiny_llama import load
 
@@ -138,6 +139,38 @@ def test_auto_passes_over_numbers_that_leave_a_text_alone():
     assert 3 not in clusters.silhouettes_ and clusters.n_texts_.min() >= 2
     same = SimilarityClusters(random_state=0).fit(X[:2], np.ones((2, 1, 1)))
     assert same.n_clusters_ == 1 and same.silhouettes_ == {}
+
+
+def test_scikit_learn_copies_it_with_its_parameters_and_nothing_learned():
+    base = pytest.importorskip("sklearn.base")
+    made = SimilarityClusters(3, n_init=2, embedder=letters, random_state=0)
+    made.fit(points(), np.ones((18, 1, 1)))
+    copy = base.clone(made)
+    assert type(copy) is SimilarityClusters and not hasattr(copy, "labels_")
+    assert copy.get_params() == made.get_params()
+    assert list(made.get_params().values()) == [3, 16, 2, letters, 0]
+    assert np.array_equal(copy.fit_predict(points(), np.ones((18, 1, 1))), made.labels_)
+
+
+def test_parameters_are_set_by_name_all_or_none():
+    clusters = SimilarityClusters(3)
+    assert clusters.set_params(n_clusters=4, random_state=7) is clusters
+    assert (clusters.n_clusters, clusters.random_state) == (4, 7)
+    with pytest.raises(ValueError, match="'k' is no parameter; there are n_clusters, max_clus"):
+        clusters.set_params(n_clusters=5, k=3)
+    assert clusters.n_clusters == 4
+    assert repr(clusters) == "SimilarityClusters(n_clusters=4, random_state=7)"
+
+
+def test_before_fit_the_error_is_scikit_learn_s_too_and_a_runtime_error_without_it(monkeypatch):
+    exceptions = pytest.importorskip("sklearn.exceptions")
+    for error in (exceptions.NotFittedError, NotFittedError, RuntimeError):
+        with pytest.raises(error, match="not fitted; call fit first"):
+            SimilarityClusters().predict(points())
+    monkeypatch.setitem(sys.modules, "sklearn.exceptions", None)
+    with pytest.raises(NotFittedError, match="not fitted") as raised:
+        SimilarityClusters().transform(points())
+    assert not isinstance(raised.value, exceptions.NotFittedError)
 
 
 def test_predict_before_fit_and_with_other_features_is_refused():

@@ -7,6 +7,7 @@ learned as `Clusters`. Needs scikit-learn, which comes with the extra `similarit
 
 from __future__ import annotations
 
+import inspect
 import operator
 import tempfile
 import warnings
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 _MIN_TEXTS = 2  # of a cluster: one text says nothing of others like it
 _TOKENS_OF_A_TEXT = 64  # that a prior is made of
 _SILHOUETTE_SAMPLE = 2000  # texts; the silhouette's cost grows with their square
+
+
+class NotFittedError(RuntimeError):
+    """Clusters are asked of before they were learned."""
 
 
 class SimilarityClusters:
@@ -88,6 +93,24 @@ class SimilarityClusters:
         self.embedder = embedder
         self.random_state = random_state
 
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The constructor's parameters, by scikit-learn's convention (`sklearn.base.clone`)."""
+        return {name: getattr(self, name) for name in _PARAMETERS}
+
+    def set_params(self, **params: Any) -> SimilarityClusters:
+        """Set parameters by name; ValueError, before any is set, for one that there is not."""
+        for name in params:
+            if name not in _PARAMETERS:
+                raise ValueError(f"{name!r} is no parameter; there are {', '.join(_PARAMETERS)}")
+        for name, value in params.items():
+            setattr(self, name, value)
+        return self
+
+    def __repr__(self) -> str:
+        given = self.get_params().items()
+        words = [f"{name}={value!r}" for name, value in given if value != _PARAMETERS[name]]
+        return f"SimilarityClusters({', '.join(words)})"
+
     def fit(self, X: Any, scores: Any) -> SimilarityClusters:
         """Learn clusters.
 
@@ -131,14 +154,21 @@ class SimilarityClusters:
         self.n_clusters_, self.n_features_in_ = centers.shape
         return self
 
+    def fit_predict(self, X: Any, scores: Any) -> np.ndarray:
+        """`fit`, and the cluster of every text: `labels_`."""
+        return self.fit(X, scores).labels_
+
     def predict(self, X: Any) -> np.ndarray:
         """The cluster of every row or text, int64 (n,): that of the largest cosine."""
         return self.transform(X).argmax(axis=1)
 
     def transform(self, X: Any) -> np.ndarray:
-        """Cosine of every row or text to every centroid, float32 (n, n_clusters_)."""
+        """Cosine of every row or text to every centroid, float32 (n, n_clusters_).
+
+        Before `fit`, a `NotFittedError`.
+        """
         if not hasattr(self, "cluster_centers_"):
-            raise RuntimeError("these SimilarityClusters are not fitted; call fit first")
+            raise _not_fitted("these SimilarityClusters are not fitted; call fit first")
         features = self._features(X)
         if features.shape[1] != self.n_features_in_:
             raise ValueError(
@@ -220,6 +250,10 @@ class SimilarityClusters:
         return operator.index(value)
 
 
+# Names and defaults of the constructor's parameters.
+_PARAMETERS = {p.name: p.default for p in inspect.signature(SimilarityClusters).parameters.values()}
+
+
 def _sklearn() -> Any:
     try:
         import sklearn.cluster
@@ -230,6 +264,15 @@ def _sklearn() -> Any:
             'clustering needs the extra similarity: pip install "coreinfer-cpp[similarity]"'
         ) from error
     return sklearn
+
+
+def _not_fitted(message: str) -> Exception:
+    """A `NotFittedError`, which is scikit-learn's too where that is installed."""
+    try:
+        from sklearn.exceptions import NotFittedError as Theirs
+    except ImportError:
+        return NotFittedError(message)
+    return type("NotFittedError", (NotFittedError, Theirs), {})(message)
 
 
 def _sizes(unit: np.ndarray, centers: np.ndarray) -> np.ndarray:
