@@ -7,6 +7,9 @@ any two orders; a device's exp, tanh and cos are within 2 units in the last plac
 
 from __future__ import annotations
 
+import ctypes
+import os
+
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
@@ -30,6 +33,14 @@ def f32(request) -> bool:
 @pytest.fixture(scope="module")
 def cuda(target, f32):  # noqa: F811
     return testing.AnyBackend("CUDA", f32_activations=f32)
+
+
+@pytest.fixture
+def launches(target):  # noqa: F811
+    """How many kernels have been launched."""
+    if target != "host":
+        pytest.skip("the host's runtime counts launches")
+    return ctypes.CDLL(os.environ["COREINFER_CUDA_LIBRARY"]).cuda_host_kernel_launches
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +292,29 @@ def test_scores_do_not_depend_on_how_the_rows_are_cut(cuda):
         for begin, end in [(0, 1), (1, 17), (17, 29)]:
             scores = cuda.accumulate(statistic, 0.3, h[begin:end], scores)[0][0]
         np.testing.assert_array_equal(scores, whole[0])
+
+
+@pytest.mark.parametrize("statistic", ["count", "flock"])
+@pytest.mark.parametrize("shape", [(1, 5), (16, 33), (150, 70)])
+def test_marks_get_the_scores_of_their_rows(cuda, cpu, statistic, shape):
+    """One call gives, at every mark, the bits of a call that ends there."""
+    h = rows_of("normal", shape)
+    marks = sorted({1, 2, 4, 8, shape[0] // 2, 63, 64, 65, 128, shape[0]})
+    marks = [m for m in marks if 0 < m <= shape[0]]
+    start = np.full(shape[1], 3.0, np.float32)
+    for backend in (cuda, cpu):
+        got, _ = backend.accumulate(statistic, 0.4, h, start, marks=marks)
+        for mark, scores in zip([shape[0], *marks], got, strict=True):
+            expected, _ = backend.accumulate(statistic, 0.4, h[:mark], start)
+            np.testing.assert_array_equal(scores, expected[0])
+
+
+def test_a_batch_is_counted_in_two_launches(cuda, launches):
+    h = rows_of("normal", (150, 70))
+    for statistic in ("count", "flock"):
+        before = launches()
+        cuda.accumulate(statistic, 0.4, h, np.zeros(70, np.float32), marks=[1, 2, 4, 64, 128])
+        assert launches() - before == 2
 
 
 @pytest.mark.parametrize("statistic", ["count", "flock"])

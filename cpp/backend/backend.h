@@ -155,6 +155,14 @@ using KvCachePtr = std::unique_ptr<KvCache>;
 // How a token's activations become neuron scores; DESIGN of the statistics: neurons/statistic.h.
 enum class Statistic { kCount, kCountGate, kCountAbs, kFlock };
 
+// Where the sums over the first `row` rows of a call go too, row >= 1; marks ascend.
+struct ScoreMark {
+  int64_t row = 0;
+  float* scores = nullptr;  // (h.width)
+};
+// Marks of one call at most; a power of two each.
+inline constexpr size_t kMaxScoreMarks = 32;
+
 // In place of the number of a row with NaN or Inf: there was none. Row numbers stay below 2^24.
 inline constexpr float kNoBadRow = 1e9f;
 
@@ -238,11 +246,11 @@ class Backend {
 
   // ---- neurons
   // Adds each row's score vector to scores (h.width floats). Rows are added in order, so the sum
-  // does not depend on chunking. Row r with a NaN or Inf lowers *bad, which is kNoBadRow before, to
-  // first_row + r; nothing is added then. Nobody waits for a device here: who wants to know reads
-  // *bad, once for many calls.
+  // does not depend on chunking; on the way they are copied to the marks. Row r with a NaN or Inf
+  // lowers *bad, which is kNoBadRow before, to first_row + r; nothing is added or copied then.
+  // Nobody waits for a device here: who wants to know reads *bad, once for many calls.
   virtual void accumulate(Statistic statistic, double alpha, Rows h, float* scores,
-                          int64_t first_row, float* bad) = 0;
+                          std::span<const ScoreMark> marks, int64_t first_row, float* bad) = 0;
   // Of each row of scores: the k entries of highest positive score, ties to the lower index,
   // ascending; fewer when fewer are positive.
   virtual std::vector<std::vector<int32_t>> select(Rows scores, int64_t k) = 0;

@@ -183,9 +183,9 @@ class SplitBackend final : public Backend {
     fetch(attended, out);
   }
 
-  void accumulate(Statistic statistic, double alpha, Rows h, float* scores, int64_t first_row,
-                  float* bad) override {
-    cpu_->accumulate(statistic, alpha, h, scores, first_row, bad);
+  void accumulate(Statistic statistic, double alpha, Rows h, float* scores,
+                  std::span<const ScoreMark> marks, int64_t first_row, float* bad) override {
+    cpu_->accumulate(statistic, alpha, h, scores, marks, first_row, bad);
   }
   std::vector<std::vector<int32_t>> select(Rows scores, int64_t k) override {
     return cpu_->select(scores, k);

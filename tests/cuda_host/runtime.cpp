@@ -37,7 +37,7 @@ std::recursive_mutex queues_mutex;  // guards the streams
 std::set<QueuedStream*> streams;
 std::mutex sizes_mutex;
 std::map<void*, size_t> sizes;
-std::atomic<long> graph_launches{0};
+std::atomic<long> graph_launches{0}, kernel_launches{0};
 
 void carry_out(QueuedStream& stream, uint64_t until) {
   const std::lock_guard lock(queues_mutex);
@@ -188,6 +188,10 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsig
 extern "C" __attribute__((visibility("default"))) long cuda_host_graph_launches() {
   return graph_launches;
 }
+// How many kernels were launched, those of graphs left aside.
+extern "C" __attribute__((visibility("default"))) long cuda_host_kernel_launches() {
+  return kernel_launches;
+}
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
   ++graph_launches;
   for (const Step& step : exec->steps) issue(stream, step);
@@ -201,6 +205,7 @@ cudaError_t cuda_host_launch(void (*thunk)(const void*, const void*), const void
                              size_t shared, cudaStream_t stream) {
   const auto* bytes = static_cast<const char*>(args);
   std::vector<char> copy(bytes, bytes + args_size);
+  ++kernel_launches;
   return issue(stream, [thunk, kernel, copy = std::move(copy), grid, block, shared] {
     // Arguments are copied to aligned memory of their own, as a device would.
     alignas(16) char args[4096];
