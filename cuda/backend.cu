@@ -389,9 +389,13 @@ void CudaBackend::linear(Rows x, const Norm& norm, std::span<const Linear> linea
                   [&](const Linear& l) { return can_multiply(*l.weight); })) {
     int64_t stride = 0;
     const float* values = dense_values(x, norm, &stride);
+    std::vector<Gemm::Product> products;
     for (const Linear& l : linears) {
-      gemm_->multiply(cuda_weight(*l.weight), values, stride, x.n, l.out, l.accumulate,
-                      options_.f32_activations || l.f32);
+      products.push_back(
+          {&cuda_weight(*l.weight), l.out, l.accumulate, options_.f32_activations || l.f32});
+    }
+    gemm_->multiply(products, values, stride, x.n);
+    for (const Linear& l : linears) {
       if (l.bias != nullptr) add_bias(*context_, l.out, l.bias->data());
     }
     return;
@@ -448,15 +452,16 @@ void CudaBackend::ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Ac
     int64_t stride = 0;
     const float* values = dense_values(x, norm, &stride);
     const bool exact = options_.f32_activations;
-    gemm_->multiply(cuda_weight(*ffn.up), values, stride, x.n, h, false, exact);
-    if (ffn.up_bias) add_bias(*context_, h, ffn.up_bias->data());
+    std::vector<Gemm::Product> products{{&cuda_weight(*ffn.up), h, false, exact}};
     const float* gate = nullptr;
     if (ffn.gate) {
       hidden_.ensure(context_, static_cast<size_t>(x.n * h.width) * sizeof(float), "hidden");
       gate = hidden_.as<float>();
-      gemm_->multiply(cuda_weight(*ffn.gate), values, stride, x.n,
-                      {hidden_.as<float>(), x.n, h.width, h.width}, false, exact);
+      const Rows out{hidden_.as<float>(), x.n, h.width, h.width};
+      products.push_back({&cuda_weight(*ffn.gate), out, false, exact});
     }
+    gemm_->multiply(products, values, stride, x.n);
+    if (ffn.up_bias) add_bias(*context_, h, ffn.up_bias->data());
     return activate_rows(*context_, epilogue_of(act), h, gate, h.width, act_gate.data,
                          act_gate.stride);
   }

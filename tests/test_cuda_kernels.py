@@ -15,6 +15,7 @@ import pytest
 from gguf import GGMLQuantizationType, quants
 
 from coreinfer._core import testing
+from cuda_host.build import cublas_library
 from cuda_host.target import target  # noqa: F401  (a fixture)
 from gguf_stream import block_size
 from reference.neurons import largest, statistic_scores
@@ -41,6 +42,12 @@ def launches(target):  # noqa: F811
     if target != "host":
         pytest.skip("the host's runtime counts launches")
     return ctypes.CDLL(os.environ["COREINFER_CUDA_LIBRARY"]).cuda_host_kernel_launches
+
+
+@pytest.fixture
+def products(target, monkeypatch):  # noqa: F811
+    """Batches above 16 rows go to cuBLAS's stand-in."""
+    monkeypatch.setenv("COREINFER_CUBLAS_LIBRARY", str(cublas_library()))
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +175,31 @@ def test_hidden_rows_equal_the_cpu(cuda, cpu, f32, activation, types, n):
         for got, expected in zip(*results, strict=True):
             scale = np.abs(expected).max() + 1
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=300 * EPS * scale)
+
+
+def test_an_input_is_narrowed_once_for_all_its_matrices(launches, products):
+    cuda = testing.AnyBackend("CUDA")
+    x = normal(19, 256) * 1e-3
+
+    def count(*types: str) -> int:
+        made = [stored(t, 24, 256, seed=i) for i, t in enumerate(types)]
+        weights = [cuda.load(t, d, 24, 256) for t, (d, _) in zip(types, made, strict=True)]
+        before = launches()
+        got = cuda.linear(x, weights)
+        count = launches() - before
+        for rows, (_, w) in zip(got, made, strict=True):
+            bound = (np.abs(x) @ np.abs(w).T) * 2.0**-7  # rows or weights have 8 bits at least
+            assert np.all(np.abs(rows - x @ w.T) <= bound)
+        return count
+
+    assert count("F16") == 2  # the largest, the rows
+    assert count("F16", "F16", "F16") == 2
+    assert count("BF16", "F16", "BF16") == 3
+    assert count("Q4_K", "Q6_K", "F16") == 4  # and a dequantisation each
+    gate, up = (cuda.load("F16", stored("F16", 24, 256, seed=i)[0], 24, 256) for i in (1, 2))
+    before = launches()
+    cuda.ffn_hidden(x, gate, up, "silu")
+    assert launches() - before == 3
 
 
 # ---- Compaction
