@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+import device_paper
 import device_report
 import device_targets
 from cuda_host.target import HAS_DEVICE
 from device_report import Report, joined
+from synthetic_shapes import PAPER
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "device_report.py"
 
@@ -141,6 +143,10 @@ def test_with_and_without_a_limit_the_same_prompt_is_read(slow):
             for run in (name, f"{name} in {limit:g} GiB", f"{name} transformers in {limit:g} GiB")
         ]
         assert prompts == ["64"] * 3
+    for name, depths in device_paper.SCALED.items():
+        for n in depths:
+            assert commands[f"make {name}, {n} layers"][-2:] == ["--layers", str(n)]
+            assert f"{name}, {n} layers" in commands
 
 
 @pytest.fixture
@@ -246,3 +252,32 @@ def test_figures_become_the_ratios_of_the_targets():
     ):
         assert found[what] == "not measured"
     assert found["core decode ÷ dense, 7B f16, β = 0.4, of the byte ratio"] == "not measured"
+
+
+def test_two_depths_give_the_full_one_and_stand_beside_the_papers_figures():
+    def at(n: int) -> dict:
+        fast = {"beta": 0.2, "seconds_a_token": 0.001 + 0.0006 * n, "bytes_a_token": 1e9 + 5e8 * n}
+        return {
+            "dense_seconds_a_token": 0.001 + 0.002 * n,
+            "dense_bytes_a_token": 1e9 * n,
+            "weight_bytes": 1e9 + 1.7e9 * n,
+            "core": [fast],
+        }
+
+    name = "llama2-70b f16"
+    data = {device_paper.at_depth(name, n): at(n) for n in device_paper.SCALED[name]}
+    full = device_paper.scaled(data, name)
+    expected = at(PAPER["llama2-70b"].n_layer)
+    assert full["dense_seconds_a_token"] == pytest.approx(expected["dense_seconds_a_token"])
+    assert full["core"][0] == pytest.approx(expected["core"][0])
+    found = {what: (paper, here) for what, paper, here in device_paper.rows(data)}
+    paper, here = found["A100, Llama-2-70B: CoreInfer"]
+    assert paper.startswith("17.2 tok/s, 5.5×") and here.startswith("20.4 tok/s, 3.3× own dense")
+    assert "extrapolated" in here
+    assert found["A100, OPT-66B: CoreInfer"][1] == "not measured"
+    text = device_report.table([device_report.Stage(n, True, 1.0, data=d) for n, d in data.items()])
+    assert f"| {name}, extrapolated from 2 and 6 layers | core 0.2 | 20.4 |" in text
+    for figure in ("1.92", "2.73", "9.62", "1.85", "7.32", "9.26", "15.96", "3.36", "19.83"):
+        assert figure in text
+    for figure in ("7.28", "57.2", "17.2", "5.5×", "2.3×", "59 GB", "78 GB", "44 GB"):
+        assert figure in text

@@ -17,6 +17,7 @@ Written without a GPU at hand: it has not run to its end yet.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -32,15 +33,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import device_paper
 import device_targets
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = "device-site"  # under the work folder: what is installed for the report
-# The paper's own figures (arXiv 2410.18311), tok/s: to be read beside ours.
-PAPER = """
-The paper's own, input of about 64 tokens: OPT-6.7B on a 12 GB TITAN XP: Transformers 1.92, DejaVu
-2.73, PowerInfer 7.32, CoreInfer 19.83 (7.28 GB). A100: Llama-2-7B 57.2; Llama-2-70B 17.2.
-"""
 # Seconds that a stage may take at most. With MEASURE, which may have more where others took less,
 # they are below the deadline: what comes last is reached whatever the stages before it do.
 BEFORE = {"device": 20, "wheels": 20, "build": 130, "ceilings": 50, "smoke test": 40}
@@ -243,11 +240,15 @@ def bench(report: Report, what: str, name: str, limit: float, **options: Any) ->
     return report.run(name, command, limit).data
 
 
-def make_model(report: Report, shape: str, dtype: str) -> Path | None:
-    path = report.work / f"{shape}-{dtype}.gguf"
+def make_model(report: Report, shape: str, dtype: str, layers: int = 0) -> Path | None:
+    path = report.work / f"{shape}-{dtype}-{layers}.gguf"
     command = [sys.executable, "tools/make_synthetic_model.py", "--shape", shape]
     command += ["--type", dtype, "--out", str(path)]
-    ok = report.run(f"make {shape} {dtype}", command, 90).ok
+    name = f"make {shape} {dtype}"
+    if layers:
+        name = device_paper.at_depth(name, layers)
+        command += ["--layers", str(layers)]
+    ok = report.run(name, command, 90).ok
     return path if ok else None
 
 
@@ -286,11 +287,25 @@ def measure(report: Report, llama_bench: Path | None) -> None:
         for limit in limits:
             options = {"shape": shape, "prompt": prompt, "gen": 4, "vram_limit": limit}
             bench(report, "transformers", f"{name} transformers in {limit:g} GiB", 90, **options)
+    for name, depths in device_paper.SCALED.items():
+        for layers in depths:
+            run = device_paper.at_depth(name, layers)
+            if report.left() < 30:
+                report.add(Stage(run, False, 0.0, "left out: no time left"))
+                continue
+            path = make_model(report, *name.split(), layers)
+            if path is not None:
+                bench(report, "ours", run, 60, model=path, beta="0.2", prompt=64)
+                path.unlink(missing_ok=True)
 
 
 def table(stages: list[Stage]) -> str:
     """The stages and the measured figures as Markdown."""
     data = {s.name: s.data for s in stages}
+    for name, (few, more) in device_paper.SCALED.items():
+        with contextlib.suppress(KeyError):
+            full = device_paper.scaled(data, name)
+            data[f"{name}, extrapolated from {few} and {more} layers"] = full
     limits = data.get("ceilings", {})
     lines = [f"# {limits.get('device', 'unknown device')}", ""]
     copy, flop = limits.get("copy_bytes_s"), limits.get("f16_flop_s")
@@ -321,7 +336,9 @@ def table(stages: list[Stage]) -> str:
         if "transformers" in name and "seconds_a_token" in d:
             first = f"{d['time_to_first_token']:.2f}"
             lines.append(row(name, "dense", d["seconds_a_token"], 0.0, "", first))
-    lines += [PAPER, "| target | wanted | found |", "| --- | --- | --- |"]
+    lines += ["", "| the paper's, input of about 64 tokens | paper | here |", "| --- | --- | --- |"]
+    lines += [f"| {what} | {paper} | {here} |" for what, paper, here in device_paper.rows(data)]
+    lines += ["", "| target | wanted | found |", "| --- | --- | --- |"]
     lines += [
         f"| {what} | {wanted} | {found} |" for what, wanted, found in device_targets.rows(data)
     ]
