@@ -500,26 +500,22 @@ void CudaBackend::attend(const AttentionSpec& spec, Rows q, Rows k, Rows v, KvCa
     const auto wanted = static_cast<uint64_t>(std::max<int64_t>(4, spans_for(first + q.n)));
     call.n_spans = std::min(most, static_cast<int64_t>(std::bit_ceil(wanted)));
     call.out = out;
+    call.span = kSpan;
     partials_.ensure(context_,
                      static_cast<size_t>(partial_floats(spec, q.n, call.n_spans)) * sizeof(float),
                      "attention");
     call.partials = partials_.as<float>();
     return attend_rows(*context_, spec, call);
   }
-  const int64_t spans = spans_for(first + q.n);
-  const int64_t row_bytes = partial_floats(spec, 1, spans) * static_cast<int64_t>(sizeof(float));
-  const int64_t rows = std::clamp<int64_t>(static_cast<int64_t>(kPartialBytes) / row_bytes, 1,
-                                           std::min(q.n, kMaxSpanRows));
-  partials_.ensure(context_, static_cast<size_t>(rows * row_bytes), "attention");
-  call.partials = partials_.as<float>();
-  for (int64_t i = 0; i < q.n; i += rows) {
-    const int64_t n = std::min(rows, q.n - i);
-    call.q = q.slice(i, n);
-    call.out = out.slice(i, n);
-    call.first = first + i;
-    call.n_spans = spans_for(first + i + n);
-    attend_rows(*context_, spec, call);
+  call.out = out;
+  choose_spans(*context_, spec, q.n, first + q.n, &call);
+  if (call.n_spans > 1) {
+    partials_.ensure(context_,
+                     static_cast<size_t>(partial_floats(spec, q.n, call.n_spans)) * sizeof(float),
+                     "attention");
+    call.partials = partials_.as<float>();
   }
+  attend_tiles(*context_, spec, call);
 }
 
 }  // namespace coreinfer::cuda

@@ -443,6 +443,38 @@ def test_attention_equals_the_cpu(cuda, cpu, kv, n_head, n_head_kv, head_dim):
     assert len(results[0][1]) == len(results[1][1])
 
 
+@pytest.mark.parametrize(
+    ("n_head", "n_head_kv", "head_dim"), [(3, 3, 8), (4, 2, 80), (7, 1, 64), (2, 1, 256)]
+)
+def test_tiles_of_many_rows_equal_the_cpu(cuda, cpu, n_head, n_head_kv, head_dim):
+    """Alone over all positions and in spans, with windows that end within tiles and spans."""
+    caches = [(b, b.cache("f16", "f16", 1, 400, n_head_kv, head_dim)) for b in (cuda, cpu)]
+    first = 0
+    for n, options in [
+        (17, {}),
+        (70, {"window": 50}),
+        (17, {"softcap": 5.0}),
+        (131, {"window": 30, "softcap": 5.0}),
+        (18, {"window": 150}),
+        (140, {}),
+    ]:
+        q = normal(n, n_head * head_dim, seed=first)
+        k, v = (normal(n, n_head_kv * head_dim, seed=first + s) for s in (1, 2))
+        got, expected = (b.attend(c, 0, first, q, k, v, **options) for b, c in caches)
+        np.testing.assert_allclose(got, expected, atol=2e-5)
+        first += n
+
+
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_rows_do_not_see_a_nan_behind_them(cuda, side):
+    rows = {"q": normal(40, 128), "k": normal(40, 64, seed=1), "v": normal(40, 64, seed=2)}
+    rows[side][29, 3] = np.nan
+    cache = cuda.cache("f16", "f16", 1, 64, 1, 64)
+    finite = np.isfinite(cuda.attend(cache, 0, 0, rows["q"], rows["k"], rows["v"]))
+    assert finite[:29].all()
+    assert not finite[29:, 3 :: 64 if side == "v" else 1].any()
+
+
 def test_a_restored_cache_attends_like_the_saved_one(cuda):
     for kv in ("f16", "q8_0"):
         cache = cuda.cache(kv, kv, 1, 64, 2, 32)
