@@ -177,6 +177,20 @@ def test_hidden_rows_equal_the_cpu(cuda, cpu, f32, activation, types, n):
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=300 * EPS * scale)
 
 
+@pytest.mark.parametrize(
+    ("type_name", "cols"), [(t, 512) for t in TENSOR_TYPES] + [("F16", 33), ("BF16", 33)]
+)
+def test_products_of_large_batches_equal_the_formats_definition(products, f32, type_name, cols):
+    cuda = testing.AnyBackend("CUDA", f32_activations=f32)
+    data, w = stored(type_name, 13, cols)
+    x = normal(17, cols)
+    (got,) = cuda.linear(x, [cuda.load(type_name, data, 13, cols)])
+    # Rows have 8 bits beside BF16, else both sides have 11; rounded once each.
+    rounding = 0 if f32 or type_name == "F32" else 2.0**-9 if type_name == "BF16" else 2.0**-10
+    bound = (np.abs(x) @ np.abs(w).T) * (rounding + (cols + 8) * EPS)
+    assert np.all(np.abs(got - x @ w.T) <= bound)
+
+
 def test_an_input_is_narrowed_once_for_all_its_matrices(launches, products):
     cuda = testing.AnyBackend("CUDA")
     x = normal(19, 256) * 1e-3
