@@ -332,3 +332,12 @@ def test_no_device_is_said_and_never_replaced_by_the_cpu(target, models, monkeyp
     monkeypatch.setenv("CUDA_HOST_DEVICES", "0")
     with pytest.raises(RuntimeError, match="no usable NVIDIA GPU .*n_gpu_layers=0"):
         on_gpu(models("llama", "Q4_0"))
+
+
+def test_layers_that_do_not_fit_the_gpu_are_refused_with_what_to_do(target, models):  # noqa: F811
+    path = models("llama", "Q8_0", n_ff=4096, n_layer=6)
+    gpu = on_gpu(path, vram_limit=1 << 30)
+    limit = (1 << 30) - gpu.backend["device_memory"] + gpu.ffn_bytes // 2
+    with pytest.raises(MemoryError, match="vram_limit is .* lower n_gpu_layers"):
+        _core.Engine(path, n_gpu_layers=5, vram_limit=limit)
+    _core.Engine(path, n_gpu_layers=1, vram_limit=limit)

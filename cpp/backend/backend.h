@@ -201,6 +201,7 @@ struct BackendInfo {
   std::string description;  // one line for people
   // Bytes of the device's own memory for weights, caches and the work of sessions; 0: host memory.
   uint64_t device_memory = 0;
+  uint64_t device_own = 0;  // bytes of it that the backend works with itself, beside those
   // load() comes back while the copy is under way, beside what was issued before.
   bool loads_ahead = false;
   std::string device;        // the GPU's name; "" for the CPU
@@ -218,6 +219,10 @@ class Backend {
   virtual void write(const float* from_host, float* to, int64_t n) = 0;
   virtual void copy(const float* from, float* to, int64_t n) = 0;  // both in backend memory
   virtual BufferPtr load_vector(const Mat& mat) = 0;  // float32 copy of a (1, n) tensor
+  // Bytes of memory that such a matrix takes once it is loaded.
+  virtual uint64_t loaded_bytes(DType type, int64_t rows, int64_t cols) const {
+    return static_cast<uint64_t>(rows) * row_bytes(type, cols);
+  }
   // Copies a matrix into the layout for computing; the Mat's memory is not needed any more.
   virtual WeightPtr load(const Mat& mat) = 0;
   // The same for a matrix whose inputs are mostly zeros (what ReLU gives): columns that meet a zero
