@@ -145,6 +145,12 @@ def test_repeated_steps_become_one_graph_launch(target, models):  # noqa: F811
     assert launches() - before == 9
 
 
+def host_count(what: str) -> int:
+    count = getattr(ctypes.CDLL(os.environ["COREINFER_CUDA_LIBRARY"]), f"cuda_host_{what}")
+    count.restype = ctypes.c_long
+    return count()
+
+
 def test_a_limit_below_the_model_streams_it_and_changes_no_bit(target, models):  # noqa: F811
     path = models("llama", "Q8_0", n_ff=4096, n_layer=6)
     tokens = tokens_of(24, 320)
@@ -331,6 +337,41 @@ def test_no_device_is_said_and_never_replaced_by_the_cpu(target, models, monkeyp
         pytest.skip("the host runtime can claim to have no device")
     monkeypatch.setenv("CUDA_HOST_DEVICES", "0")
     with pytest.raises(RuntimeError, match="no usable NVIDIA GPU .*n_gpu_layers=0"):
+        on_gpu(models("llama", "Q4_0"))
+
+
+@pytest.mark.parametrize(
+    ("ptx", "driver", "overlaps"), [(90, 13000, True), (80, 13000, False), (90, 12020, None)]
+)
+def test_kernels_start_early_only_where_they_wait(
+    target,  # noqa: F811
+    models,
+    monkeypatch,
+    ptx,
+    driver,
+    overlaps,
+):
+    """The wait is in code compiled for sm_90; PTX for an older device has none."""
+    if target != "host":
+        pytest.skip("the host runtime can claim other builds and drivers")
+    monkeypatch.setenv("CUDA_HOST_PTX", str(ptx))
+    monkeypatch.setenv("CUDA_HOST_DRIVER", str(driver))
+    if overlaps is None:
+        with pytest.raises(RuntimeError, match="driver version is insufficient.*n_gpu_layers=0"):
+            on_gpu(models("llama", "Q4_0"))
+        return
+    before = host_count("overlapping_launches")
+    session = _core.Session(on_gpu(models("llama", "Q4_0")))
+    session.prefill(tokens_of(3, 320))
+    assert (host_count("overlapping_launches") > before) == overlaps
+
+
+def test_a_device_that_the_build_does_not_cover_is_named(target, models, monkeypatch):  # noqa: F811
+    if target != "host":
+        pytest.skip("the host runtime can claim another build")
+    monkeypatch.setenv("CUDA_HOST_PTX", "0")
+    wanted = r"compute capability 9\.0.*COREINFER_CUDA_ARCHITECTURES=90"
+    with pytest.raises(RuntimeError, match=wanted):
         on_gpu(models("llama", "Q4_0"))
 
 
