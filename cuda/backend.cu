@@ -487,13 +487,22 @@ void CudaBackend::attend(const AttentionSpec& spec, Rows q, Rows k, Rows v, KvCa
   call.keys = kv.keys(layer);
   call.values = kv.values(layer);
   call.n_ctx = kv.spec().n_ctx;
+  const int64_t most = divide_up<int64_t>(call.n_ctx, kSpan);
+  if (exact) {
+    // Before the position is asked for: growing sends off what waits, positions with it. At once
+    // for the whole context, so that nothing grows while tokens are decoded.
+    const int64_t rows = std::max(partial_floats(spec, q.n, most),
+                                  std::min(partial_floats(spec, kExactRows, most),
+                                           static_cast<int64_t>(kPartialBytes / sizeof(float))));
+    partials_.ensure(context_, static_cast<size_t>(rows) * sizeof(float), "attention");
+    call.partials = partials_.as<float>();
+  }
   call.position = context_->position(first);
   call.first = call.position != nullptr ? 0 : first;
   call.q = q;
   call.k = k;
   call.v = v;
   rope_and_store(*context_, spec, call);
-  const int64_t most = divide_up<int64_t>(call.n_ctx, kSpan);
   const auto spans_for = [&](int64_t end) { return divide_up<int64_t>(end, kSpan); };
   if (exact) {
     // Powers of two, so that a step's launches change rarely.
@@ -501,10 +510,6 @@ void CudaBackend::attend(const AttentionSpec& spec, Rows q, Rows k, Rows v, KvCa
     call.n_spans = std::min(most, static_cast<int64_t>(std::bit_ceil(wanted)));
     call.out = out;
     call.span = kSpan;
-    partials_.ensure(context_,
-                     static_cast<size_t>(partial_floats(spec, q.n, call.n_spans)) * sizeof(float),
-                     "attention");
-    call.partials = partials_.as<float>();
     return attend_rows(*context_, spec, call);
   }
   call.out = out;

@@ -13,7 +13,7 @@ import pytest
 
 from coreinfer import _core
 from coreinfer.bench import binary_path
-from cuda_host.build import cublas_library
+from cuda_host.build import cublas_library, interleaved_library
 from cuda_host.target import HAS_DEVICE, target  # noqa: F401  (a fixture)
 from make_synthetic_model import make_tiny_model
 from reference import neurons as oracle
@@ -149,6 +149,27 @@ def host_count(what: str) -> int:
     count = getattr(ctypes.CDLL(os.environ["COREINFER_CUDA_LIBRARY"]), f"cuda_host_{what}")
     count.restype = ctypes.c_long
     return count()
+
+
+def test_decoding_asks_for_no_memory_however_long_it_gets(target, models):  # noqa: F811
+    if target != "host":
+        pytest.skip("the host runtime counts allocations")
+    engine = on_gpu(models("llama", "Q4_0", n_layer=1))
+    session = _core.Session(engine, n_ctx=1200)
+    session.prefill(tokens_of(500, engine.n_vocab))
+    for token in range(2):
+        session.decode(token)
+    before = host_count("allocations")
+    for token in range(20):  # across position 512, where a step's attention takes more spans
+        session.decode(token)
+    assert host_count("allocations") == before
+
+
+def test_a_session_keeps_its_position_when_another_one_follows_at_once(target):  # noqa: F811
+    if target != "host":
+        pytest.skip("the sessions are interleaved in C++, which the host's compiler compiles")
+    make = ctypes.CDLL(os.environ["COREINFER_CUDA_LIBRARY"]).coreinfer_make_cuda_backend
+    assert ctypes.CDLL(str(interleaved_library())).interleaved(make) == 0
 
 
 def test_a_limit_below_the_model_streams_it_and_changes_no_bit(target, models):  # noqa: F811
