@@ -331,6 +331,7 @@ struct MergeArgs {
   int64_t first;
   int64_t window;
   int64_t n_spans;
+  int64_t span;
   int32_t n_head, head_dim;
 };
 
@@ -340,9 +341,9 @@ __global__ void merge_kernel(COREINFER_PARAMETER MergeArgs a) {
   const int64_t row = blockIdx.x;
   const int head = static_cast<int>(blockIdx.y);
   const int64_t position = (a.position != nullptr ? *a.position : a.first) + row;
-  const int64_t last = position / kSpan;
+  const int64_t last = position / a.span;
   const int64_t oldest = a.window == 0 ? 0 : position + 1 - a.window;
-  const int64_t start = oldest > 0 ? oldest / kSpan : 0;
+  const int64_t start = oldest > 0 ? oldest / a.span : 0;
   const int dim = a.head_dim;
   const auto part = [&](int64_t span) {
     return partial_of(a.partials, row, a.n_head, head, a.n_spans, span, dim);
@@ -363,6 +364,238 @@ __global__ void merge_kernel(COREINFER_PARAMETER MergeArgs a) {
     }
     a.out[row * a.out_stride + static_cast<int64_t>(head) * dim + i] = sum / total;
   }
+}
+
+void merge_spans(Context& context, const AttentionSpec& spec, const AttentionCall& c) {
+  context.launch(merge_kernel,
+                 dim3(static_cast<unsigned>(c.q.n), static_cast<unsigned>(spec.n_head)), dim3(64),
+                 0,
+                 {c.partials, c.out.data, c.out.stride, c.position, c.first, spec.window, c.n_spans,
+                  c.span, static_cast<int32_t>(spec.n_head), static_cast<int32_t>(spec.head_dim)});
+}
+
+// ---- Tiles of many rows
+
+constexpr int kTile = 64;        // queries of a block, and positions at a time
+constexpr int kTileSlice = 32;   // elements of queries and keys at a time
+constexpr int kTileValues = 16;  // positions of values at a time
+constexpr int kTileThreads = 256;
+constexpr int kTileColumns = 64;  // columns of values for one float4 of each thread of a row
+
+struct TileArgs {
+  const float* q;
+  int64_t q_stride;
+  int64_t n_rows;
+  KvPlane keys, values;
+  const int32_t* position;
+  int64_t first;
+  int64_t window;
+  int64_t span, n_spans;
+  float* partials;
+  float* out;  // null: to partials
+  int64_t out_stride;
+  float scale, softcap;
+  int32_t n_head, n_head_kv, head_dim;
+};
+
+// A block has kTile queries, the rows of the heads that share a key-value head, and goes over the
+// positions of a span with a running softmax. Thread (ty, tx) has queries 4 ty to 4 ty + 3; of the
+// scores positions 4 tx to 4 tx + 3, of the result columns 4 tx to 4 tx + 3 of every 64.
+// grid: (tiles, key-value heads, spans)
+template <int kParts>
+__global__ void __launch_bounds__(kTileThreads, kParts < 4 ? 2 : 1)
+    tile_kernel(COREINFER_PARAMETER TileArgs a) {
+  begin_kernel();
+  constexpr int kWidth = kParts * kTileColumns;  // head_dim with padding
+  constexpr int kStaged =
+      2 * kTileSlice * kTile > kTileValues * kWidth ? 2 * kTileSlice * kTile : kTileValues * kWidth;
+  __shared__ float4 staged4[kStaged / 4];
+  __shared__ float4 weights[kTile * kTile / 4];  // (position, four queries)
+  auto* const staged = reinterpret_cast<float*>(staged4);
+  float* const q_slice = staged;                       // (element, query)
+  float* const k_slice = staged + kTileSlice * kTile;  // (element, position)
+  const float none = __int_as_float(static_cast<int>(0xff800000u));
+
+  const int dim = a.head_dim;
+  const int kv_head = static_cast<int>(blockIdx.y);
+  const int heads_each = a.n_head / a.n_head_kv;
+  const int64_t n_queries = a.n_rows * heads_each;
+  // The last tiles see most: they start first.
+  const int64_t tile = static_cast<int64_t>(gridDim.x - 1 - blockIdx.x) * kTile;
+  const int64_t n_here = n_queries - tile < kTile ? n_queries - tile : kTile;
+  const int64_t base = a.position != nullptr ? *a.position : a.first;
+  const int64_t first_position = base + tile / heads_each;
+  const int64_t last_position = base + (tile + n_here - 1) / heads_each;
+  const int64_t span_start = static_cast<int64_t>(blockIdx.z) * a.span;
+  const int64_t oldest = a.window == 0 ? 0 : first_position + 1 - a.window;
+  const int64_t begin = oldest > span_start ? oldest : span_start;
+  const int64_t span_end = span_start + a.span;
+  const int64_t end = last_position + 1 < span_end ? last_position + 1 : span_end;
+  if (begin >= end) return;
+
+  const int tid = static_cast<int>(threadIdx.x);
+  const int tx = tid % 16, ty = tid / 16;
+  int see_begin[4], see_end[4];  // positions are below 2^31
+  float largest[4], total[4];
+  float acc[4][kParts * 4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t query = tile + ty * 4 + i;
+    const int64_t position = base + query / heads_each;
+    const int64_t from = a.window == 0 ? 0 : position + 1 - a.window;
+    see_begin[i] = static_cast<int>(from > begin ? from : begin);
+    see_end[i] = query >= n_queries ? 0 : static_cast<int>(position < end ? position + 1 : end);
+    largest[i] = none;
+    total[i] = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kParts * 4; ++j) acc[i][j] = 0.0f;
+  }
+  const unsigned char* keys = a.keys.data + kv_head * a.keys.head_stride;
+  const unsigned char* values = a.values.data + kv_head * a.values.head_stride;
+  // What this thread stages of queries and keys: eight elements of one, in places that change with
+  // the eighth, for the banks.
+  const int of = tid / (kTileSlice / 8), part = tid % (kTileSlice / 8) * 8;
+  const int64_t query = tile + of;
+  const float* q = nullptr;
+  if (of < n_here) {
+    const int64_t head = static_cast<int64_t>(kv_head) * heads_each + query % heads_each;
+    q = a.q + query / heads_each * a.q_stride + head * dim;
+  }
+
+  for (int64_t p0 = begin / kTile * kTile; p0 < end; p0 += kTile) {
+    float s[4][4] = {};
+    for (int slice = 0; slice < dim; slice += kTileSlice) {
+      const int at = slice + part;
+      const int64_t p = p0 + of;
+      float u[8] = {}, k[8] = {};
+      if (at < dim && q != nullptr) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) u[i] = q[at + i] * a.scale;
+      }
+      if (at < dim && p >= begin && p < end) load8(a.keys, keys, dim, p, at, k);
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        q_slice[(part + i) * kTile + (of ^ part)] = u[i];
+        k_slice[(part + i) * kTile + (of ^ part)] = k[i];
+      }
+      __syncthreads();
+#pragma unroll 8
+      for (int e = 0; e < kTileSlice; ++e) {
+        const int turn = e / 8 * 8;
+        const float4 u = *reinterpret_cast<const float4*>(q_slice + e * kTile + (ty * 4 ^ turn));
+        const float4 w = *reinterpret_cast<const float4*>(k_slice + e * kTile + (tx * 4 ^ turn));
+        const float of_q[4] = {u.x, u.y, u.z, u.w}, of_k[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) s[i][j] = fmaf(of_q[i], of_k[j], s[i][j]);
+        }
+      }
+    }
+
+    // The 16 threads of a query are half a warp.
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float most = largest[i];
+      bool seen[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int p = static_cast<int>(p0) + tx * 4 + j;
+        seen[j] = p >= see_begin[i] && p < see_end[i];
+        if (a.softcap > 0.0f) s[i][j] = a.softcap * tanhf(s[i][j] / a.softcap);
+        if (seen[j]) most = s[i][j] > most ? s[i][j] : most;
+      }
+#pragma unroll
+      for (int offset = 8; offset > 0; offset /= 2) {
+        const float other = __shfl_xor_sync(kAllLanes, most, offset);
+        most = other > most ? other : most;
+      }
+      const float shrink = largest[i] == none ? 0.0f : expf(largest[i] - most);
+      largest[i] = most;
+      total[i] *= shrink;
+#pragma unroll
+      for (int j = 0; j < kParts * 4; ++j) acc[i][j] *= shrink;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        s[i][j] = seen[j] ? expf(s[i][j] - most) : 0.0f;
+        total[i] += s[i][j];
+      }
+    }
+    // They change places with the position, for the banks.
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      weights[(tx * 4 + j) * (kTile / 4) + (ty ^ tx)] = {s[0][j], s[1][j], s[2][j], s[3][j]};
+    }
+
+    for (int v0 = 0; v0 < kTile && p0 + v0 < end; v0 += kTileValues) {
+      __syncthreads();
+      for (int i = tid * 8; i < kTileValues * kWidth; i += kTileThreads * 8) {
+        const int column = i % kWidth;
+        const int64_t p = p0 + v0 + i / kWidth;
+        float v[8] = {};
+        if (column < dim && p >= begin && p < end) load8(a.values, values, dim, p, column, v);
+        auto* to = reinterpret_cast<float4*>(staged + i);
+        to[0] = {v[0], v[1], v[2], v[3]};
+        to[1] = {v[4], v[5], v[6], v[7]};
+      }
+      __syncthreads();
+#pragma unroll 4
+      for (int k = 0; k < kTileValues; ++k) {
+        const int p = v0 + k;
+        const float4 u = weights[p * (kTile / 4) + (ty ^ (p / 4))];
+        const float w[4] = {u.x, u.y, u.z, u.w};
+#pragma unroll
+        for (int c = 0; c < kParts; ++c) {
+          const float4 x =
+              *reinterpret_cast<const float4*>(staged + k * kWidth + c * kTileColumns + tx * 4);
+          const float v[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (w[i] == 0.0f) continue;  // a NaN behind this query's position is not its own
+#pragma unroll
+            for (int j = 0; j < 4; ++j) acc[i][c * 4 + j] = fmaf(w[i], v[j], acc[i][c * 4 + j]);
+          }
+        }
+      }
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int offset = 8; offset > 0; offset /= 2) {
+      total[i] += __shfl_xor_sync(kAllLanes, total[i], offset);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t of_tile = tile + ty * 4 + i;
+    if (of_tile >= n_queries) continue;
+    const int64_t row = of_tile / heads_each;
+    const int head = kv_head * heads_each + static_cast<int>(of_tile % heads_each);
+    float* to = a.out != nullptr ? a.out + row * a.out_stride + static_cast<int64_t>(head) * dim
+                                 : partial_of(a.partials, row, a.n_head, head, a.n_spans,
+                                              static_cast<int64_t>(blockIdx.z), dim);
+#pragma unroll
+    for (int j = 0; j < kParts * 4; ++j) {
+      const int column = j / 4 * kTileColumns + tx * 4 + j % 4;
+      if (column < dim) to[column] = a.out != nullptr ? acc[i][j] / total[i] : acc[i][j];
+    }
+    if (a.out == nullptr && tx == 0) {
+      to[dim] = largest[i];
+      to[dim + 1] = total[i];
+    }
+  }
+}
+
+template <int kParts>
+void launch_tiles(Context& context, const TileArgs& a) {
+  const int64_t tiles = divide_up<int64_t>(a.n_rows * (a.n_head / a.n_head_kv), kTile);
+  context.launch(tile_kernel<kParts>,
+                 dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(a.n_head_kv),
+                      static_cast<unsigned>(a.n_spans)),
+                 dim3(kTileThreads), 0, a);
 }
 
 template <int kGroup>
@@ -437,11 +670,46 @@ void attend_rows(Context& context, const AttentionSpec& spec, const AttentionCal
   } else {
     launch_spans<kMaxGroup>(context, a, c.q.n);
   }
-  context.launch(merge_kernel,
-                 dim3(static_cast<unsigned>(c.q.n), static_cast<unsigned>(spec.n_head)), dim3(64),
-                 0,
-                 {c.partials, c.out.data, c.out.stride, c.position, c.first, spec.window, c.n_spans,
-                  a.n_head, a.head_dim});
+  merge_spans(context, spec, c);
+}
+
+void choose_spans(const Context& context, const AttentionSpec& spec, int64_t n, int64_t end,
+                  AttentionCall* call) {
+  const int64_t tiles = divide_up<int64_t>(n * (spec.n_head / spec.n_head_kv), kTile);
+  const int64_t wanted =
+      divide_up<int64_t>(2 * context.properties().multiProcessorCount, tiles * spec.n_head_kv);
+  call->span = divide_up<int64_t>(divide_up<int64_t>(end, wanted), kSpan) * kSpan;
+  call->n_spans = divide_up<int64_t>(end, call->span);
+}
+
+void attend_tiles(Context& context, const AttentionSpec& spec, const AttentionCall& c) {
+  TileArgs a{};
+  a.q = c.q.data;
+  a.q_stride = c.q.stride;
+  a.n_rows = c.q.n;
+  a.keys = c.keys;
+  a.values = c.values;
+  a.position = c.position;
+  a.first = c.first;
+  a.window = spec.window;
+  a.span = c.span;
+  a.n_spans = c.n_spans;
+  a.partials = c.partials;
+  a.out = c.n_spans == 1 ? c.out.data : nullptr;
+  a.out_stride = c.out.stride;
+  a.scale = spec.scale;
+  a.softcap = spec.softcap;
+  a.n_head = static_cast<int32_t>(spec.n_head);
+  a.n_head_kv = static_cast<int32_t>(spec.n_head_kv);
+  a.head_dim = static_cast<int32_t>(spec.head_dim);
+  if (a.head_dim <= 64) {
+    launch_tiles<1>(context, a);
+  } else if (a.head_dim <= 128) {
+    launch_tiles<2>(context, a);
+  } else {
+    launch_tiles<4>(context, a);
+  }
+  if (a.out == nullptr) merge_spans(context, spec, c);
 }
 
 }  // namespace coreinfer::cuda

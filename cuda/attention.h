@@ -1,6 +1,7 @@
 // Attention: head norms and rope, keys and values into the cache, then for every row a softmax over
 // the positions up to its own. Positions are cut into spans counted from position 0; spans run side
-// by side and are merged in order, so a row's bits follow from its own position alone.
+// by side and are merged in order, so the bits of a row of attend_rows follow from its own position
+// alone. attend_tiles is for many rows: those of a tile share each read of keys and values.
 // Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #pragma once
 
@@ -12,8 +13,6 @@ namespace coreinfer::cuda {
 
 // Positions of a span.
 inline constexpr int kSpan = 128;
-// Rows that one call of attend_rows takes: they are the third side of a grid.
-inline constexpr int64_t kMaxSpanRows = 65535;
 // Query heads of a key-value head that share a pass over its keys.
 inline constexpr int kMaxGroup = 8;
 
@@ -26,6 +25,7 @@ struct AttentionCall {
   const float* frequencies;  // device memory (rope_dim / 2), null without rope
   float* partials;           // device memory: partial_floats()
   int64_t n_spans;           // that the grid covers, at least those up to the last row's position
+  int64_t span;              // positions of one; kSpan for attend_rows
 };
 
 // Floats that the spans of n rows leave behind.
@@ -35,5 +35,11 @@ int64_t partial_floats(const AttentionSpec& spec, int64_t n_rows, int64_t n_span
 void rope_and_store(Context& context, const AttentionSpec& spec, const AttentionCall& call);
 
 void attend_rows(Context& context, const AttentionSpec& spec, const AttentionCall& call);
+
+// Sets n_spans and span so that n rows up to position `end` occupy the device; with one span no
+// partials are needed.
+void choose_spans(const Context& context, const AttentionSpec& spec, int64_t n, int64_t end,
+                  AttentionCall* call);
+void attend_tiles(Context& context, const AttentionSpec& spec, const AttentionCall& call);
 
 }  // namespace coreinfer::cuda

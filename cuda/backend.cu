@@ -389,9 +389,13 @@ void CudaBackend::linear(Rows x, const Norm& norm, std::span<const Linear> linea
                   [&](const Linear& l) { return can_multiply(*l.weight); })) {
     int64_t stride = 0;
     const float* values = dense_values(x, norm, &stride);
+    std::vector<Gemm::Product> products;
     for (const Linear& l : linears) {
-      gemm_->multiply(cuda_weight(*l.weight), values, stride, x.n, l.out, l.accumulate,
-                      options_.f32_activations || l.f32);
+      products.push_back(
+          {&cuda_weight(*l.weight), l.out, l.accumulate, options_.f32_activations || l.f32});
+    }
+    gemm_->multiply(products, values, stride, x.n);
+    for (const Linear& l : linears) {
       if (l.bias != nullptr) add_bias(*context_, l.out, l.bias->data());
     }
     return;
@@ -448,15 +452,16 @@ void CudaBackend::ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Ac
     int64_t stride = 0;
     const float* values = dense_values(x, norm, &stride);
     const bool exact = options_.f32_activations;
-    gemm_->multiply(cuda_weight(*ffn.up), values, stride, x.n, h, false, exact);
-    if (ffn.up_bias) add_bias(*context_, h, ffn.up_bias->data());
+    std::vector<Gemm::Product> products{{&cuda_weight(*ffn.up), h, false, exact}};
     const float* gate = nullptr;
     if (ffn.gate) {
       hidden_.ensure(context_, static_cast<size_t>(x.n * h.width) * sizeof(float), "hidden");
       gate = hidden_.as<float>();
-      gemm_->multiply(cuda_weight(*ffn.gate), values, stride, x.n,
-                      {hidden_.as<float>(), x.n, h.width, h.width}, false, exact);
+      const Rows out{hidden_.as<float>(), x.n, h.width, h.width};
+      products.push_back({&cuda_weight(*ffn.gate), out, false, exact});
     }
+    gemm_->multiply(products, values, stride, x.n);
+    if (ffn.up_bias) add_bias(*context_, h, ffn.up_bias->data());
     return activate_rows(*context_, epilogue_of(act), h, gate, h.width, act_gate.data,
                          act_gate.stride);
   }
@@ -482,39 +487,40 @@ void CudaBackend::attend(const AttentionSpec& spec, Rows q, Rows k, Rows v, KvCa
   call.keys = kv.keys(layer);
   call.values = kv.values(layer);
   call.n_ctx = kv.spec().n_ctx;
+  const int64_t most = divide_up<int64_t>(call.n_ctx, kSpan);
+  if (exact) {
+    // Before the position is asked for: growing sends off what waits, positions with it. At once
+    // for the whole context, so that nothing grows while tokens are decoded.
+    const int64_t rows = std::max(partial_floats(spec, q.n, most),
+                                  std::min(partial_floats(spec, kExactRows, most),
+                                           static_cast<int64_t>(kPartialBytes / sizeof(float))));
+    partials_.ensure(context_, static_cast<size_t>(rows) * sizeof(float), "attention");
+    call.partials = partials_.as<float>();
+  }
   call.position = context_->position(first);
   call.first = call.position != nullptr ? 0 : first;
   call.q = q;
   call.k = k;
   call.v = v;
   rope_and_store(*context_, spec, call);
-  const int64_t most = divide_up<int64_t>(call.n_ctx, kSpan);
   const auto spans_for = [&](int64_t end) { return divide_up<int64_t>(end, kSpan); };
   if (exact) {
     // Powers of two, so that a step's launches change rarely.
     const auto wanted = static_cast<uint64_t>(std::max<int64_t>(4, spans_for(first + q.n)));
     call.n_spans = std::min(most, static_cast<int64_t>(std::bit_ceil(wanted)));
     call.out = out;
+    call.span = kSpan;
+    return attend_rows(*context_, spec, call);
+  }
+  call.out = out;
+  choose_spans(*context_, spec, q.n, first + q.n, &call);
+  if (call.n_spans > 1) {
     partials_.ensure(context_,
                      static_cast<size_t>(partial_floats(spec, q.n, call.n_spans)) * sizeof(float),
                      "attention");
     call.partials = partials_.as<float>();
-    return attend_rows(*context_, spec, call);
   }
-  const int64_t spans = spans_for(first + q.n);
-  const int64_t row_bytes = partial_floats(spec, 1, spans) * static_cast<int64_t>(sizeof(float));
-  const int64_t rows = std::clamp<int64_t>(static_cast<int64_t>(kPartialBytes) / row_bytes, 1,
-                                           std::min(q.n, kMaxSpanRows));
-  partials_.ensure(context_, static_cast<size_t>(rows * row_bytes), "attention");
-  call.partials = partials_.as<float>();
-  for (int64_t i = 0; i < q.n; i += rows) {
-    const int64_t n = std::min(rows, q.n - i);
-    call.q = q.slice(i, n);
-    call.out = out.slice(i, n);
-    call.first = first + i;
-    call.n_spans = spans_for(first + i + n);
-    attend_rows(*context_, spec, call);
-  }
+  attend_tiles(*context_, spec, call);
 }
 
 }  // namespace coreinfer::cuda

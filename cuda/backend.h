@@ -40,8 +40,8 @@ class CudaBackend final : public Backend {
               int64_t first, Rows out) override;
   void add(Rows x, Rows y, const Norm& norm) override;
 
-  void accumulate(Statistic statistic, double alpha, Rows h, float* scores, int64_t first_row,
-                  float* bad) override;
+  void accumulate(Statistic statistic, double alpha, Rows h, float* scores,
+                  std::span<const ScoreMark> marks, int64_t first_row, float* bad) override;
   std::vector<std::vector<int32_t>> select(Rows scores, int64_t k) override;
   CompactWeights compact(std::span<const CompactSource> layers, Room* room) override;
 

@@ -76,15 +76,20 @@ Target plan_rows(const Mat& from, int64_t n, size_t* offset) {
 }  // namespace
 
 void CudaBackend::accumulate(Statistic statistic, double alpha, Rows h, float* scores,
-                             int64_t first_row, float* bad) {
+                             std::span<const ScoreMark> marks, int64_t first_row, float* bad) {
   if (!(alpha > 0.0 && alpha <= 1.0) && statistic != Statistic::kFlock) {
     throw_error(ErrorKind::kValue, "alpha is %g, expected a share in (0, 1]", alpha);
   }
   if (h.n < 1 || h.width < 1) return;
+  if (marks.size() > kMaxScoreMarks) {
+    throw_error(ErrorKind::kValue, "%zu marks among the rows, expected at most %zu", marks.size(),
+                kMaxScoreMarks);
+  }
   const Context::Lock lock(*context_);
   context_->defer(h.n <= kExactRows);
   choices_.ensure(context_, static_cast<size_t>(h.n) * sizeof(RowChoice), "neuron counts");
-  accumulate_rows(*context_, statistic, alpha, h, scores, choices_.as<RowChoice>(), first_row, bad);
+  accumulate_rows(*context_, statistic, alpha, h, scores, marks, choices_.as<RowChoice>(),
+                  first_row, bad);
 }
 
 std::vector<std::vector<int32_t>> CudaBackend::select(Rows scores, int64_t k) {

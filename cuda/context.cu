@@ -34,6 +34,37 @@ void copy_shared(ThreadPool& pool, unsigned char* to, const unsigned char* from,
   });
 }
 
+struct NoArgs {
+  int32_t none;
+};
+// What it was compiled to says what all kernels were.
+__global__ void probe_kernel(COREINFER_PARAMETER NoArgs) { begin_kernel(); }
+
+// Programmatic edges came to graphs with CUDA 12.3.
+constexpr int kOverlapDriver = 12030;
+
+// Whether kernels wait for the one before them, so that they may be started early: that is in code
+// compiled for sm_90, not in older PTX that a newer device's driver compiles. Throws where the
+// device can run neither.
+bool kernels_wait(const cudaDeviceProp& device) {
+  cudaFuncAttributes made{};
+  const cudaError_t status =
+      cudaFuncGetAttributes(&made, reinterpret_cast<const void*>(&probe_kernel));
+  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction ||
+      status == cudaErrorUnsupportedPtxVersion) {
+    cudaGetLastError();
+    throw_error(ErrorKind::kState,
+                "this build has no kernels that run on %s (compute capability %d.%d): %s; build "
+                "with COREINFER_CUDA_ARCHITECTURES=%d%d, or load with n_gpu_layers=0",
+                device.name, device.major, device.minor, cudaGetErrorString(status), device.major,
+                device.minor);
+  }
+  check(status, "cudaFuncGetAttributes(");
+  int driver = 0;
+  COREINFER_CUDA_CHECK(cudaDriverGetVersion(&driver));
+  return made.ptxVersion >= 90 && made.binaryVersion >= 90 && driver >= kOverlapDriver;
+}
+
 bool switched_off(const char* variable) {
   const char* value = std::getenv(variable);
   return value != nullptr && std::string_view(value) == "0";
@@ -66,6 +97,7 @@ Context::Context(int device, size_t limit)
   }
   COREINFER_CUDA_CHECK(cudaSetDevice(device));
   COREINFER_CUDA_CHECK(cudaGetDeviceProperties(&properties_, device));
+  const bool waits = kernels_wait(properties_);
   size_t free = 0, total = 0;
   COREINFER_CUDA_CHECK(cudaMemGetInfo(&free, &total));
   limit_ = limit == 0 ? free : limit;
@@ -87,7 +119,7 @@ Context::Context(int device, size_t limit)
   }
   device_positions_ = static_cast<int32_t*>(allocate(kPositions * sizeof(int32_t), "positions"));
   graphs_ = !switched_off("COREINFER_CUDA_GRAPHS");
-  overlap_ = !switched_off("COREINFER_CUDA_OVERLAP") && properties_.major >= 9;
+  overlap_ = !switched_off("COREINFER_CUDA_OVERLAP") && waits;
 }
 
 Context::~Context() {
@@ -192,10 +224,11 @@ void Context::add(const Launch& launch, const void* args) {
 }
 
 void Context::issue(const Launch& launch, const void* args, cudaStream_t stream,
-                    [[maybe_unused]] bool after_kernel) {
+                    bool after_kernel) {
+  const bool overlaps = overlap_ && after_kernel;
 #ifdef COREINFER_CUDA_HOST
   check(cuda_host_launch(launch.thunk, launch.kernel, args, launch.args_size, launch.grid,
-                         launch.block, launch.shared, stream),
+                         launch.block, launch.shared, stream, overlaps),
         "cuda_host_launch(");
 #else
   cudaLaunchConfig_t config{};
@@ -207,7 +240,7 @@ void Context::issue(const Launch& launch, const void* args, cudaStream_t stream,
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
-  config.numAttrs = overlap_ && after_kernel ? 1 : 0;
+  config.numAttrs = overlaps ? 1 : 0;
   void* pointers[] = {const_cast<void*>(args)};
   COREINFER_CUDA_CHECK(cudaLaunchKernelExC(&config, launch.kernel, pointers));
 #endif

@@ -69,13 +69,14 @@ __global__ void __launch_bounds__(kThreads) code_columns(COREINFER_PARAMETER Col
   const Codes kind = a.to.codes;
   const uint8_t* lo = a.from.lo + row * a.from.lo_stride;
   const uint8_t* hi = a.from.hi + row * a.from.hi_stride;
-  uint8_t codes[kChunk];
+  uint32_t codes[kChunk / 4] = {};
+#pragma unroll
   for (int e = 0; e < kChunk; ++e) {
     const int32_t column = a.columns[chunk * kChunk + e];
-    codes[e] = 0;
     if (column >= 0) {
-      codes[e] = load_code(kind, lo + column / kChunk * lo_bytes(kind),
-                           hi + column / kChunk * hi_bytes(kind), column % kChunk);
+      const uint32_t code = load_code(kind, lo + column / kChunk * lo_bytes(kind),
+                                      hi + column / kChunk * hi_bytes(kind), column % kChunk);
+      codes[e / 4] |= code << (8 * (e % 4));
     }
   }
   store_codes(kind, codes,

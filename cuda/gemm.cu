@@ -18,15 +18,24 @@ constexpr size_t kWorkspace = size_t{32} << 20;
 constexpr size_t kTile = size_t{128} << 20;  // bytes of dequantised weights at a time
 constexpr int kThreads = 256;
 
-enum Scalar { kAlpha, kZero, kOne, kLargest, kScalars };
+enum Scalar { kAlpha, kZero, kOne, kScalars };
 
 struct LargestArgs {
   const float* x;
   int64_t stride;
   int64_t width;
-  int32_t* bits;
+  int32_t* bits;  // a row
 };
 
+__device__ int32_t block_max(int32_t value) {
+  __shared__ int32_t parts[kThreads / kWarp];
+  value = warp_max(value);
+  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  return warp_max(parts[threadIdx.x % (kThreads / kWarp)]);
+}
+
+// grid: (rows)
 __global__ void __launch_bounds__(kThreads) largest_kernel(COREINFER_PARAMETER LargestArgs a) {
   begin_kernel();
   const float* x = a.x + static_cast<int64_t>(blockIdx.x) * a.stride;
@@ -35,8 +44,8 @@ __global__ void __launch_bounds__(kThreads) largest_kernel(COREINFER_PARAMETER L
     const int32_t b = __float_as_int(x[i]) & 0x7fffffff;
     bits = b > bits ? b : bits;
   }
-  bits = warp_max(bits);
-  if (threadIdx.x % kWarp == 0) atomicMax(a.bits, bits);
+  bits = block_max(bits);
+  if (threadIdx.x == 0) a.bits[blockIdx.x] = bits;
 }
 
 struct NarrowArgs {
@@ -45,23 +54,30 @@ struct NarrowArgs {
   int64_t width;
   uint16_t* out;
   int64_t out_stride;
-  float* scalars;
-  int64_t brain;
+  const int32_t* largest;  // a row; null: bfloat16, not scaled
+  int64_t n_rows;
+  float* alpha;  // receives what undoes the scale
 };
 
 // grid: (rows). float16: times the power of two that brings the largest |x| to [2^13, 2^14).
 __global__ void __launch_bounds__(kThreads) narrow_kernel(COREINFER_PARAMETER NarrowArgs a) {
   begin_kernel();
-  const int exponent = (__float_as_int(a.scalars[kLargest]) >> 23) - 127;
-  int shift = a.brain != 0 || exponent < -126 || exponent > 127 ? 0 : 13 - exponent;
+  const float* x = a.x + static_cast<int64_t>(blockIdx.x) * a.stride;
+  uint16_t* out = a.out + static_cast<int64_t>(blockIdx.x) * a.out_stride;
+  if (a.largest == nullptr) {
+    for (int64_t i = threadIdx.x; i < a.width; i += kThreads) out[i] = float_to_brain(x[i]);
+    return;
+  }
+  int32_t largest = 0;
+  for (int64_t r = threadIdx.x; r < a.n_rows; r += kThreads) {
+    largest = a.largest[r] > largest ? a.largest[r] : largest;
+  }
+  const int exponent = (block_max(largest) >> 23) - 127;
+  int shift = exponent < -126 || exponent > 127 ? 0 : 13 - exponent;
   shift = shift > 100 ? 100 : shift;
   const float scale = __int_as_float((127 + shift) << 23);
-  if (blockIdx.x == 0 && threadIdx.x == 0) a.scalars[kAlpha] = __int_as_float((127 - shift) << 23);
-  const int64_t row = blockIdx.x;
-  for (int64_t i = threadIdx.x; i < a.width; i += kThreads) {
-    const float v = a.x[row * a.stride + i];
-    a.out[row * a.out_stride + i] = a.brain != 0 ? float_to_brain(v) : float_to_half(v * scale);
-  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) *a.alpha = __int_as_float((127 - shift) << 23);
+  for (int64_t i = threadIdx.x; i < a.width; i += kThreads) out[i] = float_to_half(x[i] * scale);
 }
 
 struct BiasArgs {
@@ -143,7 +159,7 @@ Gemm::Gemm(const ContextPtr& context, std::unique_ptr<Calls> calls, std::string 
   check(calls_->set_workspace(handle_, workspace_.as<void>(), kWorkspace), "cublasSetWorkspace");
   check(calls_->set_pointer_mode(handle_, kPointersOnDevice), "cublasSetPointerMode");
   scalars_ = Memory(context, kScalars * sizeof(float), "scalars");
-  const float values[kScalars] = {1.0f, 0.0f, 1.0f, 0.0f};
+  const float values[kScalars] = {1.0f, 0.0f, 1.0f};
   context->copy_in(scalars_.as<void>(), values, sizeof(values));
 }
 
@@ -159,38 +175,54 @@ void Gemm::check(int status, const char* call) const {
   }
 }
 
-void Gemm::multiply(const CudaWeight& weight, const float* x, int64_t x_stride, int64_t n, Rows out,
-                    bool accumulate, bool exact) {
+Gemm::Operand Gemm::narrowed(bool brain, const float* x, int64_t x_stride, int64_t n,
+                             int64_t cols) {
+  const int64_t stride = divide_up<int64_t>(cols, 8) * 8;
+  Memory& rows = rows_[brain ? 1 : 0];
+  rows.ensure(context_, static_cast<size_t>(n * stride) * 2, "rows of a matrix product");
+  auto* scalars = scalars_.as<float>();
+  const dim3 grid(static_cast<unsigned>(n));
+  const int32_t* largest = nullptr;
+  if (!brain) {
+    largest_.ensure(context_, static_cast<size_t>(n) * sizeof(int32_t), "largest of rows");
+    context_->launch(largest_kernel, grid, dim3(kThreads), 0,
+                     {x, x_stride, cols, largest_.as<int32_t>()});
+    largest = largest_.as<int32_t>();
+  }
+  context_->launch(narrow_kernel, grid, dim3(kThreads), 0,
+                   {x, x_stride, cols, rows.as<uint16_t>(), stride, largest, n, scalars + kAlpha});
+  return {rows.as<void>(), stride, scalars + (brain ? kOne : kAlpha)};
+}
+
+void Gemm::multiply(std::span<const Product> products, const float* x, int64_t x_stride,
+                    int64_t n) {
+  context_->defer(false);
+  Operand halves, brains;
+  for (const Product& p : products) {
+    const Codes codes = p.weight->view().codes;
+    // bfloat16 products came with sm_80.
+    if (p.exact || codes == Codes::kF32 ||
+        (codes == Codes::kBF16 && context_->properties().major < 8)) {
+      multiply(p, kType32F, {x, x_stride, scalars_.as<float>() + kOne}, n);
+      continue;
+    }
+    const bool brain = codes == Codes::kBF16;
+    Operand& operand = brain ? brains : halves;
+    if (operand.rows == nullptr) operand = narrowed(brain, x, x_stride, n, p.weight->cols());
+    multiply(p, brain ? kType16BF : kType16F, operand, n);
+  }
+}
+
+void Gemm::multiply(const Product& p, int type, const Operand& operand, int64_t n) {
+  const CudaWeight& weight = *p.weight;
   const WeightView& w = weight.view();
   const int64_t cols = weight.cols();
-  // bfloat16 products came with sm_80.
-  const bool floats = exact || w.codes == Codes::kF32 ||
-                      (w.codes == Codes::kBF16 && context_->properties().major < 8);
-  const bool brain = !floats && w.codes == Codes::kBF16;
-  const bool in_place = !floats ? w.codes == Codes::kF16 || brain : w.codes == Codes::kF32;
-  const int type = floats ? kType32F : brain ? kType16BF : kType16F;
+  const bool floats = type == kType32F;
+  const bool in_place = floats              ? w.codes == Codes::kF32
+                        : type == kType16BF ? w.codes == Codes::kBF16
+                                            : w.codes == Codes::kF16;
   const size_t element = floats ? 4 : 2;
-  auto* scalars = scalars_.as<float>();
-  context_->defer(false);
-
-  const void* rows = x;
-  int64_t rows_stride = x_stride;
-  const float* alpha = scalars + kOne;
-  if (!floats) {
-    rows_stride = divide_up<int64_t>(cols, 8) * 8;
-    rows_.ensure(context_, static_cast<size_t>(n * rows_stride) * 2, "rows of a matrix product");
-    cudaStream_t stream = context_->stream_for_copy();
-    COREINFER_CUDA_CHECK(cudaMemsetAsync(scalars + kLargest, 0, sizeof(float), stream));
-    const auto blocks = static_cast<unsigned>(n);
-    context_->launch(largest_kernel, dim3(blocks), dim3(kThreads), 0,
-                     {x, x_stride, cols, reinterpret_cast<int32_t*>(scalars + kLargest)});
-    context_->launch(
-        narrow_kernel, dim3(blocks), dim3(kThreads), 0,
-        {x, x_stride, cols, rows_.as<uint16_t>(), rows_stride, scalars, brain ? 1 : 0});
-    rows = rows_.as<void>();
-    alpha = scalars + kAlpha;
-  }
-
+  const auto* scalars = scalars_.as<float>();
   const int64_t tile = in_place ? weight.rows()
                                 : std::clamp<int64_t>(static_cast<int64_t>(kTile / element) / cols,
                                                       1, weight.rows());
@@ -208,12 +240,13 @@ void Gemm::multiply(const CudaWeight& weight, const float* x, int64_t x_stride, 
     }
     context_->stream_for_copy();
     // Column-major: out^T (count, n) = matrix^T^T (count, cols) * rows^T (cols, n).
-    check(calls_->gemm(handle_, kTransposed, kPlain, static_cast<int>(count), static_cast<int>(n),
-                       static_cast<int>(cols), alpha, matrix, type, static_cast<int>(stride), rows,
-                       type, static_cast<int>(rows_stride), scalars + (accumulate ? kOne : kZero),
-                       out.data + first, kType32F, static_cast<int>(out.stride), kCompute32F,
-                       kDefault),
-          "cublasGemmEx");
+    check(
+        calls_->gemm(handle_, kTransposed, kPlain, static_cast<int>(count), static_cast<int>(n),
+                     static_cast<int>(cols), operand.alpha, matrix, type, static_cast<int>(stride),
+                     operand.rows, type, static_cast<int>(operand.stride),
+                     scalars + (p.accumulate ? kOne : kZero), p.out.data + first, kType32F,
+                     static_cast<int>(p.out.stride), kCompute32F, kDefault),
+        "cublasGemmEx");
   }
 }
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <memory>
+#include <span>
 #include <string>
 
 #include "backend/backend.h"
@@ -24,14 +25,27 @@ class Gemm {
   // Bytes that it takes beside the rows.
   static size_t own_memory();
 
-  // out = W x (+ out where accumulate) for n rows of x, padded as PreparedRows::values; W not
-  // picked. Weights and rows are rounded to float16 (BF16 weights: rows to bfloat16), rows scaled
-  // by a power of two so that none overflows; `exact`: float32 throughout.
-  void multiply(const CudaWeight& weight, const float* x, int64_t x_stride, int64_t n, Rows out,
-                bool accumulate, bool exact);
+  struct Product {
+    const CudaWeight* weight;  // not picked
+    Rows out;
+    bool accumulate;
+    bool exact;  // float32 throughout
+  };
+  // out = W x (+ out where accumulate) of each product, for n rows of x, padded as
+  // PreparedRows::values. Weights and rows are rounded to float16 (BF16 weights: rows to bfloat16),
+  // rows scaled by a power of two so that none overflows; once for all products.
+  void multiply(std::span<const Product> products, const float* x, int64_t x_stride, int64_t n);
 
  private:
   struct Calls;
+  // What the rows are multiplied as.
+  struct Operand {
+    const void* rows = nullptr;
+    int64_t stride = 0;
+    const float* alpha = nullptr;
+  };
+  Operand narrowed(bool brain, const float* x, int64_t x_stride, int64_t n, int64_t cols);
+  void multiply(const Product& product, int type, const Operand& operand, int64_t n);
   Gemm(const ContextPtr& context, std::unique_ptr<Calls> calls, std::string library);
   void check(int status, const char* call) const;
 
@@ -40,8 +54,9 @@ class Gemm {
   std::string library_;
   void* handle_ = nullptr;
   Memory workspace_;  // cuBLAS's own
-  Memory scalars_;    // float: alpha, 0, 1; int32: bits of the largest |x|
-  Memory rows_;       // x in 16 bits
+  Memory scalars_;    // float: alpha, 0, 1
+  Memory largest_;    // int32 a row: bits of the largest |x|
+  Memory rows_[2];    // x as float16, as bfloat16
   Memory tile_;       // dequantised rows of a weight
 };
 

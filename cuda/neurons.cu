@@ -1,4 +1,5 @@
 // Has not run on a device yet; the tests run it on the host (tests/cuda_host).
+#include <algorithm>
 #include <climits>
 
 #include "neurons.h"
@@ -195,28 +196,67 @@ struct ScoreArgs {
   float* scores;
   int32_t magnitude;
   int32_t flock;
+  ScoreMark marks[kMaxScoreMarks];
+  int64_t n_marks;
 };
 
-// A thread a neuron: the rows in order.
-__global__ void score_kernel(COREINFER_PARAMETER ScoreArgs a) {
+// Rows that a warp looks at in a turn of its block.
+constexpr int kRowsAtOnce = 4;
+constexpr int kScoreWarps = 16;
+constexpr int kTurnRows = kScoreWarps * kRowsAtOnce;
+
+// What a row adds to the score of neuron i.
+__device__ __forceinline__ float term_of(const ScoreArgs& a, const RowChoice& choice, float value,
+                                         int64_t i) {
+  if (a.flock != 0) {
+    return static_cast<float>(static_cast<double>(value) * value * choice.factor);
+  }
+  const int32_t key = key_of(value, a.magnitude != 0);
+  return key > choice.key || (key == choice.key && i < choice.end) ? 1.0f : 0.0f;
+}
+
+// A block 32 neurons: its warps make the terms of a turn's rows side by side, the first adds them
+// in order while the others make those of the next turn. (Adding a zero changes no score: they are
+// not negative.)
+__global__ void __launch_bounds__(kScoreWarps* kWarp)
+    score_kernel(COREINFER_PARAMETER ScoreArgs a) {
   begin_kernel();
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= a.width || *a.bad < kNoBadRow) return;
-  float score = a.scores[i];
-#pragma unroll 8
-  for (int64_t row = 0; row < a.n_rows; ++row) {
-    const float value = a.h[row * a.stride + i];
-    const RowChoice choice = a.choices[row];
-    if (a.flock != 0) {
-      if (choice.factor > 0) {
-        score += static_cast<float>(static_cast<double>(value) * value * choice.factor);
+  __shared__ float terms[2][kTurnRows][kWarp];
+  if (*a.bad < kNoBadRow) return;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int n_warps = static_cast<int>(blockDim.x) / kWarp;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
+  const bool here = i < a.width;
+  const bool adds = warp == 0 && here;
+  float score = adds ? a.scores[i] : 0.0f;
+  int mark = 0;
+  int64_t next_mark = a.n_marks > 0 ? a.marks[0].row : a.n_rows + 1;
+  const int turn_rows = n_warps * kRowsAtOnce;
+  int buffer = 0;
+  for (int64_t first = 0; first < a.n_rows; first += turn_rows, buffer ^= 1) {
+#pragma unroll
+    for (int j = 0; j < kRowsAtOnce; ++j) {
+      const int r = j * n_warps + warp;
+      const int64_t row = first + r;
+      if (here && row < a.n_rows) {
+        terms[buffer][r][lane] = term_of(a, a.choices[row], a.h[row * a.stride + i], i);
       }
-    } else {
-      const int32_t key = key_of(value, a.magnitude != 0);
-      if (key > choice.key || (key == choice.key && i < choice.end)) score += 1.0f;
+    }
+    __syncthreads();
+    if (!adds) continue;
+    const int n = static_cast<int>(a.n_rows - first < turn_rows ? a.n_rows - first : turn_rows);
+    for (int r = 0; r < n;) {
+      const int stop = static_cast<int>(next_mark - first < n ? next_mark - first : n);
+#pragma unroll 8
+      for (; r < stop; ++r) score += terms[buffer][r][lane];
+      if (first + r == next_mark) {
+        a.marks[mark++].scores[i] = score;
+        next_mark = mark < a.n_marks ? a.marks[mark].row : a.n_rows + 1;
+      }
     }
   }
-  a.scores[i] = score;
+  if (adds) a.scores[i] = score;
 }
 
 struct SelectArgs {
@@ -268,17 +308,28 @@ __global__ void __launch_bounds__(kThreads) select_kernel(COREINFER_PARAMETER Se
 }  // namespace
 
 void accumulate_rows(Context& context, Statistic statistic, double share, Rows h, float* scores,
-                     RowChoice* choices, int64_t first_row, float* bad) {
+                     std::span<const ScoreMark> marks, RowChoice* choices, int64_t first_row,
+                     float* bad) {
   const int64_t magnitude = statistic == Statistic::kCountAbs ? 1 : 0;
   const bool flock = statistic == Statistic::kFlock;
   context.launch(flock ? squares_kernel : choose_kernel, dim3(static_cast<unsigned>(h.n)),
                  dim3(kThreads), 0,
                  {h.data, h.stride, h.width, share, choices, bad, first_row, magnitude});
-  constexpr unsigned kBlock = 64;  // small blocks: all multiprocessors take part
-  context.launch(score_kernel, dim3(static_cast<unsigned>(divide_up<int64_t>(h.width, kBlock))),
-                 dim3(kBlock), 0,
-                 {h.data, h.stride, h.width, h.n, choices, bad, scores,
-                  static_cast<int32_t>(magnitude), flock ? 1 : 0});
+  ScoreArgs a{};
+  a.h = h.data;
+  a.stride = h.stride;
+  a.width = h.width;
+  a.n_rows = h.n;
+  a.choices = choices;
+  a.bad = bad;
+  a.scores = scores;
+  a.magnitude = static_cast<int32_t>(magnitude);
+  a.flock = flock ? 1 : 0;
+  std::copy(marks.begin(), marks.end(), a.marks);
+  a.n_marks = static_cast<int64_t>(marks.size());
+  const auto warps = static_cast<unsigned>(h.n < kScoreWarps ? h.n : kScoreWarps);
+  context.launch(score_kernel, dim3(static_cast<unsigned>(divide_up<int64_t>(h.width, kWarp))),
+                 dim3(warps * kWarp), 0, a);
 }
 
 void select_neurons(Context& context, Rows scores, int64_t k, int32_t* found,

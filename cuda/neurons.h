@@ -5,6 +5,7 @@
 // Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "backend/backend.h"
@@ -19,11 +20,12 @@ struct alignas(16) RowChoice {
   int32_t end;
 };
 
-// Adds the rows to scores (h.width). choices: device memory for h.n. *bad, device memory, is
-// lowered to first_row + r for a row r with NaN or Inf; while it is below kNoBadRow nothing is
-// added.
+// Adds the rows to scores (h.width), and writes the marks' on the way. choices: device memory for
+// h.n. *bad, device memory, is lowered to first_row + r for a row r with NaN or Inf; while it is
+// below kNoBadRow nothing is added. Two launches.
 void accumulate_rows(Context& context, Statistic statistic, double share, Rows h, float* scores,
-                     RowChoice* choices, int64_t first_row, float* bad);
+                     std::span<const ScoreMark> marks, RowChoice* choices, int64_t first_row,
+                     float* bad);
 
 // The k largest positive entries of each row of scores. `found`, device memory: of a row, from
 // `found_stride` on to the next, how many there are, the first NaN (INT32_MAX: none), then they,

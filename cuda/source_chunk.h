@@ -1,6 +1,6 @@
-// Chunks of 32 columns read from a row of GGUF blocks (tensor/blocks.h), one byte a code and the
-// scales as WeightView keeps them. Used where weights come onto the device and for embeddings; it
-// is not fast.
+// Chunks of 32 columns read from a row of GGUF blocks (tensor/blocks.h), a byte a code, four a
+// word, and the scales as WeightView keeps them. Used where weights come onto the device and for
+// embeddings.
 // Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #pragma once
 
@@ -9,35 +9,65 @@
 namespace coreinfer::cuda {
 
 struct SourceChunk {
-  uint8_t codes[kChunk];  // 8-bit codes are signed; looked-up ones are indices
+  // Element e: byte e % 4 of word e / 4. 8-bit codes are signed; looked-up ones are indices.
+  uint32_t codes[kChunk / 4];
   RawScales scales;
 };
 
+// Blocks and their parts begin at even addresses.
 __device__ inline uint32_t read_u16(const uint8_t* p) {
-  return p[0] | static_cast<uint32_t>(p[1]) << 8;
+  return *reinterpret_cast<const uint16_t*>(p);
+}
+__device__ inline uint32_t read_u32(const uint8_t* p) {
+  return read_u16(p) | read_u16(p + 2) << 16;
 }
 
 namespace source {
 
-__device__ inline void nibbles(const uint8_t* qs, uint8_t* codes) {
-  for (int j = 0; j < 16; ++j) {
-    codes[j] = qs[j] & 15;
-    codes[j + 16] = qs[j] >> 4;
+constexpr int kWords = kChunk / 4;
+
+__device__ inline void nibbles(const uint8_t* qs, uint32_t* codes) {
+#pragma unroll
+  for (int i = 0; i < kWords / 2; ++i) {
+    const uint32_t word = read_u32(qs + 4 * i);
+    codes[i] = word & 0x0f0f0f0fu;
+    codes[i + kWords / 2] = (word >> 4) & 0x0f0f0f0fu;
   }
 }
 
-__device__ inline void fifth_bits(const uint8_t* qh, uint8_t* codes) {
-  for (int e = 0; e < kChunk; ++e) codes[e] |= ((qh[e / 8] >> (e % 8)) & 1) << 4;
+// Four bits to the lowest of four bytes each.
+__device__ inline uint32_t spread(uint32_t bits) {
+  return ((bits & 15u) * 0x00204081u) & 0x01010101u;
+}
+
+__device__ inline void fifth_bits(const uint8_t* qh, uint32_t* codes) {
+  const uint32_t bits = read_u32(qh);
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) codes[i] |= spread(bits >> (4 * i)) << 4;
+}
+
+// codes = those bits of 32 bytes from p on, from bit `shift` of each.
+__device__ inline void take_bits(const uint8_t* p, int shift, uint32_t mask, uint32_t* codes) {
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) codes[i] = (read_u32(p + 4 * i) >> shift) & mask;
+}
+
+// Puts bit `bit` of 32 bytes from p on above the lower `shift` bits of the codes.
+__device__ inline void add_bit(const uint8_t* p, int bit, int shift, uint32_t* codes) {
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    codes[i] |= ((read_u32(p + 4 * i) >> bit) & 0x01010101u) << shift;
+  }
 }
 
 // Group g of the types whose 32 bytes of qs hold 64 elements.
-__device__ inline void half_bytes(const uint8_t* qs, int g, uint8_t* codes) {
-  for (int j = 0; j < kChunk; ++j) codes[j] = (qs[32 * (g / 2) + j] >> (4 * (g % 2))) & 15;
+__device__ inline void half_bytes(const uint8_t* qs, int g, uint32_t* codes) {
+  take_bits(qs + 32 * (g / 2), 4 * (g % 2), 0x0f0f0f0fu, codes);
 }
 
 // Group g of the types whose 32 bytes hold 128 elements, two bits each.
-__device__ inline void quarter_bytes(const uint8_t* qs, int g, uint8_t* codes) {
-  for (int j = 0; j < kChunk; ++j) codes[j] = (qs[32 * (g / 4) + j] >> (2 * (g % 4))) & 3;
+__device__ inline void quarter_bytes(const uint8_t* qs, int g, uint32_t* codes) {
+  take_bits(qs + 32 * (g / 4), 2 * (g % 4), 0x03030303u, codes);
 }
 
 // The 6-bit scale and minimum of group g of Q4_K and Q5_K, as two bytes.
@@ -60,7 +90,7 @@ __device__ inline uint32_t scale_q3(const uint8_t* s, int g) {
 // Chunk number `chunk` of a row of a quantised type.
 __device__ inline void read_chunk(DType type, const uint8_t* row, int64_t chunk, SourceChunk* out) {
   const int g = static_cast<int>(chunk % 8);
-  uint8_t* codes = out->codes;
+  uint32_t* codes = out->codes;
   out->scales = {0, 0};
   switch (type) {
     case DType::kQ4_0:
@@ -93,7 +123,7 @@ __device__ inline void read_chunk(DType type, const uint8_t* row, int64_t chunk,
     case DType::kQ8_0: {
       const uint8_t* b = row + chunk * static_cast<int64_t>(sizeof(BlockQ8_0));
       out->scales.meta = read_u16(b);
-      for (int e = 0; e < kChunk; ++e) codes[e] = b[2 + e];
+      source::take_bits(b + 2, 0, 0xffffffffu, codes);
       break;
     }
     case DType::kQ2_K: {
@@ -108,7 +138,7 @@ __device__ inline void read_chunk(DType type, const uint8_t* row, int64_t chunk,
       out->scales.meta = source::scale_q3(b + 96, 2 * g) | source::scale_q3(b + 96, 2 * g + 1) << 8;
       out->scales.super = read_u16(b + 108);
       source::quarter_bytes(b + 32, g, codes);
-      for (int j = 0; j < kChunk; ++j) codes[j] |= ((b[j] >> g) & 1) << 2;
+      source::add_bit(b, g, 2, codes);
       break;
     }
     case DType::kQ4_K: {
@@ -123,7 +153,7 @@ __device__ inline void read_chunk(DType type, const uint8_t* row, int64_t chunk,
       out->scales.super = read_u16(b) | read_u16(b + 2) << 16;
       out->scales.meta = source::scale_and_minimum(b + 4, g);
       source::half_bytes(b + 48, g, codes);
-      for (int j = 0; j < kChunk; ++j) codes[j] |= ((b[16 + j] >> g) & 1) << 4;
+      source::add_bit(b + 16, g, 4, codes);
       break;
     }
     case DType::kQ6_K: {
@@ -133,7 +163,10 @@ __device__ inline void read_chunk(DType type, const uint8_t* row, int64_t chunk,
       source::quarter_bytes(b + 128, g, codes);
       const uint8_t* low = b + 64 * (g / 4) + 32 * (g % 2);
       const int shift = g % 4 < 2 ? 0 : 4;
-      for (int j = 0; j < kChunk; ++j) codes[j] = codes[j] << 4 | ((low[j] >> shift) & 15);
+#pragma unroll
+      for (int i = 0; i < source::kWords; ++i) {
+        codes[i] = codes[i] << 4 | ((read_u32(low + 4 * i) >> shift) & 0x0f0f0f0fu);
+      }
       break;
     }
     case DType::kIQ4_XS: {
@@ -153,42 +186,47 @@ __device__ inline void read_chunk(DType type, const uint8_t* row, int64_t chunk,
   }
 }
 
-// The 32 values, as the format defines them (kernels/dequantize.h says the order of operations).
-__device__ inline void chunk_values(Codes kind, Scales scales, int offset, const SourceChunk& chunk,
-                                    float* values) {
-  const ChunkScales s = decode_scales(scales, chunk.scales);
-  for (int e = 0; e < kChunk; ++e) {
-    int q = chunk.codes[e];
-    if (kind == Codes::k8) q = static_cast<int8_t>(chunk.codes[e]);
-    if (kind == Codes::k4Lookup) q = code_of(look_up(static_cast<unsigned>(q)), 0);
-    values[e] = s.s[e / 16] * static_cast<float>(q - offset) + s.m[e / 16];
-  }
+// Value e of a chunk whose code is q, as the format defines it (kernels/dequantize.h says the order
+// of operations).
+__device__ inline float value_of(Codes kind, int offset, const ChunkScales& s, int e,
+                                 uint8_t code) {
+  int q = code;
+  if (kind == Codes::k8) q = static_cast<int8_t>(code);
+  if (kind == Codes::k4Lookup) q = code_of(look_up(code), 0);
+  const bool second = e >= kChunk / 2;
+  const float scale = second ? s.s[1] : s.s[0], minimum = second ? s.m[1] : s.m[0];
+  return scale * static_cast<float>(q - offset) + minimum;
 }
 
-// Writes codes to their places in the planes.
-__device__ inline void store_codes(Codes kind, const uint8_t* codes, uint8_t* lo, uint8_t* hi) {
+// Writes a chunk's codes to their places in the planes, in words as wide as they allow.
+__device__ inline void store_codes(Codes kind, const uint32_t (&c)[kChunk / 4], uint8_t* lo,
+                                   uint8_t* hi) {
   if (kind == Codes::k8) {
-    for (int e = 0; e < kChunk; ++e) lo[e] = codes[e];
+    auto* to = reinterpret_cast<uint4*>(lo);
+    to[0] = {c[0], c[1], c[2], c[3]};
+    to[1] = {c[4], c[5], c[6], c[7]};
   } else if (lo_bytes(kind) == 16) {
-    for (int j = 0; j < 16; ++j) lo[j] = (codes[j] & 15) | (codes[j + 16] & 15) << 4;
+    const auto both = [&c](int i) { return (c[i] & 0x0f0f0f0fu) | (c[i + 4] & 0x0f0f0f0fu) << 4; };
+    *reinterpret_cast<uint4*>(lo) = {both(0), both(1), both(2), both(3)};
   } else {
-    for (int j = 0; j < 8; ++j) {
-      lo[j] = (codes[j] & 3) | (codes[j + 8] & 3) << 2 | (codes[j + 16] & 3) << 4 |
-              (codes[j + 24] & 3) << 6;
-    }
+    const auto all = [&c](int i) {
+      return (c[i] & 0x03030303u) | (c[i + 2] & 0x03030303u) << 2 | (c[i + 4] & 0x03030303u) << 4 |
+             (c[i + 6] & 0x03030303u) << 6;
+    };
+    *reinterpret_cast<uint2*>(lo) = {all(0), all(1)};
   }
   if (hi_bytes(kind) == 4) {
     const int shift = kind == Codes::k5 ? 4 : 2;
-    for (int j = 0; j < 4; ++j) {
-      uint8_t bits = 0;
-      for (int k = 0; k < 8; ++k) bits |= ((codes[4 * k + j] >> shift) & 1) << k;
-      hi[j] = bits;
-    }
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < kChunk / 4; ++i) bits |= ((c[i] >> shift) & 0x01010101u) << i;
+    *reinterpret_cast<uint32_t*>(hi) = bits;
   } else if (hi_bytes(kind) == 8) {
-    for (int j = 0; j < 8; ++j) {
-      hi[j] = codes[j] >> 4 | (codes[j + 8] >> 4) << 2 | (codes[j + 16] >> 4) << 4 |
-              (codes[j + 24] >> 4) << 6;
-    }
+    const auto all = [&c](int i) {
+      return ((c[i] >> 4) & 0x03030303u) | ((c[i + 2] >> 4) & 0x03030303u) << 2 |
+             ((c[i + 4] >> 4) & 0x03030303u) << 4 | ((c[i + 6] >> 4) & 0x03030303u) << 6;
+    };
+    *reinterpret_cast<uint2*>(hi) = {all(0), all(1)};
   }
 }
 

@@ -94,7 +94,12 @@ __global__ void source_values(COREINFER_PARAMETER SourceValuesArgs a) {
   } else {
     SourceChunk c;
     read_chunk(a.type, source, chunk, &c);
-    chunk_values(a.format.codes, a.format.scales, a.format.offset, c, values);
+    const ChunkScales s = decode_scales(a.format.scales, c.scales);
+#pragma unroll
+    for (int e = 0; e < kChunk; ++e) {
+      values[e] = value_of(a.format.codes, a.format.offset, s, e,
+                           static_cast<uint8_t>(c.codes[e / 4] >> (8 * (e % 4))));
+    }
   }
   float* out = a.out + row * a.out_stride + chunk * kChunk;
   for (int e = 0; e < n; ++e) out[e] = a.add ? out[e] + values[e] : a.scale * values[e];
@@ -111,44 +116,91 @@ struct WeightValuesArgs {
   int64_t to_float;
 };
 
-__global__ void weight_values(COREINFER_PARAMETER WeightValuesArgs a) {
+constexpr int kRun = 8;  // values of a thread: 16 bytes of float16
+
+// Codes of the run of eight in a chunk, four a word.
+__device__ uint2 run_codes(const WeightView& w, int64_t row, int64_t chunk, int run) {
+  const uint8_t* lo = w.lo + row * w.lo_stride + chunk * lo_bytes(w.codes);
+  if (w.codes == Codes::k8) return reinterpret_cast<const uint2*>(lo)[run];
+  uint2 c;
+  if (lo_bytes(w.codes) == 16) {
+    c = reinterpret_cast<const uint2*>(lo)[run % 2];
+    const int shift = 4 * (run / 2);
+    c = {(c.x >> shift) & 0x0f0f0f0fu, (c.y >> shift) & 0x0f0f0f0fu};
+  } else {
+    c = *reinterpret_cast<const uint2*>(lo);
+    c = {(c.x >> (2 * run)) & 0x03030303u, (c.y >> (2 * run)) & 0x03030303u};
+  }
+  const uint8_t* hi = w.hi + row * w.hi_stride + chunk * hi_bytes(w.codes);
+  if (hi_bytes(w.codes) == 4) {
+    const uint32_t bits = *reinterpret_cast<const uint32_t*>(hi) >> (2 * run);
+    const int shift = w.codes == Codes::k5 ? 4 : 2;
+    c.x |= (bits & 0x01010101u) << shift;
+    c.y |= ((bits >> 1) & 0x01010101u) << shift;
+  } else if (hi_bytes(w.codes) == 8) {
+    const uint2 bits = *reinterpret_cast<const uint2*>(hi);
+    c.x |= ((bits.x >> (2 * run)) & 0x03030303u) << 4;
+    c.y |= ((bits.y >> (2 * run)) & 0x03030303u) << 4;
+  }
+  return c;
+}
+
+// A thread eight values, neighbours beside each other: a warp writes without gaps.
+__global__ void __launch_bounds__(kThreads) weight_values(COREINFER_PARAMETER WeightValuesArgs a) {
   begin_kernel();
-  const int64_t chunks = divide_up<int64_t>(a.cols, kChunk);
+  const int64_t runs = divide_up<int64_t>(a.cols, kRun);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t row = i / chunks;
-  const int64_t chunk = i % chunks;
+  const int64_t row = i / runs;
+  const int64_t column = i % runs * kRun;
   if (row >= a.rows) return;
-  const uint8_t* lo = a.w.lo + (a.first_row + row) * a.w.lo_stride;
-  const int n =
-      static_cast<int>(a.cols - chunk * kChunk < kChunk ? a.cols - chunk * kChunk : kChunk);
-  float values[kChunk];
+  const int n = static_cast<int>(a.cols - column < kRun ? a.cols - column : kRun);
+  float values[kRun];
   if (a.w.scales == Scales::kNone) {
-    for (int e = 0; e < n; ++e) {
-      const int64_t at = chunk * kChunk + e;
+    const uint8_t* lo = a.w.lo + (a.first_row + row) * a.w.lo_stride;
+#pragma unroll
+    for (int e = 0; e < kRun; ++e) {
+      if (e >= n) break;
       if (a.w.codes == Codes::kF32) {
-        values[e] = reinterpret_cast<const float*>(lo)[at];
+        values[e] = reinterpret_cast<const float*>(lo)[column + e];
       } else {
-        const uint16_t bits = reinterpret_cast<const uint16_t*>(lo)[at];
+        const uint16_t bits = reinterpret_cast<const uint16_t*>(lo)[column + e];
         values[e] = a.w.codes == Codes::kF16 ? half_to_float(bits) : brain_to_float(bits);
       }
     }
   } else {
-    SourceChunk c;
-    const uint8_t* hi = a.w.hi + (a.first_row + row) * a.w.hi_stride;
-    for (int e = 0; e < kChunk; ++e) {
-      c.codes[e] = load_code(a.w.codes, lo + chunk * lo_bytes(a.w.codes),
-                             hi + chunk * hi_bytes(a.w.codes), e);
+    const int64_t chunk = column / kChunk;
+    const int run = static_cast<int>(column % kChunk / kRun);
+    const uint2 c = run_codes(a.w, a.first_row + row, chunk, run);
+    const RawScales raw = load_scales(a.w, a.first_row + row, static_cast<int>(chunk));
+    const ChunkScales s = decode_scales(a.w.scales, raw);
+#pragma unroll
+    for (int e = 0; e < kRun; ++e) {
+      const auto code = static_cast<uint8_t>((e < 4 ? c.x : c.y) >> (8 * (e % 4)));
+      values[e] = value_of(a.w.codes, a.w.offset, s, run * kRun + e, code);
     }
-    c.scales = load_scales(a.w, a.first_row + row, static_cast<int>(chunk));
-    chunk_values(a.w.codes, a.w.scales, a.w.offset, c, values);
   }
-  const int64_t to = row * a.cols + chunk * kChunk;
-  for (int e = 0; e < n; ++e) {
-    if (a.to_float != 0) {
-      static_cast<float*>(a.out)[to + e] = values[e];
-    } else {
-      static_cast<uint16_t*>(a.out)[to + e] = float_to_half(values[e]);
+  const int64_t to = row * a.cols + column;
+  auto* floats = static_cast<float*>(a.out) + to;
+  auto* halves = static_cast<uint16_t*>(a.out) + to;
+  if (a.cols % kRun != 0) {  // rows that begin anywhere
+#pragma unroll
+    for (int e = 0; e < kRun; ++e) {
+      if (e >= n) break;
+      if (a.to_float != 0) {
+        floats[e] = values[e];
+      } else {
+        halves[e] = float_to_half(values[e]);
+      }
     }
+  } else if (a.to_float != 0) {
+    auto* out = reinterpret_cast<float4*>(floats);
+    out[0] = {values[0], values[1], values[2], values[3]};
+    out[1] = {values[4], values[5], values[6], values[7]};
+  } else {
+    const auto pair = [&values](int e) {
+      return float_to_half(values[e]) | static_cast<unsigned>(float_to_half(values[e + 1])) << 16;
+    };
+    *reinterpret_cast<uint4*>(halves) = {pair(0), pair(2), pair(4), pair(6)};
   }
 }
 
@@ -299,7 +351,7 @@ void dequantize_source(Context& context, DType type, const uint8_t* source, int6
 
 void dequantize_weight(Context& context, const WeightView& view, int64_t cols, int64_t begin,
                        int64_t rows, bool to_float, void* out) {
-  context.launch(weight_values, grid_of(rows * divide_up<int64_t>(cols, kChunk)), dim3(kThreads), 0,
+  context.launch(weight_values, grid_of(rows * divide_up<int64_t>(cols, kRun)), dim3(kThreads), 0,
                  {view, cols, begin, rows, out, to_float ? 1 : 0});
 }
 

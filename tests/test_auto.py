@@ -401,6 +401,27 @@ def test_tune_writes_what_auto_goes_by(tmp_path, capsys):
         assert llm.decision.reason != "no tuning file"
 
 
+def test_tune_opens_the_model_with_the_limit_of_gpu_memory_that_was_given(
+    tiny, tmp_path, monkeypatch
+):
+    asked = {}
+
+    class Opened(Exception):
+        pass
+
+    def opened(path, **options):
+        asked.update(options)
+        raise Opened
+
+    monkeypatch.setattr("coreinfer.llama.Llama", opened)
+    text = tmp_path / "text.txt"
+    text.write_text("some words")
+    given = ["--gpu-layers", "-1", "--main-gpu", "1", "--vram-limit", "3GiB"]
+    with pytest.raises(Opened):
+        main(["tune", str(tiny), "--text", str(text), *given])
+    assert (asked["n_gpu_layers"], asked["main_gpu"], asked["vram_limit"]) == (-1, 1, 3 << 30)
+
+
 def test_tune_of_a_text_that_is_too_short_says_so_and_writes_nothing(tiny, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("short")

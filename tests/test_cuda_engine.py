@@ -13,7 +13,7 @@ import pytest
 
 from coreinfer import _core
 from coreinfer.bench import binary_path
-from cuda_host.build import cublas_library
+from cuda_host.build import cublas_library, interleaved_library
 from cuda_host.target import HAS_DEVICE, target  # noqa: F401  (a fixture)
 from make_synthetic_model import make_tiny_model
 from reference import neurons as oracle
@@ -143,6 +143,33 @@ def test_repeated_steps_become_one_graph_launch(target, models):  # noqa: F811
         session.decode(token)
     # The first step is issued plainly; from the second on a step is one launch.
     assert launches() - before == 9
+
+
+def host_count(what: str) -> int:
+    count = getattr(ctypes.CDLL(os.environ["COREINFER_CUDA_LIBRARY"]), f"cuda_host_{what}")
+    count.restype = ctypes.c_long
+    return count()
+
+
+def test_decoding_asks_for_no_memory_however_long_it_gets(target, models):  # noqa: F811
+    if target != "host":
+        pytest.skip("the host runtime counts allocations")
+    engine = on_gpu(models("llama", "Q4_0", n_layer=1))
+    session = _core.Session(engine, n_ctx=1200)
+    session.prefill(tokens_of(500, engine.n_vocab))
+    for token in range(2):
+        session.decode(token)
+    before = host_count("allocations")
+    for token in range(20):  # across position 512, where a step's attention takes more spans
+        session.decode(token)
+    assert host_count("allocations") == before
+
+
+def test_a_session_keeps_its_position_when_another_one_follows_at_once(target):  # noqa: F811
+    if target != "host":
+        pytest.skip("the sessions are interleaved in C++, which the host's compiler compiles")
+    make = ctypes.CDLL(os.environ["COREINFER_CUDA_LIBRARY"]).coreinfer_make_cuda_backend
+    assert ctypes.CDLL(str(interleaved_library())).interleaved(make) == 0
 
 
 def test_a_limit_below_the_model_streams_it_and_changes_no_bit(target, models):  # noqa: F811
@@ -332,3 +359,47 @@ def test_no_device_is_said_and_never_replaced_by_the_cpu(target, models, monkeyp
     monkeypatch.setenv("CUDA_HOST_DEVICES", "0")
     with pytest.raises(RuntimeError, match="no usable NVIDIA GPU .*n_gpu_layers=0"):
         on_gpu(models("llama", "Q4_0"))
+
+
+@pytest.mark.parametrize(
+    ("ptx", "driver", "overlaps"), [(90, 13000, True), (80, 13000, False), (90, 12020, None)]
+)
+def test_kernels_start_early_only_where_they_wait(
+    target,  # noqa: F811
+    models,
+    monkeypatch,
+    ptx,
+    driver,
+    overlaps,
+):
+    """The wait is in code compiled for sm_90; PTX for an older device has none."""
+    if target != "host":
+        pytest.skip("the host runtime can claim other builds and drivers")
+    monkeypatch.setenv("CUDA_HOST_PTX", str(ptx))
+    monkeypatch.setenv("CUDA_HOST_DRIVER", str(driver))
+    if overlaps is None:
+        with pytest.raises(RuntimeError, match="driver version is insufficient.*n_gpu_layers=0"):
+            on_gpu(models("llama", "Q4_0"))
+        return
+    before = host_count("overlapping_launches")
+    session = _core.Session(on_gpu(models("llama", "Q4_0")))
+    session.prefill(tokens_of(3, 320))
+    assert (host_count("overlapping_launches") > before) == overlaps
+
+
+def test_a_device_that_the_build_does_not_cover_is_named(target, models, monkeypatch):  # noqa: F811
+    if target != "host":
+        pytest.skip("the host runtime can claim another build")
+    monkeypatch.setenv("CUDA_HOST_PTX", "0")
+    wanted = r"compute capability 9\.0.*COREINFER_CUDA_ARCHITECTURES=90"
+    with pytest.raises(RuntimeError, match=wanted):
+        on_gpu(models("llama", "Q4_0"))
+
+
+def test_layers_that_do_not_fit_the_gpu_are_refused_with_what_to_do(target, models):  # noqa: F811
+    path = models("llama", "Q8_0", n_ff=4096, n_layer=6)
+    gpu = on_gpu(path, vram_limit=1 << 30)
+    limit = (1 << 30) - gpu.backend["device_memory"] + gpu.ffn_bytes // 2
+    with pytest.raises(MemoryError, match="vram_limit is .* lower n_gpu_layers"):
+        _core.Engine(path, n_gpu_layers=5, vram_limit=limit)
+    _core.Engine(path, n_gpu_layers=1, vram_limit=limit)

@@ -7,11 +7,15 @@ any two orders; a device's exp, tanh and cos are within 2 units in the last plac
 
 from __future__ import annotations
 
+import ctypes
+import os
+
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
 from coreinfer._core import testing
+from cuda_host.build import cublas_library
 from cuda_host.target import target  # noqa: F401  (a fixture)
 from gguf_stream import block_size
 from reference.neurons import largest, statistic_scores
@@ -30,6 +34,20 @@ def f32(request) -> bool:
 @pytest.fixture(scope="module")
 def cuda(target, f32):  # noqa: F811
     return testing.AnyBackend("CUDA", f32_activations=f32)
+
+
+@pytest.fixture
+def launches(target):  # noqa: F811
+    """How many kernels have been launched."""
+    if target != "host":
+        pytest.skip("the host's runtime counts launches")
+    return ctypes.CDLL(os.environ["COREINFER_CUDA_LIBRARY"]).cuda_host_kernel_launches
+
+
+@pytest.fixture
+def products(target, monkeypatch):  # noqa: F811
+    """Batches above 16 rows go to cuBLAS's stand-in."""
+    monkeypatch.setenv("COREINFER_CUBLAS_LIBRARY", str(cublas_library()))
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +177,45 @@ def test_hidden_rows_equal_the_cpu(cuda, cpu, f32, activation, types, n):
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=300 * EPS * scale)
 
 
+@pytest.mark.parametrize(
+    ("type_name", "cols"), [(t, 512) for t in TENSOR_TYPES] + [("F16", 33), ("BF16", 33)]
+)
+def test_products_of_large_batches_equal_the_formats_definition(products, f32, type_name, cols):
+    cuda = testing.AnyBackend("CUDA", f32_activations=f32)
+    data, w = stored(type_name, 13, cols)
+    x = normal(17, cols)
+    (got,) = cuda.linear(x, [cuda.load(type_name, data, 13, cols)])
+    # Rows have 8 bits beside BF16, else both sides have 11; rounded once each.
+    rounding = 0 if f32 or type_name == "F32" else 2.0**-9 if type_name == "BF16" else 2.0**-10
+    bound = (np.abs(x) @ np.abs(w).T) * (rounding + (cols + 8) * EPS)
+    assert np.all(np.abs(got - x @ w.T) <= bound)
+
+
+def test_an_input_is_narrowed_once_for_all_its_matrices(launches, products):
+    cuda = testing.AnyBackend("CUDA")
+    x = normal(19, 256) * 1e-3
+
+    def count(*types: str) -> int:
+        made = [stored(t, 24, 256, seed=i) for i, t in enumerate(types)]
+        weights = [cuda.load(t, d, 24, 256) for t, (d, _) in zip(types, made, strict=True)]
+        before = launches()
+        got = cuda.linear(x, weights)
+        count = launches() - before
+        for rows, (_, w) in zip(got, made, strict=True):
+            bound = (np.abs(x) @ np.abs(w).T) * 2.0**-7  # rows or weights have 8 bits at least
+            assert np.all(np.abs(rows - x @ w.T) <= bound)
+        return count
+
+    assert count("F16") == 2  # the largest, the rows
+    assert count("F16", "F16", "F16") == 2
+    assert count("BF16", "F16", "BF16") == 3
+    assert count("Q4_K", "Q6_K", "F16") == 4  # and a dequantisation each
+    gate, up = (cuda.load("F16", stored("F16", 24, 256, seed=i)[0], 24, 256) for i in (1, 2))
+    before = launches()
+    cuda.ffn_hidden(x, gate, up, "silu")
+    assert launches() - before == 3
+
+
 # ---- Compaction
 
 
@@ -284,6 +341,29 @@ def test_scores_do_not_depend_on_how_the_rows_are_cut(cuda):
 
 
 @pytest.mark.parametrize("statistic", ["count", "flock"])
+@pytest.mark.parametrize("shape", [(1, 5), (16, 33), (150, 70)])
+def test_marks_get_the_scores_of_their_rows(cuda, cpu, statistic, shape):
+    """One call gives, at every mark, the bits of a call that ends there."""
+    h = rows_of("normal", shape)
+    marks = sorted({1, 2, 4, 8, shape[0] // 2, 63, 64, 65, 128, shape[0]})
+    marks = [m for m in marks if 0 < m <= shape[0]]
+    start = np.full(shape[1], 3.0, np.float32)
+    for backend in (cuda, cpu):
+        got, _ = backend.accumulate(statistic, 0.4, h, start, marks=marks)
+        for mark, scores in zip([shape[0], *marks], got, strict=True):
+            expected, _ = backend.accumulate(statistic, 0.4, h[:mark], start)
+            np.testing.assert_array_equal(scores, expected[0])
+
+
+def test_a_batch_is_counted_in_two_launches(cuda, launches):
+    h = rows_of("normal", (150, 70))
+    for statistic in ("count", "flock"):
+        before = launches()
+        cuda.accumulate(statistic, 0.4, h, np.zeros(70, np.float32), marks=[1, 2, 4, 64, 128])
+        assert launches() - before == 2
+
+
+@pytest.mark.parametrize("statistic", ["count", "flock"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_bad_row_is_named_and_nothing_is_added(cuda, statistic, value):
     h = rows_of("normal", (6, 100))
@@ -375,6 +455,38 @@ def test_attention_equals_the_cpu(cuda, cpu, kv, n_head, n_head_kv, head_dim):
         step = {"f32": 0.0, "f16": 2.0**-11, "q8_0": 2.0**-7}[kv]
         np.testing.assert_allclose(got, expected, atol=2e-5 + step * 0.2)
     assert len(results[0][1]) == len(results[1][1])
+
+
+@pytest.mark.parametrize(
+    ("n_head", "n_head_kv", "head_dim"), [(3, 3, 8), (4, 2, 80), (7, 1, 64), (2, 1, 256)]
+)
+def test_tiles_of_many_rows_equal_the_cpu(cuda, cpu, n_head, n_head_kv, head_dim):
+    """Alone over all positions and in spans, with windows that end within tiles and spans."""
+    caches = [(b, b.cache("f16", "f16", 1, 400, n_head_kv, head_dim)) for b in (cuda, cpu)]
+    first = 0
+    for n, options in [
+        (17, {}),
+        (70, {"window": 50}),
+        (17, {"softcap": 5.0}),
+        (131, {"window": 30, "softcap": 5.0}),
+        (18, {"window": 150}),
+        (140, {}),
+    ]:
+        q = normal(n, n_head * head_dim, seed=first)
+        k, v = (normal(n, n_head_kv * head_dim, seed=first + s) for s in (1, 2))
+        got, expected = (b.attend(c, 0, first, q, k, v, **options) for b, c in caches)
+        np.testing.assert_allclose(got, expected, atol=2e-5)
+        first += n
+
+
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_rows_do_not_see_a_nan_behind_them(cuda, side):
+    rows = {"q": normal(40, 128), "k": normal(40, 64, seed=1), "v": normal(40, 64, seed=2)}
+    rows[side][29, 3] = np.nan
+    cache = cuda.cache("f16", "f16", 1, 64, 1, 64)
+    finite = np.isfinite(cuda.attend(cache, 0, 0, rows["q"], rows["k"], rows["v"]))
+    assert finite[:29].all()
+    assert not finite[29:, 3 :: 64 if side == "v" else 1].any()
 
 
 def test_a_restored_cache_attends_like_the_saved_one(cuda):

@@ -6,12 +6,18 @@ import json
 import os
 import subprocess
 import sys
+import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+import device_paper
+import device_report
 import device_targets
+from cuda_host.target import HAS_DEVICE
 from device_report import Report, joined
+from synthetic_shapes import PAPER
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "device_report.py"
 
@@ -32,6 +38,117 @@ def test_without_a_gpu_it_says_so_and_measures_nothing(tmp_path):
     assert "not measured" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_every_family_of_kernels_is_in_what_the_sanitizers_run():
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "--no-header", "-o", "addopts=--import-mode=importlib", device_report.SMALL],
+        cwd=device_report.ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COREINFER_TEST_TARGETS": "device"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[host" not in done.stdout
+    for wanted in """
+        norm add products[device-F32] products[device-F16] products[device-BF16]
+        products[device-Q4_0] products[device-Q4_K] products[device-Q6_K] products[device-Q8_0]
+        hidden[device-F16] hidden[device-Q4_0] gather[device-F16] gather[device-Q4_0]
+        counts[device-count] counts[device-count_gate] counts[device-count_abs]
+        counts[device-flock] selection attention_and_rope[device-f16]
+        attention_and_rope[device-q8_0] graphs_and_batches streamed_layers
+    """.split():
+        assert f"::test_{wanted}" in done.stdout, wanted
+
+
+@pytest.mark.skipif(HAS_DEVICE, reason="there is a device here")
+def test_a_target_that_was_named_and_is_not_there_is_a_failure():
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "add",
+            device_report.SMALL,
+        ],
+        cwd=device_report.ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COREINFER_TEST_TARGETS": "device"},
+    )
+    assert done.returncode == 1
+    assert "this build cannot use the CUDA device" in done.stdout
+
+
+class SlowReport(Report):
+    """Every command takes all of its time, by a clock of its own, and ends well."""
+
+    def __init__(self, folder, seconds):
+        super().__init__(folder, folder, seconds)
+        self.commands, self.ends = {}, {}
+
+    def execute(self, command, limit, cwd):
+        device_report.time.now += limit
+        return "", True, ""
+
+    def run(self, name, command, limit, cwd=device_report.ROOT):
+        self.commands[name] = list(map(str, command))
+        stage = super().run(name, command, limit, cwd)
+        self.ends[name] = device_report.time.now
+        return stage
+
+
+class Clock:
+    now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def slow(tmp_path, monkeypatch):
+    monkeypatch.setattr(device_report, "time", Clock())
+    model, golden = tmp_path / "m.gguf", tmp_path / "g.json"
+    model.write_bytes(b"")
+    args = Namespace(wheels=tmp_path, llama_bench=None, model=[model], golden=golden)
+
+    def run(seconds):
+        report = SlowReport(tmp_path, seconds)
+        assert device_report.everything(report, args)
+        return report
+
+    return run
+
+
+def test_the_last_stages_are_reached_when_every_one_takes_all_its_time(slow):
+    report = slow(device_report.DEADLINE)
+    assert device_report.time.now <= 1000 + device_report.DEADLINE
+    notes = {stage.name: stage.note for stage in report.stages}
+    names = [*device_report.BEFORE, "make llama2-7b f16", *device_report.AFTER]
+    assert [n for n in notes if n in names] == names
+    for name in names:
+        assert "left out" not in notes[name], name
+    assert notes["llama2-7b q8_0"] == "left out: no time left"
+    left = device_report.DEADLINE - sum(device_report.BEFORE.values())
+    assert left - sum(device_report.AFTER.values()) >= device_report.MEASURE
+
+
+def test_with_and_without_a_limit_the_same_prompt_is_read(slow):
+    commands = slow(10_000).commands
+    for name, limit in device_targets.LIMITED:
+        prompts = [
+            commands[run][commands[run].index("--prompt") + 1]
+            for run in (name, f"{name} in {limit:g} GiB", f"{name} transformers in {limit:g} GiB")
+        ]
+        assert prompts == ["64"] * 3
+    for name, depths in device_paper.SCALED.items():
+        for n in depths:
+            assert commands[f"make {name}, {n} layers"][-2:] == ["--layers", str(n)]
+            assert f"{name}, {n} layers" in commands
+
+
 @pytest.fixture
 def report(tmp_path) -> Report:
     return Report(tmp_path, tmp_path, 60)
@@ -48,6 +165,34 @@ def test_a_stage_has_its_own_limit_and_the_next_one_runs(report):
     both = report.run("lines", [sys.executable, "-c", lines], 30)
     assert both.data == {"rows": [{"a": 1}, {"a": 2}]}
     assert [s.name for s in report.stages] == ["slow", "failed", "lines"]
+    braces = report.run("braces", [sys.executable, "-c", "print('{not json'); print('{}')"], 30)
+    assert (braces.ok, braces.data) == (True, {})
+
+
+def test_one_log_has_what_all_commands_said(report, tmp_path):
+    for word in ("first", "second"):
+        report.run(word, [sys.executable, "-c", f"print('{word} said')"], 30)
+    log = (tmp_path / "report.log").read_text()
+    assert log.index("first said") < log.index("==== second") < log.rindex("second said")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.json", "report.log"]
+
+
+def test_children_of_a_stage_that_is_out_of_time_end_with_it(report, tmp_path):
+    child = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    done = report.run("parent", [sys.executable, "-c", parent], 6, cwd=tmp_path)
+    assert done.note == "not done after 6 s" and done.seconds < 10
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} still runs")
+
+
+def test_what_a_stage_lacks_is_said_first(report):
+    device_report.run_tests(report, "tests", ["false"], 30, "no_such_module")
+    assert report.stages[-1].note.startswith("left out: needs no_such_module: give their wheels")
 
 
 def test_parts_of_a_model_are_joined_in_order(report, tmp_path):
@@ -80,8 +225,9 @@ def test_figures_become_the_ratios_of_the_targets():
         "llama2-7b f16 llama-bench": {
             "rows": [{"n_gen": 0, "avg_ts": 9e9}, {"n_gen": 64, "avg_ts": 100.0}]
         },
-        "opt-6.7b f16": {"core": [core(0.2, 0.004)]},
+        "opt-6.7b f16": {"prompt": 64, "core": [core(0.2, 0.004)]},
         "opt-6.7b f16 in 8 GiB": {
+            "prompt": 64,
             "core": [core(0.2, 0.005, time_to_first_token=0.3)],
             "peak_device_bytes": 6 * 2**30,
             "ffn_bytes": 1e10,
@@ -106,3 +252,32 @@ def test_figures_become_the_ratios_of_the_targets():
     ):
         assert found[what] == "not measured"
     assert found["core decode ÷ dense, 7B f16, β = 0.4, of the byte ratio"] == "not measured"
+
+
+def test_two_depths_give_the_full_one_and_stand_beside_the_papers_figures():
+    def at(n: int) -> dict:
+        fast = {"beta": 0.2, "seconds_a_token": 0.001 + 0.0006 * n, "bytes_a_token": 1e9 + 5e8 * n}
+        return {
+            "dense_seconds_a_token": 0.001 + 0.002 * n,
+            "dense_bytes_a_token": 1e9 * n,
+            "weight_bytes": 1e9 + 1.7e9 * n,
+            "core": [fast],
+        }
+
+    name = "llama2-70b f16"
+    data = {device_paper.at_depth(name, n): at(n) for n in device_paper.SCALED[name]}
+    full = device_paper.scaled(data, name)
+    expected = at(PAPER["llama2-70b"].n_layer)
+    assert full["dense_seconds_a_token"] == pytest.approx(expected["dense_seconds_a_token"])
+    assert full["core"][0] == pytest.approx(expected["core"][0])
+    found = {what: (paper, here) for what, paper, here in device_paper.rows(data)}
+    paper, here = found["A100, Llama-2-70B: CoreInfer"]
+    assert paper.startswith("17.2 tok/s, 5.5×") and here.startswith("20.4 tok/s, 3.3× own dense")
+    assert "extrapolated" in here
+    assert found["A100, OPT-66B: CoreInfer"][1] == "not measured"
+    text = device_report.table([device_report.Stage(n, True, 1.0, data=d) for n, d in data.items()])
+    assert f"| {name}, extrapolated from 2 and 6 layers | core 0.2 | 20.4 |" in text
+    for figure in ("1.92", "2.73", "9.62", "1.85", "7.32", "9.26", "15.96", "3.36", "19.83"):
+        assert figure in text
+    for figure in ("7.28", "57.2", "17.2", "5.5×", "2.3×", "59 GB", "78 GB", "44 GB"):
+        assert figure in text

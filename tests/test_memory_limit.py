@@ -11,6 +11,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import gguf_stream
+import make_synthetic_model
 from coreinfer import CoreConfig, Llama, _core
 from make_synthetic_model import make_paper_model
 from synthetic_shapes import PAPER
@@ -246,3 +248,21 @@ def test_a_memory_limit_is_planned_with_the_share_that_will_decode(model, core, 
     with pytest.raises(MemoryError):
         Llama(model, core=core, memory_limit="1GiB", verbose=False)
     assert asked["core_share"] == share
+
+
+@pytest.mark.parametrize(("shape", "gib"), [("opt-6.7b", 8), ("opt-13b", 14)])
+def test_float_core_weights_are_planned_without_room_for_scales(tmp_path, monkeypatch, shape, gib):
+    """The paper's two models in the memory of its tables: 7215 of 7952 and 13381 of 14096 MiB."""
+
+    def sparse(path, arch, fields, tensors, data):
+        with open(path, "wb") as out:
+            out.write(gguf_stream._header(arch, fields, tensors))
+            out.truncate(sum(t.n_bytes + 64 for t in tensors) + out.tell() + 4096)
+
+    monkeypatch.setattr(make_synthetic_model, "write_gguf", sparse)
+    path = tmp_path / "headers.gguf"
+    make_paper_model(path, PAPER[shape], "F16")
+    resident = _core.testing.ffn_resident_within(
+        str(path), limit=gib << 30, own=240 * MIB, core_share=0.2, n_ctx=1024, n_batch=64
+    )
+    assert not resident  # and no refusal: a layer at a time

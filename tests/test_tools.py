@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
-from gguf import GGUFReader
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 
 import make_synthetic_model
+from gguf_stream import TENSOR_KINDS, block_size
 from make_synthetic_model import main, make_paper_model, make_tiny_model
 from model_shape import ARCHITECTURES, ModelShape, rope_factors, tensor_specs
 from reference.model import ReferenceModel
@@ -326,3 +333,31 @@ def test_file_alignment_is_what_the_reader_of_the_gguf_package_expects(tmp_path)
     assert all(tensor.data_offset % 32 == 0 for tensor in reader.tensors)
     end = max(tensor.data_offset + tensor.n_bytes for tensor in reader.tensors)
     assert 0 <= (tmp_path / "m.gguf").stat().st_size - end < 32
+
+
+NO_GGUF = """
+import sys
+sys.modules["gguf"] = None  # as where the package is not installed
+from make_synthetic_model import main
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["f16", "f32", "q8_0", "q4_0", "q4_k"])
+def test_paper_size_models_are_made_without_the_gguf_package(dtype, tmp_path):
+    path = tmp_path / "m.gguf"
+    command = [sys.executable, "-c", NO_GGUF, "--shape", "smollm2-135m", "--layers", "1"]
+    env = os.environ | {"PYTHONPATH": str(Path(make_synthetic_model.__file__).parent)}
+    done = subprocess.run(
+        [*command, "--type", dtype, "--out", str(path)], capture_output=True, text=True, env=env
+    )
+    assert (done.returncode, path.exists()) == (0, True), done.stderr
+    shape = replace(PAPER["smollm2-135m"], n_layer=1)
+    assert GgufTensors(path).names() == [spec.name for spec in tensor_specs(shape)]
+
+
+def test_block_sizes_and_type_numbers_are_those_of_the_gguf_package():
+    for name in TENSOR_TYPES:
+        kind = GGMLQuantizationType[name]
+        assert block_size(name) == GGML_QUANT_SIZES[kind]
+        assert TENSOR_KINDS[name].number == kind

@@ -1,14 +1,15 @@
-"""Everything that needs a GPU, in one command from a bare checkout: builds, tests, looks for memory
-errors and races, makes models of the paper's sizes, measures ours and the peers that are there.
+"""Everything that needs a GPU, in one command from a bare checkout: builds, tests, makes models of
+the paper's sizes, measures ours and the peers that are there, looks for memory errors and races.
 
     python tools/device_report.py --out report [--wheels DIR] [--llama-bench FILE]
         [--model PART PART --golden FILE]
 
 Needs Python, nvcc, CMake, nanobind and scikit-build-core, and PyTorch for the limits of the device;
-no network. --model names a real model's file, or the parts of one that are joined in order, and
---golden the float32 reference that its decoding is held against. Each stage has a time limit and
-reports its failure, and the next one runs; what would not end in time is left out and said so.
-Writes OUT/report.json and OUT/report.md. Without a GPU it says so and ends.
+the tests also pytest and gguf, whose wheels --wheels may hold; no network. --model names a real
+model's file, or the parts of one that are joined in order, and --golden the float32 reference that
+its decoding is held against. Each stage has a time limit and reports its failure, and the next one
+runs; what would not end in time is left out and said so. Writes OUT/report.json, OUT/report.md and
+OUT/report.log, what all commands said. Without a GPU it says so and ends.
 
 Written without a GPU at hand: it has not run to its end yet.
 """
@@ -16,10 +17,12 @@ Written without a GPU at hand: it has not run to its end yet.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,15 +33,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import device_paper
 import device_targets
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = "device-site"  # under the work folder: what is installed for the report
-# The paper's own figures (arXiv 2410.18311), tok/s: to be read beside ours.
-PAPER = """
-The paper's own, input of about 64 tokens: OPT-6.7B on a 12 GB TITAN XP: Transformers 1.92, DejaVu
-2.73, PowerInfer 7.32, CoreInfer 19.83 (7.28 GB). A100: Llama-2-7B 57.2; Llama-2-70B 17.2.
-"""
+# Seconds that a stage may take at most. With MEASURE, which may have more where others took less,
+# they are below the deadline: what comes last is reached whatever the stages before it do.
+BEFORE = {"device": 20, "wheels": 20, "build": 130, "ceilings": 50, "smoke test": 40}
+MEASURE = 60
+AFTER = {"golden": 25, "tests": 60, "sanitizer memcheck": 30, "sanitizer racecheck": 30}
+DEADLINE = 470
+SMALL = "tests/test_cuda_small.py"  # a case of every family of kernels
 
 
 @dataclass
@@ -71,7 +77,14 @@ class Report:
         self.deadline = time.monotonic() + seconds
         self.stages: list[Stage] = []
         site = str(work / SITE)
-        self.env = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        self.reserve = 0.0  # seconds that stages to come have first claim on
+        self.env = os.environ | {
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "CMAKE_BUILD_PARALLEL_LEVEL": str(len(os.sched_getaffinity(0))),
+            "COREINFER_TEST_TARGETS": "device",
+        }
+        (out / "report.log").write_text("")
         cublas = find_cublas()
         if cublas is not None:
             self.env.setdefault("COREINFER_CUBLAS_LIBRARY", str(cublas))
@@ -79,37 +92,62 @@ class Report:
         self.env["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
 
     def left(self) -> float:
-        return self.deadline - time.monotonic()
+        return self.deadline - self.reserve - time.monotonic()
 
-    def run(self, name: str, command: list[str], limit: float, cwd: Path = ROOT) -> Stage:
-        """Runs a command for at most `limit` seconds; lines of JSON at its end are its data."""
-        limit = min(limit, self.left())
-        start = time.monotonic()
-        if limit < 5:
-            return self.add(Stage(name, False, 0.0, "left out: no time left"))
+    def lacks(self, *modules: str) -> str:
+        """Why a stage that imports these modules cannot run; empty where it can."""
+        site = self.work / SITE
+        missing = [
+            m for m in modules if not (site / m).exists() and importlib.util.find_spec(m) is None
+        ]
+        wheels = "give their wheels with --wheels DIR"
+        return f"left out: needs {', '.join(missing)}: {wheels}" if missing else ""
+
+    def execute(self, command: list[str], limit: float, cwd: Path) -> tuple[str, bool, str]:
+        """(output, whether it ended well, why not); after `limit` seconds its children end, too."""
         try:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 command,
                 cwd=cwd,
                 env=self.env,
+                stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-                timeout=limit,
+                start_new_session=True,
             )
-            text, ok = done.stdout, done.returncode == 0
-            note = "" if ok else f"exit status {done.returncode}"
-        except subprocess.TimeoutExpired as error:
-            said = error.stdout or b""
-            text = said.decode(errors="replace") if isinstance(said, bytes) else said
-            ok, note = False, f"not done after {limit:.0f} s"
         except OSError as error:
-            text, ok, note = "", False, str(error)
-        (self.out / f"{name}.log".replace("/", "_").replace(" ", "_")).write_text(text)
+            return "", False, str(error)
+        note = ""
+        try:
+            text, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            try:
+                text, _ = process.communicate(timeout=5)
+            except subprocess.TimeoutExpired:  # a child in a session of its own holds the pipe
+                text = ""
+            note = f"not done after {limit:.0f} s"
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        if not note and process.returncode != 0:
+            note = f"exit status {process.returncode}"
+        return text, not note, note
+
+    def run(self, name: str, command: list[str], limit: float, cwd: Path = ROOT) -> Stage:
+        """Runs a command for at most `limit` seconds; lines of JSON in its output are its data."""
+        limit = min(limit, self.left())
+        start = time.monotonic()
+        if limit < 5:
+            return self.add(Stage(name, False, 0.0, "left out: no time left"))
+        text, ok, note = self.execute(command, limit, cwd)
+        with open(self.out / "report.log", "a") as log:
+            log.write(f"==== {name}: {' '.join(command)}\n{text}\n")
         lines = text.strip().splitlines()
         stage = Stage(name, ok, time.monotonic() - start, note)
-        found = [json.loads(line) for line in lines if line.startswith("{")] if ok else []
+        found = list(filter(None, map(json_object, lines))) if ok else []
         if found:
             stage.data = found[0] if len(found) == 1 else {"rows": found}
         else:
@@ -124,10 +162,20 @@ class Report:
         return stage
 
 
+def json_object(line: str) -> dict[str, Any] | None:
+    """The object that a line of output is; None for other text, brace or not."""
+    if not line.startswith("{"):
+        return None
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
 def find_device(report: Report) -> bool:
     """Whether there is a GPU, by its driver's own word."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    return report.run("device", query, 30).ok
+    return report.run("device", query, BEFORE["device"]).ok
 
 
 def joined(report: Report, parts: list[Path]) -> Path | None:
@@ -152,31 +200,37 @@ def build(report: Report, wheels: Path | None) -> bool:
     site = report.work / SITE
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target"]
     if wheels is not None:
-        report.run("wheels", [*pip, str(site), *map(str, sorted(wheels.glob("*.whl")))], 60)
+        files = map(str, sorted(wheels.glob("*.whl")))
+        report.run("wheels", [*pip, str(site), *files], BEFORE["wheels"])
     command = [*pip, str(site), "--upgrade", "--no-build-isolation", str(ROOT)]
     command += ["-Ccmake.define.COREINFER_CUDA=ON"]
     command += ["-Ccmake.define.COREINFER_CUDA_ARCHITECTURES=native"]
     command += [f"-Cbuild-dir={report.work / 'build'}"]
-    return report.run("build", command, 200).ok
+    return report.run("build", command, BEFORE["build"]).ok
 
 
-def test(report: Report) -> None:
-    """The CUDA tests on the device, and small cases under compute-sanitizer."""
-    pytest = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
-    report.run(
-        "tests",
-        [*pytest, "-k", "device", "tests/test_cuda_kernels.py", "tests/test_cuda_engine.py"],
-        120,
-    )
-    small = ["-k", "device and (scores_equal and 1000 or selection or hidden)"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
+
+
+def run_tests(report: Report, name: str, command: list[str], limit: float, *more: str) -> None:
+    """Tests on the device alone; `more` is what they import beside pytest."""
+    why = report.lacks("pytest", *more)
+    if why:
+        report.add(Stage(name, False, 0.0, why))
+    else:
+        report.run(name, command, limit)
+
+
+def check(report: Report) -> None:
+    """All CUDA tests on the device; the small ones under compute-sanitizer with the time left."""
+    files = ["tests/test_cuda_kernels.py", "tests/test_cuda_engine.py"]
+    run_tests(report, "tests", [*PYTEST, *files], AFTER["tests"], "gguf")
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    for tool in ("memcheck", "racecheck"):
-        report.run(
-            f"sanitizer {tool}",
-            [sanitizer, f"--tool={tool}", "--error-exitcode=9", "--target-processes=all"]
-            + [*pytest, *small, "tests/test_cuda_kernels.py"],
-            60,
-        )
+    for tool, share in (("memcheck", 2), ("racecheck", 1)):
+        name = f"sanitizer {tool}"
+        command = [sanitizer, f"--tool={tool}", "--error-exitcode=9", "--target-processes=all"]
+        limit = max(AFTER[name], report.left() / share)
+        run_tests(report, name, [*command, *PYTEST, SMALL], limit)
 
 
 def bench(report: Report, what: str, name: str, limit: float, **options: Any) -> dict[str, Any]:
@@ -186,16 +240,23 @@ def bench(report: Report, what: str, name: str, limit: float, **options: Any) ->
     return report.run(name, command, limit).data
 
 
-def make_model(report: Report, shape: str, dtype: str) -> Path | None:
-    path = report.work / f"{shape}-{dtype}.gguf"
+def make_model(report: Report, shape: str, dtype: str, layers: int = 0) -> Path | None:
+    path = report.work / f"{shape}-{dtype}-{layers}.gguf"
     command = [sys.executable, "tools/make_synthetic_model.py", "--shape", shape]
     command += ["--type", dtype, "--out", str(path)]
-    ok = report.run(f"make {shape} {dtype}", command, 90).ok
+    name = f"make {shape} {dtype}"
+    if layers:
+        name = device_paper.at_depth(name, layers)
+        command += ["--layers", str(layers)]
+    ok = report.run(name, command, 90).ok
     return path if ok else None
 
 
 def measure(report: Report, llama_bench: Path | None) -> None:
-    """The models one after the other, each deleted before the next is made; the targets' first."""
+    """The models one after the other, each deleted before the next is made; the targets' first.
+
+    With and without a limit a model reads the same prompt: it is the same core set that decodes.
+    """
     for shape, dtype, limits in [
         ("llama2-7b", "f16", []),
         ("opt-6.7b", "f16", [8.0]),
@@ -205,30 +266,46 @@ def measure(report: Report, llama_bench: Path | None) -> None:
         ("llama2-7b", "q4_k", []),
     ]:
         name = f"{shape} {dtype}"
-        if report.left() < 45:
+        if report.left() < 30:
             report.add(Stage(name, False, 0.0, "left out: no time left"))
             continue
         path = make_model(report, shape, dtype)
         if path is None:
             continue
-        bench(report, "ours", name, 90, model=path, beta="0.2,0.4")
+        prompt = 64 if limits else 512
+        bench(report, "ours", name, 90, model=path, beta="0.2,0.4", prompt=prompt)
         for limit in limits:
-            options = {"model": path, "beta": "0.2", "prompt": 64, "vram_limit": limit}
+            options = {"model": path, "beta": "0.2", "prompt": prompt, "vram_limit": limit}
             bench(report, "ours", f"{name} in {limit:g} GiB", 90, **options)
         if llama_bench is not None and not limits:
             command = [str(llama_bench), "-m", str(path), "-ngl", "99", "-o", "jsonl", "-r", "3"]
             report.run(f"{name} llama-bench", [*command, "-p", "512", "-n", "64"], 90)
         path.unlink(missing_ok=True)
         if dtype == "f16" and shape != "opt-13b":
-            bench(report, "transformers", f"{name} transformers", 60, shape=shape, gen=32)
+            options = {"shape": shape, "prompt": prompt, "gen": 32}
+            bench(report, "transformers", f"{name} transformers", 60, **options)
         for limit in limits:
-            options = {"shape": shape, "prompt": 64, "gen": 4, "vram_limit": limit}
+            options = {"shape": shape, "prompt": prompt, "gen": 4, "vram_limit": limit}
             bench(report, "transformers", f"{name} transformers in {limit:g} GiB", 90, **options)
+    for name, depths in device_paper.SCALED.items():
+        for layers in depths:
+            run = device_paper.at_depth(name, layers)
+            if report.left() < 30:
+                report.add(Stage(run, False, 0.0, "left out: no time left"))
+                continue
+            path = make_model(report, *name.split(), layers)
+            if path is not None:
+                bench(report, "ours", run, 60, model=path, beta="0.2", prompt=64)
+                path.unlink(missing_ok=True)
 
 
 def table(stages: list[Stage]) -> str:
     """The stages and the measured figures as Markdown."""
     data = {s.name: s.data for s in stages}
+    for name, (few, more) in device_paper.SCALED.items():
+        with contextlib.suppress(KeyError):
+            full = device_paper.scaled(data, name)
+            data[f"{name}, extrapolated from {few} and {more} layers"] = full
     limits = data.get("ceilings", {})
     lines = [f"# {limits.get('device', 'unknown device')}", ""]
     copy, flop = limits.get("copy_bytes_s"), limits.get("f16_flop_s")
@@ -249,17 +326,19 @@ def table(stages: list[Stage]) -> str:
 
     for name, d in data.items():
         if "dense_seconds_a_token" in d:
-            pp = f"{d['prompt'] / d['prefill_seconds']:.0f}"
+            pp = f"{d['prompt'] / d['prefill_seconds']:.0f}" if "prefill_seconds" in d else ""
             seconds, size = d["dense_seconds_a_token"], d["dense_bytes_a_token"]
             lines.append(row(name, "dense", seconds, size, pp, ""))
         for c in d.get("core", []):
-            first = f"{c['time_to_first_token']:.2f}"
+            first = f"{c['time_to_first_token']:.2f}" if "time_to_first_token" in c else ""
             what = f"core {c['beta']:g}"
             lines.append(row(name, what, c["seconds_a_token"], c["bytes_a_token"], "", first))
         if "transformers" in name and "seconds_a_token" in d:
             first = f"{d['time_to_first_token']:.2f}"
             lines.append(row(name, "dense", d["seconds_a_token"], 0.0, "", first))
-    lines += [PAPER, "| target | wanted | found |", "| --- | --- | --- |"]
+    lines += ["", "| the paper's, input of about 64 tokens | paper | here |", "| --- | --- | --- |"]
+    lines += [f"| {what} | {paper} | {here} |" for what, paper, here in device_paper.rows(data)]
+    lines += ["", "| target | wanted | found |", "| --- | --- | --- |"]
     lines += [
         f"| {what} | {wanted} | {found} |" for what, wanted, found in device_targets.rows(data)
     ]
@@ -268,6 +347,26 @@ def table(stages: list[Stage]) -> str:
         note = s.note.replace("|", "/").replace("\n", " ")[:200]
         lines.append(f"| {s.name} | {'ok' if s.ok else 'failed'} | {s.seconds:.1f} | {note} |")
     return "\n".join(lines) + "\n"
+
+
+def everything(report: Report, args: argparse.Namespace) -> bool:
+    """All stages in order, what says most first; False where there is no device."""
+    if not find_device(report):
+        return False
+    if not build(report, args.wheels.resolve() if args.wheels else None):
+        return True
+    bench(report, "ceilings", "ceilings", BEFORE["ceilings"])
+    run_tests(report, "smoke test", [*PYTEST, SMALL], BEFORE["smoke test"])
+    report.reserve = float(sum(AFTER.values()))
+    measure(report, args.llama_bench.resolve() if args.llama_bench else None)
+    report.reserve = 0.0
+    if args.model and args.golden:
+        model = joined(report, [part.resolve() for part in args.model])
+        if model is not None:
+            options = {"model": model, "golden": args.golden.resolve()}
+            bench(report, "golden", "golden", AFTER["golden"], **options)
+    check(report)
+    return True
 
 
 def main() -> int:
@@ -284,22 +383,13 @@ def main() -> int:
     parser.add_argument("--golden", type=Path, help="golden file of that model")
     parser.add_argument("--llama-bench", type=Path, help="a llama-bench built with CUDA")
     parser.add_argument(
-        "--seconds", type=float, default=470.0, help="deadline (default: %(default)s)"
+        "--seconds", type=float, default=DEADLINE, help="deadline (default: %(default)s)"
     )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     args.work.mkdir(parents=True, exist_ok=True)
     report = Report(args.out.resolve(), args.work.resolve(), args.seconds)
-    if find_device(report):
-        bench(report, "ceilings", "ceilings", 60)
-        if build(report, args.wheels.resolve() if args.wheels else None):
-            test(report)
-            model = joined(report, [part.resolve() for part in args.model]) if args.model else None
-            if model is not None and args.golden:
-                options = {"model": model, "golden": args.golden.resolve()}
-                bench(report, "golden", "golden", 60, **options)
-            measure(report, args.llama_bench.resolve() if args.llama_bench else None)
-    else:
+    if not everything(report, args):
         print("no NVIDIA GPU that its driver can see: nothing was measured")
     (report.out / "report.md").write_text(table(report.stages))
     print((report.out / "report.md").read_text())

@@ -86,6 +86,8 @@ def rows(data: Data) -> list[tuple[str, str, str]]:
             return data[peer]["seconds_a_token"] / core_of(data[limited], 0.2)["seconds_a_token"]
 
         def of_free(limited: str = limited, name: str = name) -> float:
+            if data[name]["prompt"] != data[limited]["prompt"]:
+                raise KeyError("prompt")  # another core set, a longer context: no comparison
             free = core_of(data[name], 0.2)["seconds_a_token"]
             return free / core_of(data[limited], 0.2)["seconds_a_token"]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from gguf import GGMLQuantizationType, quants
 
 from gguf_stream import block_size
 
@@ -79,5 +78,12 @@ def half_bytes(values: np.ndarray) -> np.ndarray:
 
 
 def stored_bytes(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 values as the bytes of a type in QUANTISABLE, uint8 of any shape."""
+    """float32 values as the bytes of a type in QUANTISABLE, uint8 of any shape.
+
+    Beyond F32 and F16 it takes the `gguf` package's quantisers.
+    """
+    if dtype in ("F32", "F16"):
+        return values.astype({"F32": "<f4", "F16": "<f2"}[dtype], copy=False).view(np.uint8)
+    from gguf import GGMLQuantizationType, quants
+
     return quants.quantize(values, GGMLQuantizationType[dtype]).view(np.uint8)

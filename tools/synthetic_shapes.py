@@ -41,6 +41,7 @@ LLAMA31_SCALING = {
 }
 PAPER = {
     "llama2-7b": ModelShape("llama", 32, 4096, 11008, 32, 32, 128, 32000, 4096),
+    "llama2-70b": ModelShape("llama", 80, 8192, 28672, 64, 8, 128, 32000, 4096),
     "llama3.1-8b": ModelShape(
         "llama",
         32,
@@ -56,6 +57,7 @@ PAPER = {
     ),
     "opt-6.7b": ModelShape("opt", 32, 4096, 16384, 32, 32, 128, 50272, 2048, tied=True),
     "opt-13b": ModelShape("opt", 40, 5120, 20480, 40, 40, 128, 50272, 2048, tied=True),
+    "opt-66b": ModelShape("opt", 64, 9216, 36864, 72, 72, 128, 50272, 2048, tied=True),
     "qwen2.5-7b": ModelShape(
         "qwen2", 28, 3584, 18944, 28, 4, 128, 152064, 32768, rope_freq_base=1e6, norm_eps=1e-6
     ),

@@ -155,6 +155,14 @@ using KvCachePtr = std::unique_ptr<KvCache>;
 // How a token's activations become neuron scores; DESIGN of the statistics: neurons/statistic.h.
 enum class Statistic { kCount, kCountGate, kCountAbs, kFlock };
 
+// Where the sums over the first `row` rows of a call go too, row >= 1; marks ascend.
+struct ScoreMark {
+  int64_t row = 0;
+  float* scores = nullptr;  // (h.width)
+};
+// Marks of one call at most; a power of two each.
+inline constexpr size_t kMaxScoreMarks = 32;
+
 // In place of the number of a row with NaN or Inf: there was none. Row numbers stay below 2^24.
 inline constexpr float kNoBadRow = 1e9f;
 
@@ -193,6 +201,7 @@ struct BackendInfo {
   std::string description;  // one line for people
   // Bytes of the device's own memory for weights, caches and the work of sessions; 0: host memory.
   uint64_t device_memory = 0;
+  uint64_t device_own = 0;  // bytes of it that the backend works with itself, beside those
   // load() comes back while the copy is under way, beside what was issued before.
   bool loads_ahead = false;
   std::string device;        // the GPU's name; "" for the CPU
@@ -210,6 +219,10 @@ class Backend {
   virtual void write(const float* from_host, float* to, int64_t n) = 0;
   virtual void copy(const float* from, float* to, int64_t n) = 0;  // both in backend memory
   virtual BufferPtr load_vector(const Mat& mat) = 0;  // float32 copy of a (1, n) tensor
+  // Bytes of memory that such a matrix takes once it is loaded.
+  virtual uint64_t loaded_bytes(DType type, int64_t rows, int64_t cols) const {
+    return static_cast<uint64_t>(rows) * row_bytes(type, cols);
+  }
   // Copies a matrix into the layout for computing; the Mat's memory is not needed any more.
   virtual WeightPtr load(const Mat& mat) = 0;
   // The same for a matrix whose inputs are mostly zeros (what ReLU gives): columns that meet a zero
@@ -238,11 +251,11 @@ class Backend {
 
   // ---- neurons
   // Adds each row's score vector to scores (h.width floats). Rows are added in order, so the sum
-  // does not depend on chunking. Row r with a NaN or Inf lowers *bad, which is kNoBadRow before, to
-  // first_row + r; nothing is added then. Nobody waits for a device here: who wants to know reads
-  // *bad, once for many calls.
+  // does not depend on chunking; on the way they are copied to the marks. Row r with a NaN or Inf
+  // lowers *bad, which is kNoBadRow before, to first_row + r; nothing is added or copied then.
+  // Nobody waits for a device here: who wants to know reads *bad, once for many calls.
   virtual void accumulate(Statistic statistic, double alpha, Rows h, float* scores,
-                          int64_t first_row, float* bad) = 0;
+                          std::span<const ScoreMark> marks, int64_t first_row, float* bad) = 0;
   // Of each row of scores: the k entries of highest positive score, ties to the lower index,
   // ascending; fewer when fewer are positive.
   virtual std::vector<std::vector<int32_t>> select(Rows scores, int64_t k) = 0;

@@ -29,7 +29,7 @@ constexpr int64_t kNeuronChunk = 1024;
 }  // namespace
 
 void CpuBackend::accumulate(Statistic statistic, double alpha, Rows h, float* scores,
-                            int64_t first_row, float* bad) {
+                            std::span<const ScoreMark> marks, int64_t first_row, float* bad) {
   if (!(alpha > 0.0 && alpha <= 1.0) && statistic != Statistic::kFlock) {
     throw_error(ErrorKind::kValue, "alpha is %g, expected a share in (0, 1]", alpha);
   }
@@ -77,12 +77,16 @@ void CpuBackend::accumulate(Statistic statistic, double alpha, Rows h, float* sc
       return;
     }
     while (context.next(h.width, kNeuronChunk, &begin, &end)) {
+      auto mark = marks.begin();
       for (size_t r = 0; r < n_rows; ++r) {
         const float* row = h.data + static_cast<int64_t>(r) * h.stride;
         if (flock) {
           if (s.factor[r] > 0) kernels.add_squares(row, begin, end, s.factor[r], scores);
         } else if (s.chosen[r].key != Threshold::kNone) {
           kernels.add_chosen(row, begin, end, magnitude, s.chosen[r], scores);
+        }
+        if (mark != marks.end() && mark->row == static_cast<int64_t>(r) + 1) {
+          std::copy(scores + begin, scores + end, mark++->scores + begin);
         }
       }
     }

@@ -18,7 +18,7 @@ struct CudaOptions {
 
 // The library and this header must be of one build: raised with every change of backend.h or of
 // the options.
-inline constexpr int kCudaInterface = 3;
+inline constexpr int kCudaInterface = 4;
 
 // What the library exports, as coreinfer_make_cuda_backend. Null where it failed: then *kind is the
 // ErrorKind and `message` (size bytes) says why.

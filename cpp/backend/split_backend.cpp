@@ -183,9 +183,9 @@ class SplitBackend final : public Backend {
     fetch(attended, out);
   }
 
-  void accumulate(Statistic statistic, double alpha, Rows h, float* scores, int64_t first_row,
-                  float* bad) override {
-    cpu_->accumulate(statistic, alpha, h, scores, first_row, bad);
+  void accumulate(Statistic statistic, double alpha, Rows h, float* scores,
+                  std::span<const ScoreMark> marks, int64_t first_row, float* bad) override {
+    cpu_->accumulate(statistic, alpha, h, scores, marks, first_row, bad);
   }
   std::vector<std::vector<int32_t>> select(Rows scores, int64_t k) override {
     return cpu_->select(scores, k);
@@ -193,11 +193,14 @@ class SplitBackend final : public Backend {
 
   CompactWeights compact(std::span<const CompactSource> layers, Room* room) override {
     std::vector<CompactSource> sources[2];  // of the CPU, of the GPU
-    for (const CompactSource& layer : layers) {
-      CompactSource source = layer;
-      const bool gpu = is_on_gpu(layer.up);
-      if (gpu && layer.up_bias) source.up_bias = on_gpu(*layer.up_bias);
-      sources[gpu ? 1 : 0].push_back(std::move(source));
+    {
+      const std::lock_guard lock(mutex_);  // other sessions ask for the same biases
+      for (const CompactSource& layer : layers) {
+        CompactSource source = layer;
+        const bool gpu = is_on_gpu(layer.up);
+        if (gpu && layer.up_bias) source.up_bias = on_gpu(*layer.up_bias);
+        sources[gpu ? 1 : 0].push_back(std::move(source));
+      }
     }
     CompactWeights made[2];
     if (!sources[0].empty()) made[0] = cpu_->compact(sources[0], room);

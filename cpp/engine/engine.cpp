@@ -27,9 +27,20 @@ GpuPart last_layers(const GgufFile& file, int64_t n_layer, int64_t n) {
   return part;
 }
 
+// A GPU has memory of its own; what the process holds on the host does not count there.
+MemoryBudget gpu_budget(const EngineOptions& options, const BackendInfo& info) {
+  MemoryBudget budget;
+  budget.limit = info.device_memory + info.device_own;
+  budget.process = info.device_own;
+  budget.file_pages = false;
+  budget.core_share = options.core_share;
+  budget.name = options.vram_limit > 0 ? "vram_limit" : "the GPU's free memory";
+  return budget;
+}
+
 std::unique_ptr<Backend> make_backend(const EngineOptions& options, const GgufFile& file,
-                                      int64_t n_layer) {
-  const int64_t n = options.n_gpu_layers;
+                                      const ModelConfig& config, const SessionMemory& session) {
+  const int64_t n = options.n_gpu_layers, n_layer = config.n_layer;
   if (n < -1) {
     throw_error(ErrorKind::kValue,
                 "n_gpu_layers is %lld, expected 0 (CPU), a number of layers, or -1 (all %lld)",
@@ -44,6 +55,17 @@ std::unique_ptr<Backend> make_backend(const EngineOptions& options, const GgufFi
   cuda.memory_limit = options.vram_limit;
   std::unique_ptr<Backend> gpu = make_cuda_backend(cuda);
   if (n < 0 || n >= n_layer) return gpu;
+  MemoryBudget budget = gpu_budget(options, gpu->info());
+  budget.first_layer = n_layer - n;
+  budget.session = session;
+  budget.session.cache = session.cache / static_cast<uint64_t>(n_layer) * static_cast<uint64_t>(n);
+  budget.session.counts = 0;  // on the host
+  if (options.memory_limit == 0) {
+    MemoryPlan(budget, file, config, *gpu)
+        .check_resident(
+            "the layers that n_gpu_layers puts there: lower n_gpu_layers, or let all "
+            "layers pass through the GPU with n_gpu_layers=-1");
+  }
   return make_split_backend(make_cpu_backend(cpu), std::move(gpu), last_layers(file, n_layer, n));
 }
 
@@ -64,22 +86,28 @@ std::shared_ptr<const Engine> Engine::load(std::shared_ptr<const GgufFile> file,
   std::shared_ptr<Engine> engine(new Engine());
   engine->file_ = std::move(file);
   engine->config_ = read_config(*engine->file_);
-  engine->backend_ = make_backend(options, *engine->file_, engine->config_.n_layer);
-  // A GPU has memory of its own; what the process holds on the host does not count there.
-  const uint64_t device = engine->backend_->info().device_memory;
-  MemoryBudget budget;
-  budget.limit = device > 0 ? device : options.memory_limit;
-  budget.process = device > 0 ? 0 : memory_use().rss;
-  budget.file_pages = device == 0;
-  budget.core_share = options.core_share;
+  const ModelConfig& config = engine->config_;
+  SessionMemory session;
   if (options.session) {
-    const ModelConfig& c = engine->config_;
-    budget.session = session_memory(checked(*options.session, c), c);
-    budget.session.counts += FfnSamples::bytes(options.samples, c.n_layer, c.n_ff, c.n_embd);
+    session = session_memory(checked(*options.session, config), config);
+    session.counts +=
+        FfnSamples::bytes(options.samples, config.n_layer, config.n_ff, config.n_embd);
   }
-  engine->memory_ = std::make_unique<MemoryPlan>(budget, *engine->file_, engine->config_);
+  engine->backend_ = make_backend(options, *engine->file_, config, session);
+  const BackendInfo info = engine->backend_->info();
+  const bool on_gpu = info.device_memory > 0;
+  MemoryBudget budget;
+  if (on_gpu) {
+    budget = gpu_budget(options, info);
+  } else {
+    budget.limit = options.memory_limit;
+    budget.process = memory_use().rss;
+    budget.core_share = options.core_share;
+  }
+  budget.session = session;
+  engine->memory_ = std::make_unique<MemoryPlan>(budget, *engine->file_, config, *engine->backend_);
   const WeightOptions weights{engine->memory_->ffn_resident(),
-                              device == 0 && engine->memory_->limited(), options.progress};
+                              !on_gpu && engine->memory_->limited(), options.progress};
   engine->weights_ = load_weights(*engine->file_, engine->config_, *engine->backend_, weights);
   engine->load_seconds_ = seconds_since(start_ns);
   return engine;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <string>
 
 #include "base/error.h"
@@ -27,30 +28,46 @@ uint64_t core_weight_bytes(double share, uint64_t gate_and_up, uint64_t down, bo
                                down_share * static_cast<double>(down));
 }
 
-MemoryPlan::MemoryPlan(const MemoryBudget& budget, const GgufFile& file, const ModelConfig& config)
+MemoryPlan::MemoryPlan(const MemoryBudget& budget, const GgufFile& file, const ModelConfig& config,
+                       const Backend& backend)
     : budget_(budget) {
   if (!limited()) return;
+  const auto loaded = [&](const TensorInfo& info) {
+    if (info.n_dims != 2) return info.nbytes;
+    const Mat mat = file.mat(info);
+    return backend.loaded_bytes(mat.type, mat.rows, mat.cols);
+  };
   const auto bytes_of = [&](const std::string& name) {
     const TensorInfo* info = file.find(name);
-    return info != nullptr ? info->nbytes : uint64_t{0};
+    return info != nullptr ? loaded(*info) : uint64_t{0};
   };
-  for (int64_t i = 0; i < config.n_layer; ++i) {
+  for (int64_t i = budget.first_layer; i < config.n_layer; ++i) {
     const std::string layer = "blk." + std::to_string(i) + ".";
     const uint64_t gate = bytes_of(layer + "ffn_gate.weight");
     const uint64_t up = bytes_of(layer + "ffn_up.weight");
-    const uint64_t down = bytes_of(layer + "ffn_down.weight");
+    const TensorInfo* info = file.find(layer + "ffn_down.weight");
+    const uint64_t down = info != nullptr ? loaded(*info) : 0;
+    const bool quantized = info != nullptr && traits(file.mat(*info).type).quantized;
     ffn_bytes_ += gate + up + down;
     layer_bytes_ = std::max(layer_bytes_, gate + up + down);
     matrix_bytes_ = std::max({matrix_bytes_, gate, up, down});
-    core_bytes_ += core_weight_bytes(budget.core_share, gate + up, down, true);
+    core_bytes_ += core_weight_bytes(budget.core_share, gate + up, down, quantized);
   }
-  for (const TensorInfo& info : file.tensors()) other_bytes_ += info.nbytes;
-  const uint64_t embeddings = bytes_of("token_embd.weight") + bytes_of("position_embd.weight");
-  other_bytes_ -= ffn_bytes_ + embeddings;
-  head_bytes_ = bytes_of("output.weight");
-  if (head_bytes_ == 0) {  // the embeddings again, copied
-    head_bytes_ = bytes_of("token_embd.weight");
-    other_bytes_ += head_bytes_;
+  for (const TensorInfo& info : file.tensors()) {
+    long long layer = -1;
+    std::sscanf(info.name.c_str(), "blk.%lld.", &layer);
+    if (budget.first_layer == 0 || layer >= budget.first_layer) other_bytes_ += loaded(info);
+  }
+  other_bytes_ -= ffn_bytes_;
+  uint64_t embeddings = 0;
+  if (budget.first_layer == 0) {
+    embeddings = bytes_of("token_embd.weight") + bytes_of("position_embd.weight");
+    other_bytes_ -= embeddings;
+    head_bytes_ = bytes_of("output.weight");
+    if (head_bytes_ == 0) {  // the embeddings again, copied
+      head_bytes_ = bytes_of("token_embd.weight");
+      other_bytes_ += head_bytes_;
+    }
   }
   if (budget.file_pages) {
     embd_bytes_ = std::min(embeddings, ModelWeights::kEmbeddingBytes);
@@ -81,11 +98,17 @@ uint64_t MemoryPlan::needed(bool ffn_resident, const SessionMemory& session,
 
 void MemoryPlan::require(uint64_t needed, const char* for_what) const {
   if (!limited() || needed <= budget_.limit) return;
-  throw_error(ErrorKind::kMemory,
-              "memory_limit is %.1f MiB, but %.0f MiB are needed for the process (%.1f), weights "
-              "other than FFN (%.1f) and %s",
-              mib(budget_.limit), std::ceil(mib(needed + kReserve)), mib(budget_.process),
-              mib(other_bytes_), for_what);
+  throw_error(
+      ErrorKind::kMemory,
+      "%s is %.1f MiB, but %.0f MiB are needed for %s (%.1f), weights other than FFN (%.1f) "
+      "and %s",
+      budget_.name.c_str(), mib(budget_.limit), std::ceil(mib(needed + kReserve)),
+      budget_.file_pages ? "the process" : "the GPU backend's own work", mib(budget_.process),
+      mib(other_bytes_), for_what);
+}
+
+void MemoryPlan::check_resident(const char* what_to_do) const {
+  if (!ffn_resident_) require(needed(true, budget_.session, core_bytes_), what_to_do);
 }
 
 void MemoryPlan::check_session(const SessionMemory& session) const {

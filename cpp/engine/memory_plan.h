@@ -5,7 +5,9 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
+#include "backend/backend.h"
 #include "engine/session_options.h"
 #include "gguf/gguf_file.h"
 #include "model/config.h"
@@ -19,19 +21,24 @@ uint64_t core_weight_bytes(double share, uint64_t gate_and_up, uint64_t down, bo
 
 struct MemoryBudget {
   uint64_t limit = 0;       // bytes that may be resident; 0: no limit
-  uint64_t process = 0;     // bytes that are, before the model is loaded
+  uint64_t process = 0;     // bytes that are, before the model is loaded; those a GPU backend needs
   bool file_pages = true;   // pages of the mapped model file count when they are read
   double core_share = 0.0;  // of the FFN weights that decoding will want beside the dense ones
   SessionMemory session;    // of the session to come
+  int64_t first_layer = 0;  // above 0: only this layer and all after it are here
+  std::string name = "memory_limit";  // of the limit, in messages
 };
 
 class MemoryPlan {
  public:
   // Throws kMemory when not even the way of working that needs least would fit.
-  MemoryPlan(const MemoryBudget& budget, const GgufFile& file, const ModelConfig& config);
+  MemoryPlan(const MemoryBudget& budget, const GgufFile& file, const ModelConfig& config,
+             const Backend& backend);
 
   bool limited() const { return budget_.limit > 0; }
   bool ffn_resident() const { return ffn_resident_; }
+  // Throws kMemory, naming `what_to_do`, unless dense FFN weights may stay resident.
+  void check_resident(const char* what_to_do) const;
 
   // Throws kMemory unless such a session fits beside the weights.
   void check_session(const SessionMemory& session) const;

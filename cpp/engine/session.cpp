@@ -347,7 +347,10 @@ uint64_t Session::estimated_bytes(const std::function<int64_t(size_t)>& kept) co
     if (k == 0 || (k == n_ff && engine_->weights().ffn_resident)) continue;  // nothing is copied
     const CompactSource& s = engine_->weights().layers[i].source;
     const double share = static_cast<double>(k) / static_cast<double>(n_ff);
-    bytes += core_weight_bytes(share, s.gate.bytes() + s.up.bytes(), s.down.bytes(),
+    const auto loaded = [this](const Mat& m) {
+      return m.empty() ? 0 : engine_->backend().loaded_bytes(m.type, m.rows, m.cols);
+    };
+    bytes += core_weight_bytes(share, loaded(s.gate) + loaded(s.up), loaded(s.down),
                                traits(s.down.type).quantized);
   }
   return bytes;

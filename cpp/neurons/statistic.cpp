@@ -68,22 +68,17 @@ NeuronCounts::Snapshot NeuronCounts::make(int64_t n_tokens) const {
 }
 
 void NeuronCounts::add(int64_t layer, Rows h) {
-  float* const scores = row(now_, layer);
   if (spec_.weighted) h = weighted(layer, h);
-  // In pieces that end where a snapshot is due, so that snapshots do not depend on the batches.
-  for (int64_t done = 0; done < h.n;) {
-    const int64_t position = n_tokens() + done;
-    const auto due = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(position) + 1));
-    const int64_t count = std::min(h.n - done, due - position);
-    backend_->accumulate(spec_.statistic, spec_.alpha, h.slice(done, count), scores, done,
-                         bad_->data() + layer);
-    done += count;
-    if (n_tokens() + done != due) continue;
+  // At every power of two on the way, so that snapshots do not depend on the batches.
+  std::vector<ScoreMark> marks;
+  auto due = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(n_tokens()) + 1));
+  for (; due <= n_tokens() + h.n; due *= 2) {
     if (layer == 0) snapshots_.push_back(make(due));
-    for (const Snapshot& s : snapshots_) {
-      if (s.n_tokens == due) backend_->copy(scores, row(s, layer), n_ff());
-    }
+    const Snapshot* s = snapshot(due);
+    if (s != nullptr) marks.push_back({due - n_tokens(), row(*s, layer)});
   }
+  backend_->accumulate(spec_.statistic, spec_.alpha, h, row(now_, layer), marks, 0,
+                       bad_->data() + layer);
 }
 
 void NeuronCounts::check_finite() const {

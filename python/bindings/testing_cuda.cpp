@@ -148,18 +148,26 @@ class AnyBackend {
     return result;
   }
 
-  // Scores after adding the rows of h in pieces that begin at `cuts`, and the first row with NaN or
-  // Inf (-1: none).
+  // Scores after adding the rows of h in pieces that begin at `cuts`, then a row of scores for each
+  // of `marks`, as after so many rows; and the first row with NaN or Inf (-1: none).
   std::pair<Array<float>, int64_t> accumulate(const std::string& statistic, double alpha, Matrix h,
-                                              FloatVector scores,
-                                              const std::vector<int64_t>& cuts) {
+                                              FloatVector scores, const std::vector<int64_t>& cuts,
+                                              const std::vector<int64_t>& marks) {
     const Block in = block(h);
-    const Block s = block(scores.data(), 1, static_cast<int64_t>(scores.size()));
+    const auto width = static_cast<int64_t>(scores.size());
+    std::vector<float> start((marks.size() + 1) * scores.size());
+    std::copy_n(scores.data(), scores.size(), start.begin());
+    const Block s = block(start.data(), static_cast<int64_t>(marks.size()) + 1, width);
     const Block bad = block(&kNoBadRow, 1, 1);
     for (size_t i = 0; i < cuts.size(); ++i) {
       const int64_t end = i + 1 < cuts.size() ? cuts[i + 1] : in.rows.n;
+      std::vector<ScoreMark> within;
+      for (size_t m = 0; m < marks.size(); ++m) {
+        if (marks[m] <= cuts[i] || marks[m] > end) continue;
+        within.push_back({marks[m] - cuts[i], s.rows.slice(static_cast<int64_t>(m) + 1, 1).data});
+      }
       backend_->accumulate(statistic_from_name(statistic), alpha,
-                           in.rows.slice(cuts[i], end - cuts[i]), s.rows.data, cuts[i],
+                           in.rows.slice(cuts[i], end - cuts[i]), s.rows.data, within, cuts[i],
                            bad.rows.data);
     }
     float first = 0.0f;
@@ -282,7 +290,8 @@ void bind_testing_cuda(nb::module_& testing) {
       .def("compact", &AnyBackend::compact, nb::arg("gate").none(), nb::arg("up"), nb::arg("down"),
            nb::arg("neurons"), nb::arg("up_bias") = nb::none())
       .def("accumulate", &AnyBackend::accumulate, nb::arg("statistic"), nb::arg("alpha"),
-           nb::arg("h"), nb::arg("scores"), nb::arg("cuts") = std::vector<int64_t>{0})
+           nb::arg("h"), nb::arg("scores"), nb::arg("cuts") = std::vector<int64_t>{0},
+           nb::arg("marks") = std::vector<int64_t>{})
       .def("select", &AnyBackend::select, nb::arg("scores"), nb::arg("k"))
       .def("copy", &AnyBackend::copy, nb::arg("x"))
       .def("cache", &AnyBackend::cache, nb::arg("type_k"), nb::arg("type_v"), nb::arg("n_layer"),

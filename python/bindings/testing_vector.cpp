@@ -271,8 +271,8 @@ class TestVectorBackend {
     {
       nb::gil_scoped_release release;
       backend_.accumulate(statistic(name), alpha,
-                          rows->rows(static_cast<int64_t>(h.shape(0)), width(h)), sums.data(), 0,
-                          &bad);
+                          rows->rows(static_cast<int64_t>(h.shape(0)), width(h)), sums.data(), {},
+                          0, &bad);
     }
     return {sums, bad < kNoBadRow ? static_cast<int64_t>(bad) : -1};
   }

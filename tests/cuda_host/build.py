@@ -39,6 +39,11 @@ def cublas_library() -> Path:
     return _library("cublas_host", [HERE / "cublas.cpp"])
 
 
+def interleaved_library() -> Path:
+    """Path of interleaved.cpp, which uses the CUDA backend through its interface alone."""
+    return _library("interleaved", [HERE / "interleaved.cpp"])
+
+
 def _library(name: str, sources: list[Path]) -> Path:
     """Compiles and links the sources, unless that has been done.
 

@@ -37,7 +37,7 @@ std::recursive_mutex queues_mutex;  // guards the streams
 std::set<QueuedStream*> streams;
 std::mutex sizes_mutex;
 std::map<void*, size_t> sizes;
-std::atomic<long> graph_launches{0};
+std::atomic<long> graph_launches{0}, kernel_launches{0}, overlapping_launches{0}, allocations{0};
 
 void carry_out(QueuedStream& stream, uint64_t until) {
   const std::lock_guard lock(queues_mutex);
@@ -72,8 +72,27 @@ cudaError_t issue(cudaStream_t to, Step step) {
 
 }  // namespace
 
+// What tests set: CUDA_HOST_DEVICES, CUDA_HOST_DRIVER and CUDA_HOST_PTX (the architecture that the
+// kernels were compiled for; 0: one that this device cannot run).
+namespace {
+long long given(const char* variable, long long otherwise) {
+  const char* value = std::getenv(variable);
+  return value != nullptr ? std::atoll(value) : otherwise;
+}
+constexpr int kRuntime = 13000;
+}  // namespace
+
 const char* cudaGetErrorString(cudaError_t status) {
-  return status == cudaErrorMemoryAllocation ? "out of memory" : "invalid argument";
+  switch (status) {
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorInsufficientDriver:
+      return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorNoKernelImageForDevice:
+      return "no kernel image is available for execution on the device";
+    default:
+      return "invalid argument";
+  }
 }
 const char* cudaGetErrorName(cudaError_t status) {
   return status == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation"
@@ -81,9 +100,10 @@ const char* cudaGetErrorName(cudaError_t status) {
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int* n) {
-  const char* given = std::getenv("CUDA_HOST_DEVICES");
-  *n = given != nullptr ? std::atoi(given) : 1;
-  return cudaSuccess;
+  *n = static_cast<int>(given("CUDA_HOST_DEVICES", 1));
+  // Within a major version an older driver does.
+  const bool too_old = given("CUDA_HOST_DRIVER", kRuntime) / 1000 < kRuntime / 1000;
+  return too_old ? cudaErrorInsufficientDriver : cudaSuccess;
 }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
@@ -94,8 +114,15 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   *free = *total = size_t{8} << 30;
   return cudaSuccess;
 }
-cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
-cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) {
+  return *version = static_cast<int>(given("CUDA_HOST_DRIVER", kRuntime)), cudaSuccess;
+}
+cudaError_t cudaRuntimeGetVersion(int* version) { return *version = kRuntime, cudaSuccess; }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  const int ptx = static_cast<int>(given("CUDA_HOST_PTX", 90));
+  if (ptx == 0) return cudaErrorNoKernelImageForDevice;
+  return *attributes = {90, ptx}, cudaSuccess;  // compiled for this device by the driver, if older
+}
 
 // Ends where a page that nobody may touch begins, so that a kernel that runs over is caught.
 cudaError_t cudaMalloc(void** p, size_t bytes) {
@@ -109,6 +136,7 @@ cudaError_t cudaMalloc(void** p, size_t bytes) {
   std::memset(*p, 0xff, bytes);
   const std::lock_guard lock(sizes_mutex);
   sizes[*p] = pages + kPage;
+  ++allocations;
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* p) {
@@ -188,6 +216,18 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsig
 extern "C" __attribute__((visibility("default"))) long cuda_host_graph_launches() {
   return graph_launches;
 }
+// How many kernels were launched, those of graphs left aside.
+extern "C" __attribute__((visibility("default"))) long cuda_host_kernel_launches() {
+  return kernel_launches;
+}
+// How many of those may start before the kernel before them is done.
+extern "C" __attribute__((visibility("default"))) long cuda_host_overlapping_launches() {
+  return overlapping_launches;
+}
+// How often device memory was asked for.
+extern "C" __attribute__((visibility("default"))) long cuda_host_allocations() {
+  return allocations;
+}
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
   ++graph_launches;
   for (const Step& step : exec->steps) issue(stream, step);
@@ -198,9 +238,11 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return delete exec, cud
 
 cudaError_t cuda_host_launch(void (*thunk)(const void*, const void*), const void* kernel,
                              const void* args, size_t args_size, dim3 grid, dim3 block,
-                             size_t shared, cudaStream_t stream) {
+                             size_t shared, cudaStream_t stream, bool overlaps) {
   const auto* bytes = static_cast<const char*>(args);
   std::vector<char> copy(bytes, bytes + args_size);
+  ++kernel_launches;
+  if (overlaps) ++overlapping_launches;
   return issue(stream, [thunk, kernel, copy = std::move(copy), grid, block, shared] {
     // Arguments are copied to aligned memory of their own, as a device would.
     alignas(16) char args[4096];

@@ -1,6 +1,8 @@
 """Where the tests of the CUDA backend run: its sources on the host, and a device if there is one.
 
 A module takes the fixture over by importing it: ``from cuda_host.target import target``.
+COREINFER_TEST_TARGETS, `host`, `device` or both with a comma, says which of them run; one that was
+named and cannot run is a failure, not a skip.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from cuda_host.build import NoCompiler, host_library
 
 VARIABLE = "COREINFER_CUDA_LIBRARY"
 HAS_DEVICE = Path("/dev/nvidiactl").exists()
+NAMED = os.environ.get("COREINFER_TEST_TARGETS", "")
+TARGETS = NAMED.split(",") if NAMED else ["host", "device"] if HAS_DEVICE else ["host"]
 
 
 def _use(library: str | None) -> str | None:
@@ -26,14 +30,20 @@ def _use(library: str | None) -> str | None:
     return before
 
 
-@pytest.fixture(scope="module", params=["host", "device"] if HAS_DEVICE else ["host"])
+def _cannot_run(why: str) -> None:
+    if NAMED:
+        pytest.fail(why)
+    pytest.skip(why)
+
+
+@pytest.fixture(scope="module", params=TARGETS)
 def target(request) -> Iterator[str]:
     """The name of the target; while it is in use, the core opens that target's library."""
     if request.param == "host":
         try:
             library = str(host_library())
         except NoCompiler as error:
-            pytest.skip(str(error))
+            _cannot_run(str(error))
         before = _use(library)
     else:
         before = _use(None)
@@ -41,6 +51,6 @@ def target(request) -> Iterator[str]:
             testing.AnyBackend("CUDA")
         except RuntimeError as error:
             _use(before)
-            pytest.skip(f"this build cannot use the CUDA device: {error}")
+            _cannot_run(f"this build cannot use the CUDA device: {error}")
     yield request.param
     _use(before)

@@ -28,7 +28,15 @@ from . import options
 from .progress import ProgressLine
 from .pull import resolve
 
-_LOADING = ("n_ctx", "n_batch", "n_threads", "n_gpu_layers", "main_gpu", "f32_activations")
+_LOADING = (
+    "n_ctx",
+    "n_batch",
+    "n_threads",
+    "n_gpu_layers",
+    "main_gpu",
+    "vram_limit",
+    "f32_activations",
+)
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

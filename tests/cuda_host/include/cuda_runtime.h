@@ -149,7 +149,15 @@ T __ldg(const T* p) {
 
 // ---- The runtime: one device, host memory; streams do their work when somebody waits for it.
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorUnsupportedPtxVersion = 222
+};
 enum cudaMemcpyKind {
   cudaMemcpyHostToDevice,
   cudaMemcpyDeviceToHost,
@@ -175,6 +183,10 @@ struct cudaDeviceProp {
   size_t totalGlobalMem;
 };
 
+struct cudaFuncAttributes {
+  int binaryVersion, ptxVersion;
+};
+
 const char* cudaGetErrorString(cudaError_t status);
 const char* cudaGetErrorName(cudaError_t status);
 cudaError_t cudaGetLastError();
@@ -184,6 +196,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total);
 cudaError_t cudaDriverGetVersion(int* version);
 cudaError_t cudaRuntimeGetVersion(int* version);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
 cudaError_t cudaMalloc(void** p, size_t bytes);
 cudaError_t cudaFree(void* p);
 cudaError_t cudaMallocHost(void** p, size_t bytes);
@@ -209,4 +222,4 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
 // In place of cudaLaunchKernelExC, whose kernels carry no type: the thunk knows it.
 cudaError_t cuda_host_launch(void (*thunk)(const void*, const void*), const void* kernel,
                              const void* args, size_t args_size, dim3 grid, dim3 block,
-                             size_t shared, cudaStream_t stream);
+                             size_t shared, cudaStream_t stream, bool overlaps);
