@@ -204,7 +204,7 @@ struct BackendInfo {
   uint64_t device_own = 0;  // bytes of it that the backend works with itself, beside those
   // load() comes back while the copy is under way, beside what was issued before.
   bool loads_ahead = false;
-  std::string device;        // the GPU's name; "" for the CPU
+  std::string device = {};   // the GPU's name; "" for the CPU
   uint64_t device_peak = 0;  // bytes of its memory that were taken at one time, at most
 };
 
