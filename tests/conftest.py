@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from coreinfer._core import testing
 from small_clusters import letters
 from tiny_llama import load, make_tiny_llama
 
@@ -25,6 +26,13 @@ def tiny(tmp_path_factory) -> str:
 def llm(tiny):
     with load(tiny) as llm:
         yield llm
+
+
+@pytest.fixture(params=testing.available_isas())
+def forced_isa(request, monkeypatch) -> str:
+    """Each instruction set of this machine, plainest first; engines made in the test use it."""
+    monkeypatch.setenv("COREINFER_ISA", request.param)
+    return request.param
 
 
 @pytest.fixture

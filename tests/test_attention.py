@@ -188,6 +188,18 @@ def test_every_grouping_and_head_size(isa, n_head, n_head_kv, head_dim, kv):
     assert_rounded_attention(case.run(isa, kv=kv, f32_activations=False), case, expected, kv)
 
 
+@pytest.mark.parametrize("kv", ["f32", "f16"])
+def test_every_short_head_at_every_offset(isa, kv):
+    """The backend copies what it is given to aligned memory; a head of an odd size puts the heads
+    behind it, and the rows below, at every address."""
+    for head_dim in range(1, 36):
+        rope = {"rope": "halves", "freq": frequencies(head_dim // 2)} if head_dim > 1 else {}
+        case = Case(21, n_head=6, n_head_kv=3, head_dim=head_dim, seed=head_dim, **rope)
+        expected = case.expected(kv)
+        assert_attention(case.run(isa, kv=kv), expected, kv)
+        assert_attention(case.run(isa, [1, 3, 16, 1], kv=kv), expected, kv)
+
+
 @pytest.mark.parametrize("kv, kv_v", [("q8_0", "f16"), ("f16", "q8_0"), ("f32", "f16")])
 def test_keys_and_values_may_differ_in_type(isa, kv, kv_v):
     case = Case(90)

@@ -25,6 +25,8 @@ ISAS = testing.available_isas()
 PACKED_TYPES = [t for t in TENSOR_TYPES if t not in PLAIN_TYPES]
 BLOCK = {t: block_size(t)[0] for t in TENSOR_TYPES}
 GROUP = {t: 16 if t in ("Q2_K", "Q3_K", "Q6_K") else 32 for t in PACKED_TYPES}
+# One type of each kind of codes and scales, and two that are not packed.
+FAMILIES = ["F32", "F16", "Q4_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "IQ4_NL"]
 EPS = 2.0**-23
 
 
@@ -114,6 +116,34 @@ def test_product_equals_numpy(isa, type_name, f32):
             (y,) = backend.linear(x, [weight])
             assert y.shape == (n, rows)
             check_product(y, x, w, type_name, isa, f32)
+
+
+@pytest.mark.parametrize("type_name", FAMILIES)
+def test_product_equals_numpy_for_every_short_number_of_rows(isa, type_name):
+    cols = 35 if type_name in PLAIN_TYPES else BLOCK[type_name]
+    backend = testing.TestBackend(isa, False, 2)
+    for rows in range(1, 34):  # up to two strips and a row
+        data, w = matrix(type_name, rows, cols)
+        weight = backend.load(type_name, data, rows, cols)
+        for n in (1, 2, 5, 17):
+            x = activations(n, cols)
+            (y,) = backend.linear(x, [weight])
+            assert y.shape == (n, rows)
+            check_product(y, x, w, type_name, isa, False)
+
+
+@pytest.mark.parametrize("zeros", [False, True], ids=["by rows", "by columns"])
+@pytest.mark.parametrize("type_name", PLAIN_TYPES)
+def test_product_equals_numpy_for_every_short_input(isa, type_name, zeros):
+    backend = testing.TestBackend(isa, False, 2)
+    for cols in range(1, 71):
+        rows = 1 + cols % 19
+        data, w = matrix(type_name, rows, cols)
+        weight = backend.load(type_name, data, rows, cols, zeros)
+        for n in (1, 3, 17):  # rows after the first stand at odd addresses
+            x = activations(n, cols)
+            (y,) = backend.linear(x, [weight])
+            check_product(y, x, w, type_name, isa, False)
 
 
 def after_relu(n: int, cols: int) -> np.ndarray:
@@ -215,6 +245,20 @@ def test_bits_of_a_row_depend_on_nothing_but_the_row(isa, type_name, f32):
         weight = backend.load(type_name, data, rows, cols)
         for n in range(1, 17):
             np.testing.assert_array_equal(backend.linear(x[:n], [weight])[0], alone[:n])
+
+
+@pytest.mark.parametrize("f32", [False, True], ids=["fast", "f32"])
+@pytest.mark.parametrize("type_name", FAMILIES)
+def test_large_batches_do_not_depend_on_threads(isa, type_name, f32):
+    rows, cols, n = 331, 512, 40
+    data, _ = matrix(type_name, rows, cols)
+    x = activations(n, cols)
+    results = []
+    for threads in (1, 2, 3):
+        backend = testing.TestBackend(isa, f32, threads)
+        results.append(backend.linear(x, [backend.load(type_name, data, rows, cols)])[0])
+    np.testing.assert_array_equal(results[1], results[0])
+    np.testing.assert_array_equal(results[2], results[0])
 
 
 @pytest.mark.parametrize("f32", [False, True], ids=["fast", "f32"])

@@ -100,28 +100,31 @@ void check_attention(Isa isa, int64_t n) {
   const std::vector<float> a = values(9 * kDepth), b = values(kDepth * n);
   std::vector<uint16_t> half(b.size());
   plain.f32_to_f16(b.data(), static_cast<int64_t>(b.size()), half.data());
+  const float* const left = a.data() + 1;
+  const float* const right = b.data() + 1;
+  const uint16_t* const right16 = half.data() + 1;
   for (int64_t rows = 1; rows <= 9; ++rows) {
     for (const bool accumulate : {false, true}) {
       std::vector<float> c = values(rows * n), d = c, e = c, f = c;
-      plain.multiply_f32(a.data(), kDepth, b.data(), n, c.data(), n, rows, kDepth, n, accumulate,
+      plain.multiply_f32(left, kDepth, right, n, c.data() + 1, n, rows, kDepth, n, accumulate,
                          nullptr);
-      fast.multiply_f32(a.data(), kDepth, b.data(), n, d.data(), n, rows, kDepth, n, accumulate,
+      fast.multiply_f32(left, kDepth, right, n, d.data() + 1, n, rows, kDepth, n, accumulate,
                         nullptr);
       check(close(c, d, 30.0f), isa, "multiply_f32", n);
-      plain.multiply_f16(a.data(), kDepth, half.data(), n, e.data(), n, rows, kDepth, n, accumulate,
-                         half.data());
-      fast.multiply_f16(a.data(), kDepth, half.data(), n, f.data(), n, rows, kDepth, n, accumulate,
-                        half.data());
+      plain.multiply_f16(left, kDepth, right16, n, e.data() + 1, n, rows, kDepth, n, accumulate,
+                         right16);
+      fast.multiply_f16(left, kDepth, right16, n, f.data() + 1, n, rows, kDepth, n, accumulate,
+                        right16);
       check(close(e, f, 30.0f), isa, "multiply_f16", n);
     }
   }
   if (n >= 1 && n <= kKvBlock) {
     for (const float softcap : {0.0f, 5.0f}) {
-      std::vector<float> s = values(n - 1, 4.0f), t = s;
+      std::vector<float> s = values(n, 4.0f), t = s;
       float max[2] = {-1.0f, -1.0f}, sum[2] = {2.0f, 2.0f};
       const int64_t begin = n / 3, end = n - n / 4;
-      const float p = plain.softmax(s.data(), n, begin, end, softcap, &max[0], &sum[0]);
-      const float q = fast.softmax(t.data(), n, begin, end, softcap, &max[1], &sum[1]);
+      const float p = plain.softmax(s.data() + 1, n, begin, end, softcap, &max[0], &sum[0]);
+      const float q = fast.softmax(t.data() + 1, n, begin, end, softcap, &max[1], &sum[1]);
       check(close(s, t) && close({p, max[0], sum[0]}, {q, max[1], sum[1]}), isa, "softmax", n);
     }
   }
@@ -149,36 +152,36 @@ void check_attention(Isa isa, int64_t n) {
 void check_count(Isa isa, int64_t n, bool tied) {
   const CountKernels& plain = count_kernels(Isa::kScalar);
   const CountKernels& fast = count_kernels(isa);
-  std::vector<float> h = values(n - 1);
+  std::vector<float> row = values(n);
   if (tied) {
-    for (float& v : h) v = std::round(v);
+    for (float& v : row) v = std::round(v);
   }
+  float* const h = row.data() + 1;
   std::vector<int32_t> scratch;
   for (const bool magnitude : {false, true}) {
     bool finite = true, still_finite = true;
-    const int64_t count = plain.positives(h.data(), n, magnitude, &finite);
-    check(count == fast.positives(h.data(), n, magnitude, &still_finite) && still_finite, isa,
-          "positives", n);
+    const int64_t count = plain.positives(h, n, magnitude, &finite);
+    check(count == fast.positives(h, n, magnitude, &still_finite) && still_finite, isa, "positives",
+          n);
     for (int64_t k = 1; k <= count; k += 1 + count / 7) {
-      const Threshold a = plain.threshold(h.data(), n, magnitude, k, scratch);
-      const Threshold b = fast.threshold(h.data(), n, magnitude, k, scratch);
-      std::vector<float> s(h.size()), t(h.size());
-      plain.add_chosen(h.data(), 0, n, magnitude, a, s.data());
-      fast.add_chosen(h.data(), n / 3, n, magnitude, b, t.data());
-      fast.add_chosen(h.data(), 0, n / 3, magnitude, b, t.data());
+      const Threshold a = plain.threshold(h, n, magnitude, k, scratch);
+      const Threshold b = fast.threshold(h, n, magnitude, k, scratch);
+      std::vector<float> s(row.size()), t(row.size());
+      plain.add_chosen(h, 0, n, magnitude, a, s.data() + 1);
+      fast.add_chosen(h, n / 3, n, magnitude, b, t.data() + 1);
+      fast.add_chosen(h, 0, n / 3, magnitude, b, t.data() + 1);
       check(s == t, isa, "threshold", n);
     }
   }
-  const double squares = plain.sum_squares(h.data(), n);
-  check(std::fabs(squares - fast.sum_squares(h.data(), n)) <= 1e-12 * squares, isa, "sum_squares",
-        n);
-  std::vector<float> s(h.size(), 1.0f), t = s;
-  plain.add_squares(h.data(), n / 3, n, 0.37, s.data());
-  fast.add_squares(h.data(), n / 3, n, 0.37, t.data());
+  const double squares = plain.sum_squares(h, n);
+  check(std::fabs(squares - fast.sum_squares(h, n)) <= 1e-12 * squares, isa, "sum_squares", n);
+  std::vector<float> s(row.size(), 1.0f), t = s;
+  plain.add_squares(h, n / 3, n, 0.37, s.data() + 1);
+  fast.add_squares(h, n / 3, n, 0.37, t.data() + 1);
   check(s == t, isa, "add_squares", n);
-  h[static_cast<size_t>(n / 2)] = std::numeric_limits<float>::infinity();
+  h[n / 2] = std::numeric_limits<float>::infinity();
   bool finite = true;
-  fast.positives(h.data(), n, false, &finite);
+  fast.positives(h, n, false, &finite);
   check(!finite, isa, "finding Inf", n);
 }
 
