@@ -186,7 +186,7 @@ def test_core_sets_equal_the_oracle(models, reference_forward, forced_isa, arch,
 def real_forward(smollm2_path) -> tuple[np.ndarray, Forward]:
     """Tokens and what the oracle makes of them with a real model's weights."""
     # Any text does; these ids are a seeded walk over common tokens.
-    tokens = np.random.default_rng(3).integers(200, 8000, 128, dtype=np.int32)
+    tokens = np.random.default_rng(3).integers(200, 8000, 100, dtype=np.int32)
     return tokens, ReferenceModel(smollm2_path, np.float32).forward(tokens)
 
 
