@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -224,31 +223,6 @@ def test_auto_under_a_memory_limit_warns_of_what_measured_worse_than_asked(tiny,
         with pytest.warns(UserWarning, match="more than the allowed 0.05"):
             llm("ab" * 30, max_tokens=4)
         assert llm.decision.kl == 0.16
-
-
-AUTO_UNDER_A_LIMIT = """
-import json, re, sys
-from coreinfer import Llama, _core
-def run(limit):
-    with Llama(sys.argv[1], n_ctx=512, n_batch=64, memory_limit=limit, verbose=False) as llm:
-        llm("word " * 60, max_tokens=4, temperature=0)
-        return llm._engine.ffn_resident, llm.core_set.patch_rank
-try:
-    run(1 << 20)
-except MemoryError as error:
-    needed = re.search(r"but (\\d+) MiB are needed", str(error))[1]
-print(json.dumps([int(needed), run(needed + "MiB"), _core.memory()["peak_rss"]]))
-"""
-
-
-def test_the_limit_that_auto_asks_for_is_enough(wide):
-    """The core set that will decode is patched, and its samples are planned with."""
-    program = [sys.executable, "-W", "ignore", "-c", AUTO_UNDER_A_LIMIT, str(wide)]
-    done = subprocess.run(program, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    needed, (resident, patch_rank), peak = json.loads(done.stdout)
-    assert not resident and patch_rank > 0
-    assert peak <= 1.04 * needed * (1 << 20)
 
 
 @pytest.fixture(scope="module")

@@ -208,8 +208,8 @@ LLAMA = """
 import json, re, sys
 from coreinfer import Llama, _core
 def run(limit):
-    with Llama(sys.argv[1], core="stable", beta=0.2, n_ctx=512, n_batch=64, memory_limit=limit,
-               verbose=False) as llm:
+    with Llama(sys.argv[1], n_ctx=512, n_batch=64, memory_limit=limit, verbose=False,
+               **json.loads(sys.argv[2])) as llm:
         llm("word " * 60, max_tokens=4, temperature=0)
         return llm._engine.ffn_resident, llm.core_set.patch_rank
 try:
@@ -220,8 +220,11 @@ print(json.dumps([int(needed), run(needed + "MiB"), _core.memory()["peak_rss"]])
 """
 
 
-def test_the_limit_that_a_message_asks_for_is_enough_and_is_kept(model):
-    done = subprocess.run([sys.executable, "-c", LLAMA, model], capture_output=True, text=True)
+@pytest.mark.parametrize("core", [{"core": "stable", "beta": 0.2}, {}], ids=["stable", "auto"])
+def test_the_limit_that_a_message_asks_for_is_enough_and_is_kept(model, core):
+    """The core set that will decode is patched, and its samples are planned with."""
+    program = [sys.executable, "-W", "ignore", "-c", LLAMA, model, json.dumps(core)]
+    done = subprocess.run(program, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     needed, (resident, patch_rank), peak = json.loads(done.stdout)
     assert not resident and patch_rank > 0
