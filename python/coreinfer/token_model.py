@@ -111,14 +111,14 @@ class TokenModel:
         # they do not stay, the limit must hold for what then decodes.
         tuning = self._found_tuning(file.fingerprint)
         choice = None if tuning is None else tuning.choose(core.max_kl)
-        chosen = replace(core, mode="stable") if choice is None else choice.config
-        if choice is None:
-            with contextlib.suppress(MemoryError):
-                engine = load(replace(core, mode="exact"))
-                if engine.ffn_resident:
-                    return engine
-                del engine
-        return load(chosen)
+        if choice is not None:
+            return load(choice.config)
+        with contextlib.suppress(MemoryError):
+            engine = load(replace(core, mode="exact"))
+            if engine.ffn_resident:
+                return engine
+            del engine
+        return load(replace(core, mode="stable"))
 
     # --- what is open, and closing ---
 
