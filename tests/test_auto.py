@@ -195,11 +195,11 @@ def test_auto_waits_in_exact_mode_and_then_compacts(tiny):
 
 
 def test_auto_under_a_memory_limit_warns_that_nothing_is_known(tiny, monkeypatch):
-    from coreinfer import token_model
+    from coreinfer import core_choice
 
-    made = token_model.Auto
+    made = core_choice.Auto
     monkeypatch.setattr(
-        token_model, "Auto", lambda core, tuning, **_: made(core, tuning, ffn_resident=False)
+        core_choice, "Auto", lambda core, tuning, **_: made(core, tuning, ffn_resident=False)
     )
     with Llama(str(tiny), verbose=False) as llm:
         with pytest.warns(UserWarning, match="not known"):
@@ -211,11 +211,11 @@ def test_auto_under_a_memory_limit_warns_that_nothing_is_known(tiny, monkeypatch
 
 
 def test_auto_under_a_memory_limit_warns_of_what_measured_worse_than_asked(tiny, monkeypatch):
-    from coreinfer import token_model
+    from coreinfer import core_choice
 
-    made = token_model.Auto
+    made = core_choice.Auto
     monkeypatch.setattr(
-        token_model, "Auto", lambda core, tuning, **_: made(core, tuning, ffn_resident=False)
+        core_choice, "Auto", lambda core, tuning, **_: made(core, tuning, ffn_resident=False)
     )
     with Llama(str(tiny), verbose=False, core="off") as llm:
         tuning = Tuning(llm.fingerprint, (row(0.4, 8, 0.16),))

@@ -27,11 +27,11 @@ from .config import (
     SamplingConfig,
     cache_type,
 )
+from .core_choice import AnyClusters
 from .core_sets import CoreSet
 from .embedders import AnyEmbedder
 from .text_stream import StopWatcher, TextStream
 from .token_model import (
-    AnyClusters,
     LogitsProcessor,
     StoppingCriterion,
     TokenGenerator,
@@ -236,7 +236,7 @@ class Llama(TokenModel):
             "core": self.core,
             "clusters": self.clusters,
             "tuning": self._tuning,
-            "embedder": None if self._lookup is None else self._lookup.embedder,
+            "embedder": self._choice.embedder,
             "last_n_tokens_size": self._penalty_last_n,
             "verbose": self.verbose,
             **vars(self._config),

@@ -10,29 +10,28 @@ import contextlib
 import os
 import random
 import threading
-import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from . import _core
-from .auto import Auto, Decision
-from .cluster_lookup import ClusterLookup
+from .auto import Decision
 from .clusters import Clusters
 from .config import RANDOM_SEED, CoreConfig, LoadConfig, SamplingConfig
+from .core_choice import AnyClusters, CoreChoice, ModelFacts
 from .core_sets import CoreSet
 from .embedders import AnyEmbedder
+from .loading import load_engine
 from .text_stream import TopLogprobs
 from .timings import Timings, since
-from .tuning import Tuning, find_tuning
+from .tuning import Tuning, tuning_of
 from .types import Backend, LlamaState
 
 LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 StoppingCriterion = Callable[[np.ndarray, np.ndarray], bool]
 Tokens = Sequence[int] | np.ndarray
-AnyClusters = str | os.PathLike[str] | Clusters
 TokenGenerator = Generator[int, Sequence[int] | None, bool]
 
 _SCORE_CHUNK = 64  # rows of (n_vocab) log-probabilities held at once for an echoed prompt
@@ -61,7 +60,8 @@ class TokenModel:
         self.prefill_progress = prefill_progress
         self._config = config
         self._tuning = tuning
-        self._engine: _core.Engine | None = self._load(file, core)
+        find_tuning = partial(tuning_of, tuning, model_path, file.fingerprint)
+        self._engine: _core.Engine | None = load_engine(file, config, core, find_tuning)
         self._session: _core.Session | None = _core.Session(
             self._engine,
             n_ctx=config.n_ctx,
@@ -71,54 +71,12 @@ class TokenModel:
         )
         self._lock = threading.Lock()
         self._generation = 0  # grows whenever the cache gets another text
-        self._core_set: CoreSet | None = None  # that decodes the present text
         self._timings_before: dict[str, float] = {}
         self._reused = 0
-        self._text_of = text_of
-        self._auto: Auto | None = None
-        self._decision: Decision | None = None
-        self._stability: float | None = None
-        self._lookup_seconds: dict[str, float] = {}
-        self._core = self._active = CoreConfig.of("off")
+        self._choice = CoreChoice(ModelFacts.of(self._engine), find_tuning, text_of)
         self.set_clusters(clusters, embedder)
         self.core = core
         self.set_seed(config.seed)
-
-    def _load(self, file: _core.GgufFile, core: CoreConfig | CoreSet) -> _core.Engine:
-        config = self._config
-
-        def load(core: CoreConfig | CoreSet) -> _core.Engine:
-            return _core.Engine(
-                file,
-                n_threads=config.n_threads or 0,
-                f32_activations=config.f32_activations,
-                memory_limit=config.memory_limit or 0,
-                core_share=_core_share(core),
-                n_ctx=config.n_ctx,
-                n_batch=config.n_batch,
-                type_k=config.type_k,
-                type_v=config.type_v,
-                samples=_samples(core),
-                n_gpu_layers=config.n_gpu_layers,
-                main_gpu=config.main_gpu,
-                vram_limit=config.vram_limit or 0,
-            )
-
-        limited = config.memory_limit or config.vram_limit
-        if not (limited and isinstance(core, CoreConfig) and core.mode == "auto"):
-            return load(core)
-        # Exact mode needs less beside the dense weights than a patched core set without them. Where
-        # they do not stay, the limit must hold for what then decodes.
-        tuning = self._found_tuning(file.fingerprint)
-        choice = None if tuning is None else tuning.choose(core.max_kl)
-        if choice is not None:
-            return load(choice.config)
-        with contextlib.suppress(MemoryError):
-            engine = load(replace(core, mode="exact"))
-            if engine.ffn_resident:
-                return engine
-            del engine
-        return load(replace(core, mode="stable"))
 
     # --- what is open, and closing ---
 
@@ -210,7 +168,7 @@ class TokenModel:
             load_seconds=now["load_seconds"],
             **since(now, self._timings_before),
             compact_bytes=now["compact_bytes"],
-            **self._lookup_seconds,
+            **self._choice.lookup_seconds,
             patch_bytes=session.patch_bytes,
             reused_tokens=self._reused,
             dense_weight_bytes=engine.weight_bytes,
@@ -225,49 +183,17 @@ class TokenModel:
     @property
     def core(self) -> CoreConfig | CoreSet:
         """How generations choose their neurons; may be set between them as in the constructor."""
-        return self._given if self._given is not None else self._core
+        return self._choice.core
 
     @core.setter
     def core(self, core: str | CoreConfig | CoreSet) -> None:
-        engine = self._open_engine()
-        if isinstance(core, CoreSet):
-            core.check_fits(
-                n_layer=engine.n_layer, n_ff=engine.config["n_ff"], fingerprint=engine.fingerprint
-            )
-            self._given: CoreSet | None = core
-            self._core = CoreConfig.of("off")
-            self._auto = None
-        else:
-            config = CoreConfig.of(core)
-            config.layer_range(engine.n_layer)
-            if config.mode == "similar":
-                self._need_clusters(self._lookup).prepare()
-            self._auto = self._make_auto(config) if config.mode == "auto" else None
-            self._given, self._core = None, config
-        self._active = self._core
-        self._decision = None
-
-    def _make_auto(self, config: CoreConfig) -> Auto:
-        engine = self._open_engine()
-        tuning = self._found_tuning(engine.fingerprint)
-        clusters = None if self._lookup is None else self._lookup.clusters
-        return Auto(config, tuning, ffn_resident=engine.ffn_resident, clusters=clusters)
-
-    def _found_tuning(self, fingerprint: int) -> Tuning | None:
-        """The table that was given, or that lies beside the model; ValueError for another's."""
-        tuning = self._tuning
-        if tuning is None:
-            tuning = find_tuning(self.model_path, fingerprint)
-        elif not isinstance(tuning, Tuning):
-            tuning = Tuning.load(tuning)
-        if tuning is not None and tuning.fingerprint != fingerprint:
-            raise ValueError("the tuning file belongs to another model file; run `coreinfer tune`")
-        return tuning
+        self._open_engine()
+        self._choice.set_core(core)
 
     @property
     def decision(self) -> Decision | None:
         """What `core="auto"` decided for the present text, and why; None for other settings."""
-        return self._decision
+        return self._choice.decision
 
     def set_core_set(self, core_set: CoreSet | None) -> None:
         """Decode with these neurons from the next generation on; None decodes dense."""
@@ -282,7 +208,7 @@ class TokenModel:
     def core_set(self) -> CoreSet | None:
         """The neurons that decode the present text; None if it is decoded dense."""
         self._open_session()
-        return self._core_set
+        return self._choice.core_set
 
     @property
     def stability(self) -> float | None:
@@ -291,7 +217,7 @@ class TokenModel:
         1: all of them; 0: as many as by chance. None where nothing was counted (`core="off"`) and
         for a prompt of one token.
         """
-        return self._stability
+        return self._choice.stability
 
     @property
     def drafting(self) -> dict[str, dict[str, Any]] | None:
@@ -306,7 +232,7 @@ class TokenModel:
     @property
     def clusters(self) -> Clusters | None:
         """The clusters that choose neurons where `core` is "similar"."""
-        return None if self._lookup is None else self._lookup.clusters
+        return self._choice.clusters
 
     def set_clusters(
         self, clusters: AnyClusters | None, embedder: AnyEmbedder | None = None
@@ -316,129 +242,8 @@ class TokenModel:
         `embedder` stands in for the one that the clusters name. What does not fit this model is a
         ValueError, and the clusters that were there stay.
         """
-        lookup = None
-        if clusters is not None:
-            if not isinstance(clusters, Clusters):
-                clusters = Clusters.load(clusters)
-            clusters.check_fits(
-                n_layer=self.n_layer(),
-                n_ff=self.n_ff(),
-                n_embd=self.n_embd(),
-                fingerprint=self.fingerprint,
-            )
-            lookup = ClusterLookup(clusters, embedder)
-        elif embedder is not None:
-            raise ValueError(f"embedder is {embedder!r}, but there are no clusters to use it with")
-        rows = None if clusters is None else clusters.prior
-        prior = None if rows is None else _core.PatchPrior(rows.h, rows.y, rows.weights)
-        if self._core.mode == "similar":
-            self._need_clusters(lookup).prepare()
-        self._lookup, self._prior = lookup, prior
-        if self._auto is not None:
-            self._auto = self._make_auto(self._core)
-
-    @staticmethod
-    def _need_clusters(lookup: ClusterLookup | None) -> ClusterLookup:
-        if lookup is None:
-            raise ValueError(
-                "core is 'similar', which chooses by clusters, and there are none; give clusters a "
-                "file that `coreinfer cluster build` made with this model"
-            )
-        return lookup
-
-    def _counted(self) -> dict[str, Any]:
-        """What a prompt's prefill counts, as the session's keyword arguments; {} for nothing."""
-        core = self._active
-        if core.mode in ("stable", "exact"):
-            counted = {"statistic": core.statistic, "alpha": core.alpha, "weighted": core.weighted}
-            if core.mode == "stable" and core.patch:
-                counted["samples"] = _core.PATCH_SAMPLES
-            return counted
-        if core.mode == "similar":
-            lookup = self._need_clusters(self._lookup)
-            if lookup.needs_scores(core) or core.patch:
-                counted = {"statistic": lookup.clusters.statistic, "alpha": lookup.clusters.alpha}
-                return {**counted, "samples": _core.PATCH_SAMPLES if core.patch else 0}
-        return {}
-
-    def _similar_core(self, session: _core.Session, text: str | None) -> CoreSet:
-        """The neurons of the prompt's nearest cluster; `text` is what the prompt says, if known."""
-        lookup, core = self._need_clusters(self._lookup), self._active
-        own, n_tokens = (), 0
-        if lookup.needs_scores(core):
-            layers = core.layer_range(self.n_layer())
-            raw = session.select(beta=core.gamma, layers=layers)  # for the scores
-            own, n_tokens = raw.scores, raw.n_tokens
-        if text is None and self._text_of is not None:
-            text = self._text_of(session.tokens)
-        chosen = lookup.choose(core, text or "", own, n_tokens)
-        self._lookup_seconds = {
-            "embed_seconds": lookup.embed_seconds,
-            "lookup_seconds": lookup.lookup_seconds,
-        }
-        return replace(chosen, stability=self._stability, fingerprint=self.fingerprint)
-
-    def _choose_core(self, session: _core.Session, text: str | None = None) -> None:
-        """Select from the prompt's statistics or by its cluster, compact, and fit the patch.
-
-        Exact mode does so by itself, when drafting is expected to pay.
-        """
-        if self._auto is not None:
-            self._decide(session, self._auto)
-        core = self._active
-        if core.mode == "exact":
-            self._stability = self._stability_of(session, core)
-            session.set_exact(**self._share(core), max_drafts=core.max_drafts)
-            self._core_set = None
-            return
-        session.end_exact()
-        self._stability = None
-        if core.mode not in ("stable", "similar"):
-            self._decode_with(session, self._given)
-            return
-        session.replay(**self._counted())  # no work after a prefill
-        self._stability = self._stability_of(session, core)
-        if core.mode == "stable":
-            self._decode_with(session, self._stable_core(session, core))
-        else:
-            self._decode_with(session, self._similar_core(session, text))
-        if core.patch:
-            chosen, self._core_set = self._core_set, None
-            session.fit_patch(self._prior if core.prior else None, rank=core.patch)
-            self._core_set = replace(chosen, patch=session.core_set.patch)
-
-    def _stability_of(self, session: _core.Session, core: CoreConfig) -> float | None:
-        """Of the text in the cache, where its neurons were counted."""
-        if not self._counted():
-            return None
-        beta = core.gamma if core.mode == "similar" else core.beta
-        return session.stability(beta=beta, layers=core.layer_range(self.n_layer()))
-
-    def _share(self, core: CoreConfig) -> dict[str, Any]:
-        """How many neurons are chosen by the prompt, as the session's keyword arguments."""
-        layers = core.layer_range(self.n_layer())
-        return {"beta": core.beta, "layers": layers, "first_layer": core.first_layer}
-
-    def _stable_core(self, session: _core.Session, core: CoreConfig) -> CoreSet:
-        share = self._share(core)
-        raw = session.select(**share)
-        return CoreSet(
-            layers=raw.layers,
-            n_ff=raw.n_ff,
-            scores=raw.scores,
-            statistic=core.statistic,
-            alpha=core.alpha,
-            beta=core.beta,
-            n_tokens=raw.n_tokens,
-            stability=self._stability,
-            fingerprint=self.fingerprint,
-            weighted=core.weighted,
-        )
-
-    def _decode_with(self, session: _core.Session, chosen: CoreSet | None) -> None:
-        self._core_set = None
-        session.set_core(None if chosen is None else _to_core(chosen))  # no work if unchanged
-        self._core_set = chosen
+        self._open_engine()
+        self._choice.set_clusters(clusters, embedder)
 
     # --- ids ---
 
@@ -531,18 +336,17 @@ class TokenModel:
         """
         self._generation += 1
         self._timings_before = dict(session.timings)
-        self._lookup_seconds = {}
-        self._active = self._core if self._auto is None else self._auto.counting
-        chooses = counted is None and self._active.mode == "stable"
+        self._choice.begin()
+        expected = {}
         if counted is None:
-            counted = self._counted()
+            counted, expected = self._choice.counted(), self._choice.expected()
         self._reused = session.reusable(ids, **counted)
         session.keep(self._reused)
         session.prefill(
             ids[self._reused :],
             **counted,
             progress=self.prefill_progress,
-            **(self._share(self._active) if chooses else {}),
+            **expected,
         )
 
     def _sampler(
@@ -584,7 +388,7 @@ class TokenModel:
         """
         with self._computing() as session:
             self._read(session, ids if reset else self._after_cache(session, ids))
-            self._choose_core(session, text if reset else None)
+            self._choice.choose(session, text if reset else None)
             generation = self._generation
             sampler = self._sampler(session, sampling, seed)
         while True:
@@ -610,39 +414,7 @@ class TokenModel:
                 for token in extra.tolist():
                     session.decode(token, sampler)
                     sampler.accept(token)
-                self._look_again(session)
-                self._refresh(session)
-
-    def _decide(self, session: _core.Session, auto: Auto) -> None:
-        """Settle what decodes the text, given how long and how stable it is."""
-        counting = auto.counting
-        self._stability = None
-        if counting.mode != "similar":
-            self._stability = self._stability_of(session, counting)
-        before = self._decision
-        self._decision = auto.decide(session.n_past, self._stability)
-        self._active = self._decision.config
-        if self._exceeds(self._decision) and (before is None or not self._exceeds(before)):
-            warnings.warn(self._decision.reason, stacklevel=4)
-
-    def _exceeds(self, decision: Decision) -> bool:
-        """Whether a text may be further from dense decoding than was asked for."""
-        return decision.kl is None or decision.kl > self._core.max_kl
-
-    def _look_again(self, session: _core.Session) -> None:
-        """A text that was too short or not stable: decide again once it has grown."""
-        decision = self._decision
-        if decision is not None and decision.until is not None:
-            if session.n_past >= decision.until:
-                self._choose_core(session)
-
-    def _refresh(self, session: _core.Session) -> None:
-        """Every `refresh` tokens decoded with core neurons: read them again, and choose anew."""
-        if self._core.refresh is None or self._active.mode != "stable":
-            return
-        if session.n_past - session.n_dense >= self._core.refresh:
-            session.replay(**self._counted())
-            self._choose_core(session)
+                self._choice.grown(session)
 
     def neuron_scores(
         self,
@@ -700,7 +472,7 @@ class TokenModel:
         self._check_room(prompt.size + max(0, continuation.size - 1))
         with self._computing() as session:
             self._read(session, prompt)
-            self._choose_core(session, text)
+            self._choice.choose(session, text)
             if continuation.size == 0:
                 return np.zeros((0, self.n_vocab()), dtype=np.float32)
             return session.score(continuation)
@@ -715,7 +487,7 @@ class TokenModel:
         with self._computing() as session:
             self._generation += 1
             session.end_exact()
-            self._decode_with(session, None)
+            self._choice.decode_with(session, None)
             session.keep(0)
             session.prefill(prompt[:1])
             done = 1
@@ -740,7 +512,7 @@ class TokenModel:
                 llama_state=blob,
                 llama_state_size=len(blob),
                 seed=self._seed,
-                core_set=self._core_set,
+                core_set=self._choice.core_set,
             )
 
     def load_state(self, state: LlamaState) -> None:
@@ -752,7 +524,7 @@ class TokenModel:
         with self._computing() as session:
             session.load_state(state.llama_state)  # refuses without losing what is there
             self._generation += 1
-            self._decode_with(session, state.core_set)
+            self._choice.decode_with(session, state.core_set)
         self.set_seed(state.seed)
 
 
@@ -782,29 +554,3 @@ def _likeliest(row: np.ndarray, n: int) -> TopLogprobs:
     candidates = np.flatnonzero(row >= least)
     order = candidates[np.lexsort((candidates, -row[candidates]))][:n]
     return [(int(i), float(row[i])) for i in order]
-
-
-def _core_share(core: CoreConfig | CoreSet) -> float:
-    """Share of the FFN weights that decoding will want beside the dense ones."""
-    if isinstance(core, CoreSet):
-        return core.kept
-    return {"off": 0.0, "similar": core.gamma}.get(core.mode, core.beta)
-
-
-def _samples(core: CoreConfig | CoreSet) -> int:
-    """FFN samples that prefills keep for a patch."""
-    patched = isinstance(core, CoreConfig) and core.mode in ("stable", "similar") and core.patch
-    return _core.PATCH_SAMPLES if patched else 0
-
-
-def _to_core(core_set: CoreSet) -> Any:
-    return _core.CoreSet(
-        list(core_set.layers),
-        n_ff=core_set.n_ff,
-        statistic=core_set.statistic,
-        alpha=core_set.alpha,
-        beta=core_set.beta,
-        n_tokens=core_set.n_tokens,
-        weighted=core_set.weighted,
-        patch=list(core_set.patch) or None,
-    )

@@ -245,6 +245,23 @@ def find_tuning(model_path: str | os.PathLike[str], fingerprint: int) -> Tuning 
     return tuning
 
 
+def tuning_of(
+    given: str | os.PathLike[str] | Tuning | None,
+    model_path: str | os.PathLike[str],
+    fingerprint: int,
+) -> Tuning | None:
+    """The table that was given, as a value or a file, or that lies beside the model.
+
+    ValueError for another model's, or a damaged one.
+    """
+    if given is None:
+        return find_tuning(model_path, fingerprint)
+    tuning = given if isinstance(given, Tuning) else Tuning.load(given)
+    if tuning.fingerprint != fingerprint:
+        raise ValueError("the tuning file belongs to another model file; run `coreinfer tune`")
+    return tuning
+
+
 def cut(
     ids: np.ndarray, n_prompt: int, n_texts: int, *, bos: int | None = None
 ) -> list[np.ndarray]:
