@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import gguf
@@ -259,14 +260,29 @@ def test_a_saved_state_carries_the_patch(engine):
     ("spec", "message"),
     [
         ({"rank": 0}, "rank is 0, expected 1 to 1024"),
-        ({"ridge": 0.0}, "ridge is 0, expected more than 0"),
+        ({"rank": -3}, "rank is -3, expected 1 to 1024"),
+        ({"rank": 1025}, "rank is 1025, expected 1 to 1024"),
+        *(
+            ({"decay": decay}, f"decay is {decay:g}, expected above 0 and at most 1")
+            for decay in (0.0, -0.5, 1.5, np.inf, np.nan)
+        ),
+        *(
+            ({"ridge": ridge}, f"ridge is {ridge:g}, expected above 0 and at most 1e+06")
+            for ridge in (0.0, -1.0, 1e7, np.inf, np.nan)
+        ),
+        *(
+            ({"prior_weight": weight}, f"prior counts {weight:g}, expected 0 to 1e+06")
+            for weight in (-1.0, 1e7, np.inf, np.nan)
+        ),
     ],
 )
 def test_wrong_settings_are_said_and_leave_the_set(engine, spec, message):
     s = read(engine, ids(20))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         s.fit_patch(**spec)
     assert s.core_set is not None and s.patch_bytes == 0
+    s.fit_patch(rank=4, decay=0.5, ridge=1e6)
+    assert s.patch_bytes > 0
 
 
 @pytest.fixture

@@ -131,11 +131,18 @@ void check(const PatchSpec& spec) {
     throw_error(ErrorKind::kValue, "the patch's rank is %lld, expected 1 to %lld",
                 static_cast<long long>(spec.rank), static_cast<long long>(kMaxPatchRank));
   }
-  if (!(spec.ridge > 0.0 && std::isfinite(spec.ridge))) {
-    throw_error(ErrorKind::kValue, "the patch's ridge is %g, expected more than 0", spec.ridge);
+  constexpr double kMost = 1e6;  // far from where float32 ends
+  if (!(spec.decay > 0.0 && spec.decay <= 1.0)) {
+    throw_error(ErrorKind::kValue, "the patch's decay is %g, expected above 0 and at most 1",
+                spec.decay);
   }
-  if (!(spec.prior >= 0.0 && std::isfinite(spec.prior))) {
-    throw_error(ErrorKind::kValue, "the patch's prior counts %g, expected at least 0", spec.prior);
+  if (!(spec.ridge > 0.0 && spec.ridge <= kMost)) {
+    throw_error(ErrorKind::kValue, "the patch's ridge is %g, expected above 0 and at most %g",
+                spec.ridge, kMost);
+  }
+  if (!(spec.prior >= 0.0 && spec.prior <= kMost)) {
+    throw_error(ErrorKind::kValue, "the patch's prior counts %g, expected 0 to %g", spec.prior,
+                kMost);
   }
 }
 

@@ -29,11 +29,11 @@ inline constexpr int64_t kMaxPatchRank = 1024;
 
 struct PatchSpec {
   int64_t rank = 64;
-  double decay = 1.0;
+  double decay = 1.0;  // what a sample counts, of the next one's; above 0
   double ridge = 0.3;  // relative to the mean squared norm of the samples' kept activations
   double prior = 2.0;  // what a prior counts, all its rows together, in times the samples
 };
-void check(const PatchSpec& spec);
+void check(const PatchSpec& spec);  // kValue naming the field that is out of its bounds
 
 // Fits the patches of the layers that were sampled, one by one, in the same working memory.
 class PatchFitter {
