@@ -199,6 +199,10 @@ def test_a_command_is_needed(capsys):
         (["-p", ""], "the prompt is empty"),
         (["-f", "/nonexistent/prompt"], "No such file"),
         (["-p", "x", "--core", "stable", "--layers", "2:9"], "<= 3, the model's layers"),
+        (
+            ["-p", "x", "--core", "stable", "--beta", "1e-9"],
+            "beta is 1e-09, which is less than one",
+        ),
         (["-p", "x", "--core-file", "/nonexistent/core.npz"], "No such file"),
         (
             ["-p", "x", "--core", "stable", "--save-core", "/nonexistent/core.npz"],

@@ -12,9 +12,10 @@ import types
 import numpy as np
 import pytest
 
-from coreinfer import GGUFError, Llama, _core
+from coreinfer import CoreConfig, GGUFError, Llama, _core
 from coreinfer.llama import ModelPathError
 from make_synthetic_model import make_tiny_model
+from small_clusters import make_clusters
 from tiny_llama import PROMPT, load, take
 
 
@@ -51,6 +52,33 @@ def test_bad_arguments_are_value_errors_that_leave_the_object_usable(llm, call, 
     with pytest.raises(ValueError, match=error):
         call(llm)
     assert len(take(2, llm.generate(PROMPT))) == 2
+
+
+def small_clusters():
+    scores = [np.ones((3, 512), np.float32)] * 3
+    return make_clusters(scores=scores, embedder="", by="neurons", beta=0.2, fingerprint=None,
+                         centroids=np.eye(3, 3 * 512))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("core", "error"),
+    [
+        ({"beta": 1e-4}, "beta is 0.0001"),
+        ({"mode": "exact", "beta": 1e-4}, "beta is 0.0001"),
+        ({"mode": "auto", "beta": 1e-4}, "beta is 0.0001"),
+        ({"mode": "similar", "gamma": 2e-4}, "gamma is 0.0002"),
+    ],
+)
+def test_a_share_below_one_neuron_is_refused_and_the_setting_stays(tiny, llm, core, error):
+    error += ", which is less than one of a layer's 512 neurons; expected at least 1 / 512"
+    before = llm.core
+    with pytest.raises(ValueError, match=error):
+        llm.core = CoreConfig(**core)
+    with pytest.raises(ValueError, match=error):
+        load(tiny, core=CoreConfig(**core), clusters=small_clusters())
+    assert llm.core is before and len(take(2, llm.generate(PROMPT))) == 2
+    llm.core = CoreConfig(mode="off", beta=1e-4)  # has no share
+    llm.core = before
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,28 @@ def test_bad_beta_is_refused(session, beta):
         session.select(beta=beta)
 
 
+@pytest.mark.parametrize("beta", [1e-9, 0.9 / 512])
+def test_a_share_of_less_than_one_neuron_is_refused_and_the_text_stays(session, engine, beta):
+    session.prefill(ids(4), statistic="flock")
+    error = rf"beta is {beta:g}, which is less than one of a layer's 512 neurons.*1 / 512"
+    for call in (
+        lambda: session.select(beta=beta),
+        lambda: session.stability(beta=beta),
+        lambda: session.set_exact(beta=beta),
+        lambda: session.prefill(ids(4), statistic="flock", beta=beta),
+        lambda: _core.core_sizes(beta, n_layer=3, n_ff=512),
+    ):
+        with pytest.raises(ValueError, match=error):
+            call()
+    assert session.n_past == 4 and not session.exact
+    assert [len(layer) for layer in session.select(beta=1 / 512).layers] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("n_ff", [49, 98, 103])
+def test_one_neuron_is_enough_whatever_the_rounding_of_its_share(n_ff):
+    assert _core.core_sizes(1 / n_ff, n_layer=2, n_ff=n_ff) == [1, 1]
+
+
 @pytest.mark.parametrize("first_layer", [0.9, -2.0, float("inf"), float("nan")])
 def test_bad_share_of_the_first_layer_is_refused(session, first_layer):
     session.prefill(ids(4), statistic="flock")

@@ -253,6 +253,7 @@ def test_a_pickled_model_keeps_its_clusters(tiny, built):
         (["one"], {}, "1 texts to build clusters of; expected at least 2"),
         (TEXTS, {"by": "colour"}, "by is 'colour'"),
         (TEXTS, {"statistic": "best"}, "statistic is 'best'"),
+        (["word " * 500, "b"], {"by": "neurons", "beta": 1e-4}, "beta is 0.0001, which is less"),
         (["word " * 500, "b"], {}, "exceed context window of 256"),
         ([*TEXTS, "a" * 20], {"n_clusters": 3}, "has 1; expected at least 2"),
     ],

@@ -89,6 +89,7 @@ void Session::prefill(std::span<const int32_t> tokens, const std::optional<Stati
   }
   check_tokens(tokens);
   check_room(tokens.size());
+  if (expected) check(*expected, engine_->config().n_layer, engine_->config().n_ff);
   forget_expected();
   if (n_dense_ != n_past()) {
     throw_error(ErrorKind::kState,

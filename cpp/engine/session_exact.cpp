@@ -25,7 +25,6 @@ constexpr double kCompactCost = 3.0;
 }  // namespace
 
 void check(const ExactSpec& spec) {
-  check(spec.share);
   if (spec.max_drafts < 0 || spec.max_drafts > DraftPace::kMaxDrafts) {
     throw_error(ErrorKind::kValue, "max_drafts is %lld, expected 0 to %lld",
                 static_cast<long long>(spec.max_drafts),
@@ -40,6 +39,7 @@ void Session::set_exact(const std::optional<ExactSpec>& spec) {
     return;
   }
   check(*spec);
+  check(spec->share, engine_->config().n_layer, engine_->config().n_ff);
   if (!engine_->weights().ffn_resident) {
     throw_error(ErrorKind::kState,
                 "exact mode verifies drafts with the dense FFN weights, which the memory limit "

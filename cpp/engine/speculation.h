@@ -23,7 +23,7 @@ struct ExactSpec {
   bool text = true;        // draft what followed an earlier place of the same text
   bool paced = true;       // draft as many as pay; false: always max_drafts, for measurements
 };
-void check(const ExactSpec& spec);  // kValue naming the field
+void check(const ExactSpec& spec);  // kValue naming the field, the share apart
 
 struct Speculation {
   ExactSpec spec;

@@ -106,19 +106,26 @@ void check(const CoreSet& set, int64_t n_layer, int64_t n_ff) {
   }
 }
 
-void check(const CoreShare& share) {
+void check(const CoreShare& share, int64_t n_layer, int64_t n_ff) {
   if (!(share.beta > 0.0 && share.beta <= 1.0)) {
     throw_error(ErrorKind::kValue, "beta is %g, expected above 0 and at most 1", share.beta);
   }
   if (!(share.first_layer >= 1.0 && std::isfinite(share.first_layer))) {
     throw_error(ErrorKind::kValue, "first_layer is %g, expected at least 1", share.first_layer);
   }
+  constexpr double kRounding = 1e-9;  // 1 / 49 of 49 is less than 1
+  if (share.beta * static_cast<double>(n_ff) < 1.0 - kRounding) {
+    throw_error(ErrorKind::kValue,
+                "beta is %g, which is less than one of a layer's %lld neurons; expected at least "
+                "1 / %lld",
+                share.beta, static_cast<long long>(n_ff), static_cast<long long>(n_ff));
+  }
+  check_range(share.range(n_layer), n_layer);
 }
 
 std::vector<int64_t> core_sizes(const CoreShare& share, int64_t n_layer, int64_t n_ff) {
-  check(share);
+  check(share, n_layer, n_ff);
   const LayerRange range = share.range(n_layer);
-  check_range(range, n_layer);
   const auto others = range.last - range.first - 1;
   std::vector<int64_t> sizes(static_cast<size_t>(others + 1), core_size(share.beta, n_ff));
   if (range.first > 0 || others == 0) return sizes;

@@ -62,11 +62,13 @@ struct CoreSet {
 // with NaN or Inf.
 void check(const CoreSet& set, int64_t n_layer, int64_t n_ff);
 
-void check(const CoreShare& share);  // kValue naming the field, the layers apart
+// kValue naming the field of a share that is out of its bounds or, as for the layers, no share of a
+// model of this shape: beta must be one neuron of a layer at least.
+void check(const CoreShare& share, int64_t n_layer, int64_t n_ff);
 
 // Neurons that each layer of the range keeps, beta * n_ff on average, rounded (half up) and at
 // least one: the first layer at most all, and no more than leaves half their share to the others.
-// Throws kValue for a share that is not in its bounds.
+// Throws kValue as check does.
 std::vector<int64_t> core_sizes(const CoreShare& share, int64_t n_layer, int64_t n_ff);
 
 // The neurons of highest score in each layer of the range, core_sizes of them (Eq. 2, as its prose:

@@ -344,6 +344,17 @@ class CoreConfig(Checked):
                     )
         return dataclasses.replace(self, **fields)
 
+    def check_fits(self, *, n_layer: int, n_ff: int) -> None:
+        """ValueError where this is no setting for a model of this shape."""
+        self.layer_range(n_layer)
+        name = {"off": None, "similar": "gamma"}.get(self.mode, "beta")
+        # As the core set's own check: 1 / 49 of 49 is less than 1.
+        if name is not None and getattr(self, name) * n_ff < 1 - 1e-9:
+            raise ValueError(
+                f"{name} is {getattr(self, name):g}, which is less than one of a layer's {n_ff} "
+                f"neurons; expected at least 1 / {n_ff}"
+            )
+
     def layer_range(self, n_layer: int) -> tuple[int, int] | None:
         """The range for a model of `n_layer` layers, None for all; ValueError if outside."""
         if self.layers is None:

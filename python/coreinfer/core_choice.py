@@ -111,7 +111,7 @@ class CoreChoice:
             given, config = core, CoreConfig.of("off")
         else:
             config = CoreConfig.of(core)
-            config.layer_range(self._model.n_layer)
+            config.check_fits(n_layer=self._model.n_layer, n_ff=self._model.n_ff)
             if config.mode == "similar":
                 _needed(self._lookup).prepare()
             elif config.mode == "auto":

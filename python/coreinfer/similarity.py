@@ -345,7 +345,10 @@ def build_clusters(
     if not 0 <= patch_rows <= MAX_ROWS:
         raise ValueError(f"patch_rows is {patch_rows}; expected 0 to {MAX_ROWS}")
     prior = PatchPriorBuilder(llm.n_layer(), patch_rows) if patch_rows else None
-    _sklearn()  # missing extras are said before the model has worked for an hour
+    # What cannot be is said before the model has worked for an hour.
+    _sklearn()
+    if by == "neurons":
+        config.check_fits(n_layer=llm.n_layer(), n_ff=llm.n_ff())
     model = SimilarityClusters(n_clusters, random_state=random_state)
     embed = as_embedder(embedder) if by == "embedding" else None
     features = [] if embed is None else embed(texts)
