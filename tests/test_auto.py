@@ -57,9 +57,15 @@ class SomeClusters:
     digest = "c1"
 
 
-def decide(tuning, n_tokens=100, stability=0.9, resident=True, clusters=None, **core):
+def never() -> float:
+    raise AssertionError("the prompt's cluster was looked up")
+
+
+def decide(
+    tuning, n_tokens=100, stability=0.9, resident=True, clusters=None, similarity=never, **core
+):
     auto = Auto(CoreConfig(mode="auto", **core), tuning, ffn_resident=resident, clusters=clusters)
-    return auto.decide(n_tokens, stability)
+    return auto.decide(n_tokens, stability, similarity)
 
 
 def test_a_patch_learns_from_clusters_only_as_it_was_measured_to():
@@ -127,31 +133,68 @@ def test_under_a_limit_a_setting_that_measured_worse_says_so():
     assert decide(Tuning(1, rows), n_tokens=30, resident=False).kl is None
 
 
+GAMMA = CoreConfig(mode="similar", gamma=0.9)
+
+
+def cluster_row(n_prompt: int, kl: float, speed=1.5, clusters="c1", similarity=0.5) -> Row:
+    made = row(0.4, n_prompt, kl, speed)
+    return replace(made, config=GAMMA, clusters=clusters, cluster_similarity=similarity)
+
+
+OWN_AND_CLUSTERS = Tuning(
+    1, (row(0.4, 64, 0.03), cluster_row(16, 0.02), cluster_row(16, 0.01, 9.0, "others"))
+)
+
+
+def near(n_tokens, stability=0.9, resident=True, tuning=OWN_AND_CLUSTERS, similarity=lambda: 0.5):
+    return decide(tuning, n_tokens, stability, resident, SomeClusters(), similarity)
+
+
 def test_clusters_serve_where_the_prompt_s_own_neurons_may_not():
-    clusters = make_clusters()
-    gamma = CoreConfig(mode="similar", gamma=0.9)
-    rows = (
-        row(0.4, 64, 0.03),
-        replace(row(0.4, 16, 0.02), config=gamma, clusters=clusters.digest),
-        replace(row(0.4, 16, 0.01, 9.0), config=gamma, clusters="others"),
-    )
-    tuning = Tuning(1, rows)
+    assert near(100, similarity=never).config.mode == "stable"
+    assert near(20).config == GAMMA and near(20).kl == 0.02 and near(20).until is None
+    assert near(100, 0.1).config == GAMMA
+    assert near(10, similarity=never).config.mode == "exact"
+    assert near(10).until == 16  # the cluster's neurons serve before the prompt's own may
+    assert near(10, resident=False).config.mode == "stable"
+    assert near(10, resident=False).kl is None
+    assert near(20, resident=False).config == GAMMA and near(20, resident=False).kl == 0.02
+    only_clusters = Tuning(1, OWN_AND_CLUSTERS.rows[1:])
+    assert near(100, tuning=only_clusters).config == GAMMA
+    assert near(3, resident=False, tuning=only_clusters).config == GAMMA
+    assert near(3, tuning=only_clusters).until == 16
+    others = Tuning(1, OWN_AND_CLUSTERS.rows[2:])
+    assert near(100, tuning=others, similarity=never).config.mode == "exact"
 
-    def decide(n_tokens, stability=0.9, resident=True, tuning=tuning):
-        auto = Auto(CoreConfig(mode="auto"), tuning, ffn_resident=resident, clusters=clusters)
-        return auto.decide(n_tokens, stability)
 
-    assert decide(100).config.mode == "stable"
-    assert decide(20).config == gamma and decide(20).kl == 0.02 and decide(20).until is None
-    assert decide(100, 0.1).config == gamma
-    assert decide(10).config.mode == "exact" and decide(10).until == 64
-    assert decide(10, resident=False).config.mode == "stable"
-    assert decide(10, resident=False).kl is None
-    assert decide(20, resident=False).config == gamma and decide(20, resident=False).kl == 0.02
-    only_clusters = Tuning(1, rows[1:])
-    assert decide(100, tuning=only_clusters).config == gamma
-    assert decide(3, resident=False, tuning=only_clusters).config == gamma
-    assert decide(100, tuning=Tuning(1, rows[2:])).config.mode == "exact"
+def test_a_prompt_less_like_its_cluster_than_those_measured_is_decoded_without_it():
+    far = near(20, similarity=lambda: 0.49)
+    assert far.config.mode == "exact" and far.until == 64 and far.kl == 0.0
+    assert "cluster similarity 0.49, measured from 0.50 on" in far.reason
+    only_clusters = Tuning(1, OWN_AND_CLUSTERS.rows[1:])
+    alone = near(20, tuning=only_clusters, similarity=lambda: 0.49)
+    assert alone.config.mode == "exact" and alone.until is None
+    limited = near(20, resident=False, similarity=lambda: 0.49)
+    assert limited.config.mode == "stable" and limited.kl is None
+    limited = near(20, resident=False, tuning=only_clusters, similarity=lambda: 0.49)
+    assert limited.config == GAMMA and limited.kl is None
+    assert "not known: cluster similarity 0.49, measured" in limited.reason
+
+
+def test_a_choice_by_clusters_is_for_prompts_like_all_that_it_was_measured_with():
+    rows = (cluster_row(16, 0.02, similarity=0.7), cluster_row(64, 0.02, similarity=0.4))
+    rows += (cluster_row(8, 0.9, similarity=0.1),)
+    choice = Tuning(1, rows).choose(0.05, mode="similar", clusters="c1")
+    assert choice.n_prompt == 16 and choice.cluster_similarity == 0.4
+    assert Tuning(1, (row(0.4, 64, 0.03),)).choose(0.05).cluster_similarity is None
+
+
+@pytest.mark.parametrize("similarity", [None, 1.1, float("nan"), "0.5", True])
+def test_a_row_of_clusters_says_how_near_their_prompts_were(similarity):
+    with pytest.raises(ValueError, match="cluster_similarity is .*; expected a number from -1 to"):
+        cluster_row(16, 0.02, similarity=similarity)
+    with pytest.raises(ValueError, match="cluster_similarity is 0.5; expected None"):
+        replace(row(0.4, 16, 0.02), cluster_similarity=0.5)
 
 
 # --- with a model ---
@@ -268,7 +311,7 @@ def test_all_neurons_cost_nothing_and_few_cost_much(tiny):
 
 
 def test_a_tuning_file_round_trips_and_is_found_beside_the_model(tiny, tmp_path):
-    clusters = replace(row(0.4, 64, 0.1), config=CoreConfig(mode="similar"), clusters="ab12")
+    clusters = cluster_row(64, 0.1, clusters="ab12", similarity=-0.25)
     tuning = Tuning(77, (row(0.4, 64, 0.04), row(0.2, 128, 0.3), clusters))
     model = tmp_path / "model.gguf"
     tuning.save(tuning_path(model))
@@ -346,7 +389,7 @@ def test_a_damaged_tuning_file_is_a_clear_error(name, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value"),
     [("kl", float("nan")), ("kl", "0"), ("beta", 2.0), ("speed", -1), ("n_prompt", None)]
-    + [("mode", "exact"), ("clusters", 1), ("patch", 4096)],
+    + [("mode", "exact"), ("clusters", 1), ("patch", 4096), ("cluster_similarity", 0.5)],
 )
 def test_a_value_out_of_range_is_a_clear_error(field, value, tmp_path):
     path = tmp_path / "t.json"

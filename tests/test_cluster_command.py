@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import pytest
 from coreinfer import (
     Clusters,
 )
-from coreinfer.cli import main
+from coreinfer.cli import main, tune
+from coreinfer.tuning import Tuning
 from small_clusters import RIVER, make_tiny_chat, write_texts
 
 
@@ -61,6 +63,30 @@ def test_build_by_neurons_reads_texts_through_the_chat_template(tiny, data, tmp_
     assert clusters.chat and clusters.n_texts.sum() == 6
     assert main(["cluster", "info", str(tmp_path / "c.npz")]) == 0
     assert "30 % of neurons" in capsys.readouterr().out
+
+
+def test_tune_measures_clusters_and_says_which_prompts_they_are_for(
+    tiny, data, tmp_path, capsys, monkeypatch
+):
+    clusters, out, text = tmp_path / "c.npz", tmp_path / "t.json", tmp_path / "text.txt"
+    assert build(tiny, data, clusters, "--by", "neurons", "--clusters", "2", "--raw") == 0
+    text.write_text("the river rose again in the night and fell " * 20)
+    measure = tune.measure
+
+    def fast(*args, **options):
+        return (replace(row, speed=2.0) for row in measure(*args, **options))
+
+    monkeypatch.setattr(tune, "measure", fast)
+    capsys.readouterr()
+    asked = f"--clusters {clusters} --gammas 0.9 --betas 0.8 --prompts 32 --texts 2 -n 4"
+    more = ["--text", str(text), "--out", str(out), "--max-kl", "9"]
+    assert main(["tune", tiny, *asked.split(), *more]) == 0
+    own, by_cluster = Tuning.load(out).rows
+    assert own.cluster_similarity is None and by_cluster.config.gamma == 0.9
+    near = f"{by_cluster.cluster_similarity:.2f}"
+    said = capsys.readouterr().err
+    assert f"0.9 of the cluster's neurons from 32 prompt tokens and similarity {near} on" in said
+    assert "0.8 of the prompt's neurons from 32 prompt tokens on" in said
 
 
 def test_the_same_seed_builds_the_same_file(tiny, data, tmp_path):

@@ -220,5 +220,6 @@ def test_blended_scores_weigh_what_a_token_activates():
 
 def test_layers_out_of_range_stay_dense():
     lookup = ClusterLookup(make_clusters(centroids=np.eye(3, 27)), letters)
-    chosen = lookup.choose(CoreConfig(mode="similar", gamma=0.25, layers=(1, None)), "bb")
+    core = CoreConfig(mode="similar", gamma=0.25, layers=(1, None))
+    chosen = lookup.choose(core, lookup.nearest("bb"))
     assert chosen.layers[0] is None and chosen.sizes == [64, 16] and chosen.cluster == 1

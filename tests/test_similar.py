@@ -20,7 +20,8 @@ from coreinfer import (
     build_clusters,
 )
 from coreinfer.cluster_lookup import core_neurons
-from coreinfer.tuning import Tuning, measure
+from coreinfer.embedders import Embedder, as_embedder
+from coreinfer.tuning import Row, Tuning, cut, measure
 from make_synthetic_model import make_tiny_model
 from measure_similarity import compare, cut_prompts
 from reference.neurons import core_sizes
@@ -118,6 +119,88 @@ def test_auto_decodes_with_a_cluster_that_was_measured(tiny, built):
         llm.set_clusters(None)
         llm("the night again and again", max_tokens=3)
         assert llm.decision.config.mode == "exact" and llm.core_set is None
+
+
+def tuned(tiny, clusters: Clusters, similarity: float, n_prompt: int = 8) -> Tuning:
+    config = CoreConfig(mode="similar", gamma=0.9)
+    figures = {"agreement": 0.9, "stability": 0.0, "weight_share": 0.9, "speed": 1.2}
+    row = Row(config, n_prompt, 0.01, 0.0, **figures, clusters=clusters.digest,
+              cluster_similarity=similarity)  # fmt: skip
+    with load(tiny) as llm:
+        return Tuning(llm.fingerprint, (row,))
+
+
+def test_tune_measures_how_near_prompts_are_to_their_clusters(tiny, built):
+    ids = np.random.default_rng(0).integers(97, 123, 200, dtype=np.int32)
+    with load(tiny, clusters=built, embedder=letters) as llm:
+        configs = [CoreConfig(mode="similar", gamma=0.9), CoreConfig(beta=0.9)]
+        rows = list(measure(llm, ids, configs, n_prompts=(24,), n_texts=3, n_answer=4))
+        prompts = cut(ids, 24, 3)
+        cosines = [built.nearest(letters([llm._text(p)])[0])[1] for p in prompts]
+    assert len(set(cosines)) == 3 and rows[0].cluster_similarity == min(cosines)
+    assert rows[1].cluster_similarity is None
+
+
+@pytest.mark.parametrize("kind", ["built", "by_neurons"])
+def test_auto_takes_a_cluster_only_for_prompts_as_near_as_those_measured(tiny, kind, request):
+    clusters = request.getfixturevalue(kind)
+    prompt = "the night again and again"
+    with load(tiny, core="similar", clusters=clusters, embedder=letters) as llm:
+        llm(prompt, max_tokens=1)
+        similarity = llm.core_set.cluster_similarity
+    options = {"clusters": clusters, "embedder": letters, "core": "auto"}
+    with load(tiny, **options, tuning=tuned(tiny, clusters, similarity)) as llm:
+        llm(prompt, max_tokens=3)
+        assert llm.decision.config.mode == "similar"
+        assert llm.core_set.cluster_similarity == similarity
+    with load(tiny, **options, tuning=tuned(tiny, clusters, min(1, similarity + 1e-3))) as llm:
+        llm(prompt, max_tokens=3)
+        assert llm.decision.config.mode == "exact" and llm.core_set is None
+        assert "cluster similarity" in llm.decision.reason
+        assert llm.timings.lookup_seconds > 0  # it was looked up
+
+
+def test_auto_looks_a_prompt_s_cluster_up_once(tiny, built):
+    asked = []
+
+    def remembering(texts):
+        asked.extend(texts)
+        return letters(texts)
+
+    tuning = tuned(tiny, built, -1.0, n_prompt=24)
+    options = {"clusters": built, "embedder": remembering, "core": "auto", "tuning": tuning}
+    with load(tiny, **options, refresh=4) as llm:
+        llm("the night again", max_tokens=20, temperature=0)
+        assert llm.core_set.cluster is not None and llm.timings.replay_tokens > 0
+        assert asked == ["the night again"]
+
+
+def test_auto_loads_the_embedder_before_the_first_prompt_if_it_may_be_needed(
+    tiny, built, monkeypatch
+):
+    made = []
+
+    def embedder(given):
+        made.append(given)
+        return Embedder("letters", letters)
+
+    monkeypatch.setattr("coreinfer.cluster_lookup.as_embedder", embedder)
+    tuning = tuned(tiny, built, -1.0)
+    with load(tiny, clusters=built, core="auto", tuning=tuning) as llm:
+        assert made == ["letters"]
+        llm("the night again and again", max_tokens=1)
+        assert made == ["letters"]
+        llm.set_clusters(built)
+        assert made == ["letters"] * 2
+    others = replace(tuning, rows=(replace(tuning.rows[0], clusters="others"),))
+    for unused in (others, None):
+        with load(tiny, clusters=built, core="auto", tuning=unused) as llm:
+            llm("the night again and again", max_tokens=1)
+    assert len(made) == 2
+    monkeypatch.setattr("coreinfer.cluster_lookup.as_embedder", as_embedder)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(ImportError, match=r"letters needs .*\[similarity\]"):
+        load(tiny, clusters=built, core="auto", tuning=tuning)
 
 
 def test_the_text_decides_however_the_prompt_is_given(tiny, built):

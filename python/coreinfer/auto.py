@@ -7,6 +7,7 @@ core neurons only draft.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .clusters import Clusters
@@ -37,6 +38,10 @@ class Decision:
     kl: float | None
     until: int | None = None
     stability: float | None = None
+
+
+# Why a text is not one that a choice was measured with, and when to look again.
+_Unlike = Callable[[Choice], "tuple[str, int | None] | None"]
 
 
 class Auto:
@@ -75,22 +80,46 @@ class Auto:
                 return choice.config
         return replace(self._core, mode="exact" if self._resident else "stable")
 
-    def decide(self, n_tokens: int, stability: float | None) -> Decision:
-        """For a text of `n_tokens`; `stability` is that of `counting`, None if undefined."""
+    @property
+    def by_clusters(self) -> CoreConfig | None:
+        """The setting that may decode with a cluster's neurons, if there is one."""
+        return None if self._similar is None else self._similar.config
+
+    def decide(
+        self, n_tokens: int, stability: float | None, similarity: Callable[[], float]
+    ) -> Decision:
+        """For a text of `n_tokens`.
+
+        `stability` is that of `counting`, None if undefined; `similarity` looks up how near the
+        text's cluster is, and is called only where that matters.
+        """
+
+        def unlike(choice: Choice) -> tuple[str, int | None] | None:
+            return self._unlike(choice, n_tokens, stability, similarity)
+
         if self._resident:
-            decision = self._with_dense(n_tokens, stability)
+            decision = self._with_dense(unlike)
         else:
-            decision = self._without_dense(n_tokens, stability)
+            decision = self._without_dense(unlike, n_tokens)
         return replace(decision, stability=stability)
 
     def _unlike(
-        self, choice: Choice, n_tokens: int, stability: float | None
-    ) -> tuple[str, int] | None:
+        self,
+        choice: Choice,
+        n_tokens: int,
+        stability: float | None,
+        similarity: Callable[[], float],
+    ) -> tuple[str, int | None] | None:
         """Why a text is not one that a choice was measured with, and when to look again."""
         if n_tokens < choice.n_prompt:
             within = f"measured within {self._allowed} from {choice.n_prompt} on"
             return f"{n_tokens} tokens; {within}", choice.n_prompt
-        if choice.config.mode != "similar" and (stability or 0.0) < choice.stability:
+        if choice.cluster_similarity is not None:
+            near = similarity()
+            if near < choice.cluster_similarity:  # and stays so: it is the prompt's
+                measured = f"measured from {choice.cluster_similarity:.2f} on"
+                return f"cluster similarity {near:.2f}, {measured}", None
+        elif (stability or 0.0) < choice.stability:
             measured = f"measured from {choice.stability:.2f} on"
             return f"stability {stability or 0.0:.2f}, {measured}", n_tokens + self._AGAIN
         return None
@@ -99,35 +128,41 @@ class Auto:
     def _allowed(self) -> str:
         return f"KL {self._core.max_kl:g}"
 
-    def _with_dense(self, n_tokens: int, stability: float | None) -> Decision:
-        until = None
-        if self._choice is None:
-            nothing = f"nothing measured is within {self._allowed}"
-            reason = "no tuning file" if self._tuning is None else nothing
-        else:
-            unlike = self._unlike(self._choice, n_tokens, stability)
-            if unlike is None:
-                within = f"measured within {self._allowed}"
-                return Decision(self._choice.config, within, self._choice.kl)
-            reason, until = unlike
-        similar = self._similar
-        if similar is not None and self._unlike(similar, n_tokens, stability) is None:
-            reason += f"; the prompt's cluster is measured within {self._allowed}"
-            return Decision(similar.config, reason, similar.kl)
-        return Decision(replace(self.counting, mode="exact"), reason, 0.0, until)
+    def _choices(self) -> list[Choice]:
+        """What may decode with core neurons, the prompt's own before its cluster's."""
+        return [choice for choice in (self._choice, self._similar) if choice is not None]
 
-    def _without_dense(self, n_tokens: int, stability: float | None) -> Decision:
+    def _with_dense(self, unlike: _Unlike) -> Decision:
+        reasons, again = [], []
+        for choice in self._choices():
+            found = unlike(choice)
+            if found is None:
+                whose = "the prompt's cluster is " if choice is self._similar else ""
+                reasons.append(f"{whose}measured within {self._allowed}")
+                return Decision(choice.config, "; ".join(reasons), choice.kl)
+            why, until = found
+            reasons.append(why)
+            again += [] if until is None else [until]
+        if self._tuning is None:
+            reasons = ["no tuning file"]
+        elif not reasons:
+            reasons = [f"nothing measured is within {self._allowed}"]
+        exact = replace(self.counting, mode="exact")
+        return Decision(exact, "; ".join(reasons), 0.0, min(again, default=None))
+
+    def _without_dense(self, unlike: _Unlike, n_tokens: int) -> Decision:
         """Every dense token would bring in all weights again, so that there is no waiting."""
         kept_out = "the memory limit keeps dense FFN weights out"
-        choices = [c for c in (self._choice, self._similar) if c is not None]
-        for choice in choices:
-            if self._unlike(choice, n_tokens, stability) is None:
+        reasons = []
+        for choice in self._choices():
+            found = unlike(choice)
+            if found is None:
                 within = f"{kept_out}; measured within {self._allowed}"
                 return Decision(choice.config, within, choice.kl)
-        if choices:
-            why, _ = self._unlike(choices[0], n_tokens, stability)  # type: ignore[misc]
-            reason = f"{kept_out}, and how far such a text is from dense decoding is not known: "
-            return Decision(choices[0].config, reason + why, None)
+            reasons.append(found[0])
+        if reasons:
+            unknown = f"{kept_out}, and how far such a text is from dense decoding is not known: "
+            return Decision(self.counting, unknown + reasons[0], None)
         kl = None if self._tuning is None else self._tuning.known(self.counting, n_tokens)
         if kl is not None:
             above = f"KL {kl:.2g}, more than the allowed {self._core.max_kl:g}"

@@ -61,7 +61,8 @@ class ClusterLookup:
     Attributes
     ----------
     embed_seconds, lookup_seconds : float
-        What the last `choose` took: embedding the text, and the rest.
+        What the last `nearest` took, embedding the text, and the rest, `choose` since then
+        included.
     """
 
     def __init__(self, clusters: Clusters, embedder: AnyEmbedder | None = None) -> None:
@@ -77,12 +78,30 @@ class ClusterLookup:
                 self.clusters.embedder if self.embedder is None else self.embedder
             )
 
-    def needs_scores(self, core: CoreConfig) -> bool:
-        """Whether `choose` needs the prompt's own scores."""
-        return core.blend > 0 or self.clusters.by == "neurons"
+    def nearest(self, text: str, own: Sequence[np.ndarray] = ()) -> tuple[int, float]:
+        """The cluster of a prompt and its cosine.
+
+        By what the prompt says or, where clusters are of core neurons, by its own scores per layer,
+        float32 (n_ff,).
+        """
+        self.prepare()
+        self.embed_seconds = 0.0
+        begun = time.perf_counter()
+        if self._embed is None:
+            features = core_neurons(own, self.clusters.beta)
+        else:
+            features = self._embed([text])[0]
+            self.embed_seconds = time.perf_counter() - begun
+        found = self.clusters.nearest(features)
+        self.lookup_seconds = time.perf_counter() - begun - self.embed_seconds
+        return found
 
     def choose(
-        self, core: CoreConfig, text: str, own: Sequence[np.ndarray] = (), n_tokens: int = 0
+        self,
+        core: CoreConfig,
+        nearest: tuple[int, float],
+        own: Sequence[np.ndarray] = (),
+        n_tokens: int = 0,
     ) -> CoreSet:
         """The neurons for a prompt.
 
@@ -90,23 +109,16 @@ class ClusterLookup:
         ----------
         core
             `gamma`, `blend`, `layers` and `first_layer` are looked at.
-        text
-            What the prompt says; not looked at by clusters of core neurons.
+        nearest
+            What `nearest` found.
         own : list of ndarray float32 (n_ff,)
-            The prompt's own scores per layer, where `needs_scores`.
+            The prompt's own scores per layer, where `blend` wants them.
         n_tokens
             Prompt tokens behind `own`.
         """
-        self.prepare()
-        clusters = self.clusters
-        self.embed_seconds = 0.0
         begun = time.perf_counter()
-        if self._embed is None:
-            features = core_neurons(own, clusters.beta)
-        else:
-            features = self._embed([text])[0]
-            self.embed_seconds = time.perf_counter() - begun
-        cluster, similarity = clusters.nearest(features)
+        clusters = self.clusters
+        cluster, similarity = nearest
         scores = [layer[cluster] for layer in clusters.scores]
         if core.blend > 0:
             scores = [
@@ -134,5 +146,5 @@ class ClusterLookup:
             cluster_similarity=similarity,
             fingerprint=clusters.fingerprint,
         )
-        self.lookup_seconds = time.perf_counter() - begun - self.embed_seconds
+        self.lookup_seconds += time.perf_counter() - begun
         return chosen

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from . import _core
 from .auto import Auto, Decision
 from .cluster_lookup import ClusterLookup
@@ -87,6 +89,8 @@ class CoreChoice:
         self._active = self._config  # for the present text: what auto decided, else the config
         self._lookup: ClusterLookup | None = None
         self._prior: _core.PatchPrior | None = None
+        self._text: str | None = None  # what the present prompt says, if it was said
+        self._nearest: tuple[int, float] | None = None  # its cluster, once that was looked up
         self.decision: Decision | None = None
         self.stability: float | None = None
         self.core_set: CoreSet | None = None
@@ -155,25 +159,32 @@ class CoreChoice:
         if self._auto is not None:
             self._auto = self._make_auto(self._config, lookup)
         self._lookup, self._prior = lookup, prior
+        self._nearest = None
 
     def _make_auto(self, config: CoreConfig, lookup: ClusterLookup | None) -> Auto:
-        return Auto(
+        auto = Auto(
             config,
             self._find_tuning(),
             ffn_resident=self._model.ffn_resident,
             clusters=None if lookup is None else lookup.clusters,
         )
+        if auto.by_clusters is not None:
+            _needed(lookup).prepare()
+        return auto
 
     # --- a text ---
 
     def begin(self) -> None:
         """Another text is about to be read."""
         self.lookup_seconds = {}
+        self._text = self._nearest = None
         self._active = self._config if self._auto is None else self._auto.counting
 
     def counted(self) -> dict[str, Any]:
         """What a prompt's prefill counts, as the session's keyword arguments; {} for nothing."""
-        core = self._active
+        return self._counted(self._active)
+
+    def _counted(self, core: CoreConfig) -> dict[str, Any]:
         if core.mode in ("stable", "exact"):
             counted = {"statistic": core.statistic, "alpha": core.alpha, "weighted": core.weighted}
             if core.mode == "stable" and core.patch:
@@ -181,7 +192,8 @@ class CoreChoice:
             return counted
         if core.mode == "similar":
             lookup = _needed(self._lookup)
-            if lookup.needs_scores(core) or core.patch:
+            by_neurons = lookup.clusters.by == "neurons"
+            if core.blend > 0 or by_neurons or core.patch:
                 counted = {"statistic": lookup.clusters.statistic, "alpha": lookup.clusters.alpha}
                 return {**counted, "samples": _core.PATCH_SAMPLES if core.patch else 0}
         return {}
@@ -196,6 +208,10 @@ class CoreChoice:
         Exact mode does so by itself, when drafting is expected to pay. `text` is what the prompt
         says, if that is known.
         """
+        self._text = text
+        self._choose(session)
+
+    def _choose(self, session: _core.Session) -> None:
         if self._auto is not None:
             self._decide(session, self._auto)
         core = self._active
@@ -214,7 +230,7 @@ class CoreChoice:
         if core.mode == "stable":
             self.decode_with(session, self._stable_core(session, core))
         else:
-            self.decode_with(session, self._similar_core(session, core, text))
+            self.decode_with(session, self._similar_core(session, core))
         if core.patch:
             chosen, self.core_set = self.core_set, None
             session.fit_patch(self._prior if core.prior else None, rank=core.patch)
@@ -232,11 +248,11 @@ class CoreChoice:
         if decision is not None and decision.until is not None:
             # The text was too short or not stable.
             if session.n_past >= decision.until:
-                self.choose(session)
+                self._choose(session)
         if self._config.refresh is not None and self._active.mode == "stable":
             if session.n_past - session.n_dense >= self._config.refresh:
                 session.replay(**self.counted())
-                self.choose(session)
+                self._choose(session)
 
     def _decide(self, session: _core.Session, auto: Auto) -> None:
         """Settle what decodes the text, given how long and how stable it is."""
@@ -245,10 +261,12 @@ class CoreChoice:
             self._active = auto.counting
             stability = self._stability_of(session)
         before = self.decision
-        self.decision = auto.decide(session.n_past, stability)
+        self.decision = auto.decide(
+            session.n_past, stability, lambda: self._look_up(session, auto.by_clusters)[1]
+        )
         self._active = self.decision.config
         if self._exceeds(self.decision) and (before is None or not self._exceeds(before)):
-            warnings.warn(self.decision.reason, stacklevel=4)
+            warnings.warn(self.decision.reason, stacklevel=5)
 
     def _exceeds(self, decision: Decision) -> bool:
         """Whether a text may be further from dense decoding than was asked for."""
@@ -282,22 +300,40 @@ class CoreChoice:
             weighted=core.weighted,
         )
 
-    def _similar_core(self, session: _core.Session, core: CoreConfig, text: str | None) -> CoreSet:
+    def _similar_core(self, session: _core.Session, core: CoreConfig) -> CoreSet:
         """The neurons of the prompt's nearest cluster."""
-        lookup = _needed(self._lookup)
-        own, n_tokens = (), 0
-        if lookup.needs_scores(core):
-            layers = core.layer_range(self._model.n_layer)
-            raw = session.select(beta=core.gamma, layers=layers)  # for the scores
-            own, n_tokens = raw.scores, raw.n_tokens
-        if text is None and self._text_of is not None:
-            text = self._text_of(session.tokens)
-        chosen = lookup.choose(core, text or "", own, n_tokens)
+        lookup, nearest = _needed(self._lookup), self._look_up(session, core)
+        own, n_tokens = self._own(session, core) if core.blend > 0 else ((), 0)
+        chosen = lookup.choose(core, nearest, own, n_tokens)
+        self._note_seconds(lookup)
+        return replace(chosen, stability=self.stability, fingerprint=self._model.fingerprint)
+
+    def _look_up(self, session: _core.Session, core: CoreConfig) -> tuple[int, float]:
+        """The cluster of the present prompt and its cosine; as a text grows it stays the same."""
+        if self._nearest is None:
+            lookup, text, own = _needed(self._lookup), "", ()
+            if lookup.clusters.by == "neurons":
+                session.replay(**self._counted(core))
+                own, _ = self._own(session, core)
+            elif self._text is not None:
+                text = self._text
+            elif self._text_of is not None:
+                text = self._text_of(session.tokens)
+            self._nearest = lookup.nearest(text, own)
+            self._note_seconds(lookup)
+        return self._nearest
+
+    def _own(self, session: _core.Session, core: CoreConfig) -> tuple[Sequence[np.ndarray], int]:
+        """The text's own scores per layer, and the tokens behind them."""
+        layers = core.layer_range(self._model.n_layer)
+        raw = session.select(beta=core.gamma, layers=layers)
+        return raw.scores, raw.n_tokens
+
+    def _note_seconds(self, lookup: ClusterLookup) -> None:
         self.lookup_seconds = {
             "embed_seconds": lookup.embed_seconds,
             "lookup_seconds": lookup.lookup_seconds,
         }
-        return replace(chosen, stability=self.stability, fingerprint=self._model.fingerprint)
 
 
 def _needed(lookup: ClusterLookup | None) -> ClusterLookup:

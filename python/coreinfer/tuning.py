@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import sidecar
-from .config import CoreConfig
+from .config import CoreConfig, SamplingConfig
 
 if TYPE_CHECKING:
     from .clusters import Clusters
     from .token_model import TokenModel
 
 FORMAT_NAME = "coreinfer tuning"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _MAX_FILE_BYTES = 1 << 24
 _BLOCK = 256  # rows of (n, n_vocab) that are widened to float64 at once
 _CONFIG_FIELDS = (
@@ -66,6 +66,8 @@ class Row:
     clusters : str
         Digest of the clusters that chose the neurons, or from whose texts the patch learned; ""
         where there were none.
+    cluster_similarity : float or None
+        The least cosine of a prompt to its cluster; None where no cluster chose.
     """
 
     config: CoreConfig
@@ -77,6 +79,13 @@ class Row:
     weight_share: float
     speed: float
     clusters: str = ""
+    cluster_similarity: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.config.mode == "similar":
+            sidecar.number(vars(self), "cluster_similarity", -1, 1)
+        elif self.cluster_similarity is not None:
+            raise ValueError(f"cluster_similarity is {self.cluster_similarity}; expected None")
 
     def within(self, max_kl: float) -> bool:
         """Whether the divergence, its uncertainty included, is within `max_kl`."""
@@ -85,12 +94,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Choice:
-    """A setting that may be used from `n_prompt` tokens and `stability` on, and its measured KL."""
+    """A setting, its measured KL, and the prompts it may be used for: those like the measured ones.
+
+    From `n_prompt` tokens on, and from this `stability` or, by clusters, `cluster_similarity` on.
+    """
 
     config: CoreConfig
     n_prompt: int
     stability: float
     kl: float
+    cluster_similarity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -119,11 +132,13 @@ class Tuning:
             if not passing:
                 continue
             speed = float(np.mean([row.speed for row in passing]))
+            similarities = [row.cluster_similarity for row in passing]
             choice = Choice(
                 config,
                 passing[-1].n_prompt,
                 min(row.stability for row in passing),
                 max(row.kl for row in passing),
+                min(similarities) if config.mode == "similar" else None,  # type: ignore[type-var]
             )
             if best is None or speed > best[0]:
                 best = speed, choice
@@ -202,7 +217,7 @@ def _row(entry: Any) -> Row:
         raise ValueError(f"clusters is {clusters!r}; expected a digest")
     numbers = {}
     for f in dataclasses.fields(Row):
-        if f.name in ("config", "clusters"):
+        if f.name in ("config", "clusters", "cluster_similarity"):
             continue
         value = entry[f.name]
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -210,7 +225,7 @@ def _row(entry: Any) -> Row:
         if not math.isfinite(value) or (value < 0 and f.name != "stability"):
             raise ValueError(f"{f.name} is {value!r}; expected a number of at least 0")
         numbers[f.name] = value
-    return Row(config, **numbers, clusters=clusters)
+    return Row(config, **numbers, clusters=clusters, cluster_similarity=entry["cluster_similarity"])
 
 
 def tuning_path(model_path: str | os.PathLike[str]) -> Path:
@@ -315,7 +330,7 @@ def measure(
     total = sum(len(texts) for texts in cuts.values()) * len(configs)
     done = 0
     for n_prompt, texts in cuts.items():
-        found: list[list[tuple[float, float, float, float, float]]] = [[] for _ in configs]
+        found: list[list[tuple[float | None, ...]]] = [[] for _ in configs]
         for text in texts:
             llm.core = "off"
             answer, seconds = _answered(llm, text, n_answer)
@@ -327,15 +342,15 @@ def measure(
                 same = float((got.argmax(axis=1) == dense.argmax(axis=1)).mean())
                 timings = llm.timings
                 share = timings.decode_weight_bytes / timings.dense_weight_bytes
-                core_set = llm.core_set
-                stability = 0.0 if core_set is None else core_set.stability or 0.0
+                stability = llm.core_set.stability or 0.0
+                near = llm.core_set.cluster_similarity
                 _, own_seconds = _answered(llm, text, n_answer)
-                figures.append((kl, same, stability, share, seconds / own_seconds))
+                figures.append((kl, same, stability, near, share, seconds / own_seconds))
                 done += 1
                 if progress is not None:
                     progress(done, total)
         for config, figures in zip(configs, found, strict=True):
-            kl, same, stability, share, speed = np.array(figures).T
+            kl, same, stability, near, share, speed = np.array(figures, np.float64).T
             error = kl.std(ddof=1) / math.sqrt(kl.size) if kl.size > 1 else kl[0]
             yield Row(
                 config,
@@ -347,6 +362,7 @@ def measure(
                 float(share.mean()),
                 float(np.median(speed)),
                 llm.clusters.digest if llm.clusters and _uses(config, llm.clusters) else "",
+                float(near.min()) if config.mode == "similar" else None,
             )
 
 
@@ -357,8 +373,6 @@ def _uses(config: CoreConfig, clusters: Clusters) -> bool:
 
 def _answered(llm: TokenModel, prompt: np.ndarray, n: int) -> tuple[np.ndarray, float]:
     """n greedy tokens after a prompt, and the seconds that decoding them took."""
-    from .config import SamplingConfig
-
     answer: list[int] = []
     start = 0.0
     for token in llm.generate_ids(prompt, SamplingConfig(temperature=0.0)):

@@ -257,10 +257,12 @@ def call(args: argparse.Namespace) -> int:
 def _found(choice: Choice | None, whose: str, allowed: float) -> str:
     if choice is None:
         return f"within KL {allowed:g}: nothing with the {whose}'s neurons is faster than dense"
-    share = choice.config.gamma if whose == "cluster" else choice.config.beta
+    share, near = choice.config.beta, ""
+    if choice.cluster_similarity is not None:
+        share, near = choice.config.gamma, f" and similarity {choice.cluster_similarity:.2f}"
     return (
         f"within KL {allowed:g}: {share:g} of the {whose}'s neurons from {choice.n_prompt} prompt "
-        f"tokens on (measured {choice.kl:.3f})"
+        f"tokens{near} on (measured {choice.kl:.3f})"
     )
 
 
