@@ -117,7 +117,7 @@ def test_sampling_before_reading_is_an_error(llm):
 
 @pytest.mark.parametrize("refresh", [0, -1, 1.5, True])
 def test_a_refresh_that_is_no_number_of_tokens_is_refused(tiny, refresh):
-    for core in ("stable", "auto"):
+    for core in ("stable", "similar", "auto"):
         with pytest.raises(ValueError, match=rf"refresh is {refresh}; expected an integer"):
             load(tiny, core=core, refresh=refresh)
 

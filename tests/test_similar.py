@@ -258,6 +258,62 @@ def test_blending_goes_from_the_clusters_neurons_to_the_prompts_own(tiny, built)
         assert all(core.cluster == cluster.cluster for core in sets)
 
 
+@pytest.mark.parametrize("blend", [0.0, 0.6])
+@pytest.mark.parametrize("kind", ["built", "by_neurons"])
+def test_refresh_blends_what_was_generated_into_the_cluster(tiny, kind, blend, request):
+    clusters = request.getfixturevalue(kind)
+    core = CoreConfig(mode="similar", gamma=0.25, blend=blend, refresh=8, patch=8)
+    with load(tiny, core=core, clusters=clusters, embedder=letters) as llm:
+        prompt = llm.prompt_ids("the night again")
+        found = {}
+        for _ in llm.generate(prompt, temp=0):
+            found[llm.n_tokens] = llm.core_set, llm._open_session().n_dense
+            if len(found) == 20:
+                break
+        ids = llm.input_ids
+        sizes = list(found)
+        refreshed = {
+            n for n, m in zip(sizes[1:], sizes, strict=False) if found[n][0] is not found[m][0]
+        }
+        assert refreshed == {prompt.size + 8, prompt.size + 16}
+        first, _ = found[prompt.size]
+        for n in (prompt.size, *sorted(refreshed)):
+            chosen, n_dense = found[n]
+            assert n_dense == n  # what was decoded with core neurons is dense again
+            assert (chosen.cluster, chosen.cluster_similarity) == (
+                first.cluster,
+                first.cluster_similarity,
+            )
+            own = llm.neuron_scores(ids[:n])
+            weight = max(blend, (n - prompt.size) / n)
+            of_cluster = np.stack([layer[chosen.cluster] for layer in clusters.scores])
+            expected = weight * own + (1 - weight) * of_cluster
+            np.testing.assert_allclose(np.stack(chosen.scores), expected, rtol=1e-3, atol=1e-6)
+            assert chosen.patch_rank == 8
+        assert not found[prompt.size + 16][0].same_neurons(first)
+
+
+def test_a_refresh_of_a_cluster_s_neurons_is_fresh_for_the_next_text(tiny, built):
+    options = {"clusters": built, "embedder": letters, "core": "similar", "gamma": 0.25}
+    with load(tiny, **options, refresh=4) as llm:
+        llm(TEXTS[0], max_tokens=12, temperature=0)
+        assert llm.timings.replay_tokens > 0
+        llm(NUMBERS[0], max_tokens=2, temperature=0)
+        again = llm.core_set
+        assert llm.timings.replay_tokens == 0
+    with load(tiny, **options) as llm:
+        llm(NUMBERS[0], max_tokens=2, temperature=0)
+        assert again.cluster == llm.core_set.cluster and again.same_neurons(llm.core_set)
+
+
+def test_auto_refreshes_a_cluster_s_neurons(tiny, built):
+    tuning = tuned(tiny, built, -1.0)
+    options = {"clusters": built, "embedder": letters, "core": "auto", "tuning": tuning}
+    with load(tiny, **options, refresh=4) as llm:
+        llm("the night again and again", max_tokens=12, temperature=0)
+        assert llm.core_set.cluster is not None and llm.timings.replay_tokens > 0
+
+
 def test_chat_prompts_are_read_through_the_template(tiny):
     with load(tiny) as llm:
         clusters = build_clusters(

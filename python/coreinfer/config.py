@@ -20,7 +20,7 @@ STATISTICS = ("count", "count_gate", "count_abs", "flock")
 # Which fields of CoreConfig mean something in which modes.
 FIELDS_OF_MODES = {
     ("auto",): ("max_kl",),
-    ("stable", "auto"): ("refresh",),
+    ("stable", "similar", "auto"): ("refresh",),
     ("exact", "auto"): ("max_drafts",),
     ("stable", "exact"): ("alpha", "beta", "statistic", "weighted"),
     ("stable", "similar"): ("patch", "prior"),
@@ -276,7 +276,8 @@ class CoreConfig(Checked):
     )
     refresh: int | None = parameter(
         None,
-        "read every N generated tokens again, dense, and choose the neurons anew (default: never)",
+        "read every N generated tokens again, dense, and choose the neurons anew, of a cluster's "
+        "with these tokens' own scores blended in (default: never)",
         "int",
         low=1,
         high=1 << 26,

@@ -90,6 +90,7 @@ class CoreChoice:
         self._lookup: ClusterLookup | None = None
         self._prior: _core.PatchPrior | None = None
         self._text: str | None = None  # what the present prompt says, if it was said
+        self._n_prompt = 0
         self._nearest: tuple[int, float] | None = None  # its cluster, once that was looked up
         self.decision: Decision | None = None
         self.stability: float | None = None
@@ -192,8 +193,8 @@ class CoreChoice:
             return counted
         if core.mode == "similar":
             lookup = _needed(self._lookup)
-            by_neurons = lookup.clusters.by == "neurons"
-            if core.blend > 0 or by_neurons or core.patch:
+            looked_at = core.blend > 0 or self._config.refresh or lookup.clusters.by == "neurons"
+            if looked_at or core.patch:
                 counted = {"statistic": lookup.clusters.statistic, "alpha": lookup.clusters.alpha}
                 return {**counted, "samples": _core.PATCH_SAMPLES if core.patch else 0}
         return {}
@@ -208,7 +209,7 @@ class CoreChoice:
         Exact mode does so by itself, when drafting is expected to pay. `text` is what the prompt
         says, if that is known.
         """
-        self._text = text
+        self._text, self._n_prompt = text, session.n_past
         self._choose(session)
 
     def _choose(self, session: _core.Session) -> None:
@@ -249,7 +250,7 @@ class CoreChoice:
             # The text was too short or not stable.
             if session.n_past >= decision.until:
                 self._choose(session)
-        if self._config.refresh is not None and self._active.mode == "stable":
+        if self._config.refresh is not None and self._active.mode in ("stable", "similar"):
             if session.n_past - session.n_dense >= self._config.refresh:
                 session.replay(**self.counted())
                 self._choose(session)
@@ -301,8 +302,14 @@ class CoreChoice:
         )
 
     def _similar_core(self, session: _core.Session, core: CoreConfig) -> CoreSet:
-        """The neurons of the prompt's nearest cluster."""
+        """The neurons of the prompt's nearest cluster.
+
+        With `refresh` they follow the text: its own scores weigh as much as what was generated is
+        of all its tokens, and never less than `blend`.
+        """
         lookup, nearest = _needed(self._lookup), self._look_up(session, core)
+        if self._config.refresh is not None:
+            core = replace(core, blend=max(core.blend, 1 - self._n_prompt / session.n_past))
         own, n_tokens = self._own(session, core) if core.blend > 0 else ((), 0)
         chosen = lookup.choose(core, nearest, own, n_tokens)
         self._note_seconds(lookup)
