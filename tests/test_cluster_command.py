@@ -42,6 +42,7 @@ def test_build_info_and_run_from_the_command_line(
     facts = json.loads(capsys.readouterr().out)
     assert facts["n_texts"] == [4, 4] and facts["embedder"] == "some/letters"
     assert (facts["n_features"], facts["statistic"], facts["chat"]) == (27, "flock", False)
+    assert facts["weighted"] is False
     assert main(["cluster", "info", str(out)]) == 0
     assert "embeddings of some/letters, 27 dimensions" in capsys.readouterr().out
     run = ["run", tiny, "-p", RIVER[0], "-n", "4", "--core", "similar", "--clusters", str(out)]
@@ -56,13 +57,15 @@ def test_build_info_and_run_from_the_command_line(
 
 
 def test_build_by_neurons_reads_texts_through_the_chat_template(tiny, data, tmp_path, capsys):
-    options = ("--by", "neurons", "--clusters", "2", "--limit", "6", "--beta", "0.3")
+    options = ("--by", "neurons", "--clusters", "2", "--limit", "6", "--beta", "0.3", "--weighted")
     assert build(tiny, data, tmp_path / "c.npz", *options) == 0
     clusters = Clusters.load(tmp_path / "c.npz")
     assert (clusters.by, clusters.beta, clusters.embedder) == ("neurons", 0.3, "")
     assert clusters.chat and clusters.n_texts.sum() == 6
     assert main(["cluster", "info", str(tmp_path / "c.npz")]) == 0
-    assert "30 % of neurons" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "30 % of neurons" in said and "counted    flock, weighted, alpha 0.4, through" in said
+    assert clusters.weighted
 
 
 def test_tune_measures_clusters_and_says_which_prompts_they_are_for(

@@ -78,6 +78,49 @@ def test_build_averages_the_scores_per_token_of_a_clusters_texts(tiny, built):
     np.testing.assert_allclose([layer.sum(axis=1) for layer in built.scores], 1, rtol=1e-3)
 
 
+@pytest.fixture(scope="module")
+def weighted(tiny) -> Clusters:
+    with load(tiny) as llm:
+        return build_clusters(
+            llm, TEXTS, embedder=letters, n_clusters=2, weighted=True, random_state=0
+        )
+
+
+def test_weighted_clusters_are_built_and_blended_of_what_neurons_write(tiny, built, weighted):
+    assert weighted.weighted and not built.weighted
+    prompt = TEXTS[0]
+    cluster, _ = weighted.nearest(letters(RIVER)[0])
+    of_cluster = np.stack([layer[cluster] for layer in weighted.scores])
+    core = CoreConfig(mode="similar", gamma=0.25, blend=0.5)
+    with load(tiny, core=core, clusters=weighted, embedder=letters) as llm:
+        llm(prompt, max_tokens=2)
+        chosen = llm.core_set
+        ids = llm.prompt_ids(prompt)
+        plain = llm.neuron_scores(ids)
+        own = llm.neuron_scores(ids, weighted=True)
+        expected = np.mean(
+            [llm.neuron_scores(llm.prompt_ids(text), weighted=True) for text in RIVER], axis=0
+        )
+    assert np.abs(own - plain).max() > 1e-4
+    np.testing.assert_allclose(of_cluster, expected, rtol=1e-4, atol=1e-7)
+    assert chosen.weighted and chosen.cluster == cluster
+    blended = (own + of_cluster) / 2
+    np.testing.assert_allclose(np.stack(chosen.scores), blended, rtol=1e-3, atol=1e-6)
+
+
+def test_clusters_of_another_weighting_than_asked_for_are_refused(tiny, built, weighted):
+    core = CoreConfig(mode="similar", weighted=True)
+    wrong = "weighted is True, but these clusters were built without it; build them --weighted"
+    with pytest.raises(ValueError, match=wrong):
+        load(tiny, core=core, clusters=built, embedder=letters)
+    with load(tiny, core=core, clusters=weighted, embedder=letters) as llm:
+        with pytest.raises(ValueError, match=wrong):
+            llm.set_clusters(built, letters)
+        assert llm.clusters is weighted
+        llm(TEXTS[0], max_tokens=2)
+        assert llm.core_set.weighted
+
+
 def test_similar_decodes_with_the_neurons_of_the_nearest_cluster(tiny, built):
     core = CoreConfig(mode="similar", gamma=0.25, patch=False)
     with load(tiny, core=core, clusters=built, embedder=letters) as llm:

@@ -140,6 +140,7 @@ class ClusterLookup:
             scores=scores,
             statistic=clusters.statistic,
             alpha=clusters.alpha,
+            weighted=clusters.weighted,
             beta=core.gamma,
             n_tokens=n_tokens,
             cluster=cluster,

@@ -23,7 +23,7 @@ from .patch_prior import MAX_EMBD, MAX_ROWS, PatchPrior
 from .sidecar import MAX_CLUSTERS, MAX_FF, MAX_LAYERS, Archive, fingerprint_of, number, whole
 
 FORMAT_NAME = "coreinfer clusters"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FEATURES = ("embedding", "neurons")  # what texts are compared by
 _MAX_FEATURES = 1 << 28
 _MAX_NAME = 4096
@@ -42,7 +42,7 @@ class Clusters:
         Per layer: mean over a cluster's texts of the statistic per token.
     n_texts : ndarray int64 (n_clusters,)
         Training texts of every cluster.
-    statistic, alpha
+    statistic, alpha, weighted
         What was counted; see `coreinfer.config.CoreConfig`.
     by : str
         What texts are compared by: "embedding", or "neurons", their own core neurons.
@@ -69,6 +69,7 @@ class Clusters:
     chat: bool = False
     fingerprint: int | None = None
     prior: PatchPrior | None = None
+    weighted: bool = False
 
     def __post_init__(self) -> None:
         centroids = np.asarray(self.centroids, dtype=np.float32)
@@ -120,8 +121,9 @@ class Clusters:
             raise ValueError(f"embedder is {self.embedder!r:.80}; expected a short name")
         if (self.by == "embedding") != bool(self.embedder):
             raise ValueError(f"embedder is {self.embedder!r} in clusters by {self.by}")
-        if not isinstance(self.chat, bool):
-            raise ValueError(f"chat is {self.chat!r}; expected True or False")
+        for name, value in (("chat", self.chat), ("weighted", self.weighted)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}; expected True or False")
         if self.by == "neurons" and n_features != n_neurons:
             raise ValueError(
                 f"centroids have {n_features} features; expected one a neuron, {n_neurons}"
@@ -218,6 +220,7 @@ class Clusters:
             "n_features": self.n_features,
             "statistic": self.statistic,
             "alpha": self.alpha,
+            "weighted": self.weighted,
             "by": self.by,
             "embedder": self.embedder,
             "beta": self.beta,
@@ -286,5 +289,6 @@ def _read(archive: Archive) -> Clusters:
         beta=number(header, "beta", 0, 1),
         chat=header.get("chat"),
         fingerprint=fingerprint_of(header),
+        weighted=header.get("weighted"),
         prior=PatchPrior.read(archive, n_layer, n_rows, n_ff, n_embd) if n_rows else None,
     )

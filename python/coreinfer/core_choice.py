@@ -118,7 +118,7 @@ class CoreChoice:
             config = CoreConfig.of(core)
             config.check_fits(n_layer=self._model.n_layer, n_ff=self._model.n_ff)
             if config.mode == "similar":
-                _needed(self._lookup).prepare()
+                _prepare(self._lookup, config)
             elif config.mode == "auto":
                 auto = self._make_auto(config, self._lookup)
         self._given, self._config, self._auto = given, config, auto
@@ -156,7 +156,7 @@ class CoreChoice:
         elif embedder is not None:
             raise ValueError(f"embedder is {embedder!r}, but there are no clusters to use it with")
         if self._config.mode == "similar":
-            _needed(lookup).prepare()
+            _prepare(lookup, self._config)
         if self._auto is not None:
             self._auto = self._make_auto(self._config, lookup)
         self._lookup, self._prior = lookup, prior
@@ -170,7 +170,7 @@ class CoreChoice:
             clusters=None if lookup is None else lookup.clusters,
         )
         if auto.by_clusters is not None:
-            _needed(lookup).prepare()
+            _prepare(lookup, auto.by_clusters)
         return auto
 
     # --- a text ---
@@ -195,7 +195,8 @@ class CoreChoice:
             lookup = _needed(self._lookup)
             looked_at = core.blend > 0 or self._config.refresh or lookup.clusters.by == "neurons"
             if looked_at or core.patch:
-                counted = {"statistic": lookup.clusters.statistic, "alpha": lookup.clusters.alpha}
+                of = lookup.clusters
+                counted = {"statistic": of.statistic, "alpha": of.alpha, "weighted": of.weighted}
                 return {**counted, "samples": _core.PATCH_SAMPLES if core.patch else 0}
         return {}
 
@@ -350,6 +351,17 @@ def _needed(lookup: ClusterLookup | None) -> ClusterLookup:
             "file that `coreinfer cluster build` made with this model"
         )
     return lookup
+
+
+def _prepare(lookup: ClusterLookup | None, core: CoreConfig) -> None:
+    """Make clusters ready for a setting; ValueError or ImportError where they cannot serve it."""
+    lookup = _needed(lookup)
+    if core.weighted and not lookup.clusters.weighted:
+        raise ValueError(
+            "weighted is True, but these clusters were built without it; build them --weighted, "
+            "or leave it out"
+        )
+    lookup.prepare()
 
 
 def _to_core(core_set: CoreSet) -> Any:

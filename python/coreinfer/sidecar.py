@@ -117,7 +117,9 @@ class Archive:
         if not isinstance(header, dict) or header.get("format") != format_name:
             raise ValueError(f"the header does not say {format_name!r}")
         if header.get("version") != version:
-            raise ValueError(f"version {header.get('version')!r}; this build reads {version}")
+            raise ValueError(
+                f"version {header.get('version')!r}; this build reads {version}: make it again"
+            )
         return header
 
     def array(self, name: str, dtype: type, max_count: int) -> np.ndarray:

@@ -300,6 +300,7 @@ def build_clusters(
     n_clusters: int | str = "auto",
     statistic: str = CoreConfig.statistic,
     alpha: float = CoreConfig.alpha,
+    weighted: bool = CoreConfig.weighted,
     beta: float = CoreConfig.beta,
     chat: bool = False,
     patch_rows: int = PATCH_ROWS,
@@ -321,7 +322,7 @@ def build_clusters(
         See `coreinfer.embedders.as_embedder`; not used for "neurons".
     n_clusters, random_state
         See `SimilarityClusters`.
-    statistic, alpha
+    statistic, alpha, weighted
         See `coreinfer.config.CoreConfig`.
     chat
         Read every text through the model's chat template, as `create_chat_completion` does.
@@ -339,7 +340,7 @@ def build_clusters(
     """
     if by not in FEATURES:
         raise ValueError(f"by is {by!r}; expected one of {', '.join(FEATURES)}")
-    config = CoreConfig(statistic=statistic, alpha=alpha, beta=beta)
+    config = CoreConfig(statistic=statistic, alpha=alpha, weighted=weighted, beta=beta)
     if len(texts) < _MIN_TEXTS:
         raise ValueError(f"{len(texts)} texts to build clusters of; expected at least {_MIN_TEXTS}")
     if not 0 <= patch_rows <= MAX_ROWS:
@@ -365,6 +366,7 @@ def build_clusters(
                 ids,
                 statistic=config.statistic,
                 alpha=config.alpha,
+                weighted=config.weighted,
                 samples=0 if prior is None else _core.PATCH_SAMPLES,
             )
             if prior is not None:
@@ -380,6 +382,7 @@ def build_clusters(
         n_texts=model.n_texts_,
         statistic=config.statistic,
         alpha=config.alpha,
+        weighted=config.weighted,
         by=by,
         embedder="" if embed is None else embed.name,
         beta=config.beta if embed is None else 0.0,

@@ -422,6 +422,7 @@ class TokenModel:
         *,
         statistic: str = CoreConfig.statistic,
         alpha: float = CoreConfig.alpha,
+        weighted: bool = CoreConfig.weighted,
         samples: int = 0,
     ) -> np.ndarray:
         """How strongly a prompt activates each neuron: the statistic per token, read dense.
@@ -434,10 +435,10 @@ class TokenModel:
             Mean over the prompt's tokens, whatever `core` is.
         """
         prompt = self.checked_prompt(prompt_ids)
-        counted = CoreConfig(statistic=statistic, alpha=alpha)
+        core = CoreConfig(statistic=statistic, alpha=alpha, weighted=weighted)
+        counted = {name: getattr(core, name) for name in ("statistic", "alpha", "weighted")}
         with self._computing() as session:
-            wanted = {"statistic": counted.statistic, "alpha": counted.alpha, "samples": samples}
-            self._read(session, prompt, wanted)
+            self._read(session, prompt, {**counted, "samples": samples})
             raw = session.select(beta=1.0)
             return np.stack(raw.scores) / np.float32(raw.n_tokens)
 

@@ -21,7 +21,7 @@ from .pull import resolve
 # Not `seed`: the sampler's, where a build's is that of the clusters.
 _LOADING = ("n_ctx", "n_batch", "n_threads", "n_gpu_layers", "main_gpu", "vram_limit")
 _LOADING += ("memory_limit", "f32_activations")
-_COUNTING = ("statistic", "alpha", "beta")
+_COUNTING = ("statistic", "alpha", "weighted", "beta")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -145,6 +145,7 @@ def call_build(args: argparse.Namespace) -> int:
                 n_clusters=args.clusters,
                 statistic=counting.statistic,
                 alpha=counting.alpha,
+                weighted=counting.weighted,
                 beta=counting.beta,
                 chat=llm.has_chat_template and not args.raw,
                 patch_rows=args.patch_rows,
@@ -198,6 +199,7 @@ def call_info(args: argparse.Namespace) -> int:
         "beta": clusters.beta or None,
         "statistic": clusters.statistic,
         "alpha": clusters.alpha,
+        "weighted": clusters.weighted,
         "patch_rows": 0 if clusters.prior is None else clusters.prior.n_rows,
         "chat": clusters.chat,
         "n_layer": clusters.n_layer,
@@ -215,13 +217,14 @@ def _text(facts: dict[str, Any]) -> str:
         else f"the {100 * facts['beta']:g} % of neurons that each activates most"
     )
     model = facts["fingerprint"] or "any"
+    weighted = "weighted, " if facts["weighted"] else ""
     return "\n".join(
         [
             f"file       {facts['path']} ({facts['bytes'] / 1e6:.1f} MB)",
             f"clusters   {facts['n_clusters']}, of {', '.join(map(str, facts['n_texts']))} texts",
             f"compared   by {compared}",
             f"prior      {facts['patch_rows']} rows that patches learn from",
-            f"counted    {facts['statistic']}, alpha {facts['alpha']:g}, "
+            f"counted    {facts['statistic']}, {weighted}alpha {facts['alpha']:g}, "
             + ("through the chat template" if facts["chat"] else "texts as they are"),
             f"model      {facts['n_layer']} layers of {facts['n_ff']} neurons, fingerprint {model}",
         ]

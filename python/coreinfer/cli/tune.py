@@ -280,9 +280,10 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         c = row.config
         layers = "all" if c.layers is None else f"{c.layers[0]}:{c.layers[1] or ''}"
+        weighted = "on" if c.weighted else "off"
+        counted = f"{c.statistic} | {weighted}" if c.mode == "stable" else "clusters | as built"
         lines.append(
-            f"| {row.n_prompt} | {'clusters' if c.mode == 'similar' else c.statistic} "
-            f"| {'on' if c.weighted else 'off'} | {layers} | × {c.first_layer:g} "
+            f"| {row.n_prompt} | {counted} | {layers} | × {c.first_layer:g} "
             f"| {c.patch or 'off'} | {c.gamma if c.mode == 'similar' else c.beta:g} "
             f"| {row.kl:.4f} ± {row.kl_error:.4f} | {row.agreement:.3f} "
             f"| {row.weight_share:.2f} | {row.speed:.2f} |"
