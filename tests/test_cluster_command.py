@@ -9,9 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from coreinfer import (
-    Clusters,
-)
+from coreinfer import Clusters, Llama
 from coreinfer.cli import main, tune
 from coreinfer.tuning import Tuning
 from small_clusters import RIVER, make_tiny_chat, write_texts
@@ -54,6 +52,21 @@ def test_build_info_and_run_from_the_command_line(
     assert facts["core"]["cluster_similarity"] > 0.9
     assert facts["timings"]["lookup_seconds"] > 0
     assert f"cluster  {facts['core']['cluster']} of 2, similarity 0.9" in summary
+
+
+def test_the_paper_s_settings_with_clusters(tiny, data, tmp_path, capsys):
+    out = tmp_path / "c.npz"
+    counted = ("--statistic", "count", "--patch-rows", "0")
+    assert build(tiny, data, out, "--by", "neurons", "--clusters", "2", *counted) == 0
+    capsys.readouterr()
+    run = ["run", tiny, "-p", RIVER[0], "-n", "2", "--preset", "paper", "--core", "similar"]
+    assert main([*run, "--clusters", str(out), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)["core"]
+    assert (facts["statistic"], facts["beta"], facts["patch_rank"]) == ("count", 0.4, 0)
+    assert len(set(facts["sizes"])) == 1 and facts["cluster"] is not None
+    with Llama(tiny, preset="paper", core="similar", clusters=out, gamma=0.2, verbose=False) as llm:
+        llm(RIVER[0], max_tokens=1)
+        assert llm.core_set.kept < 0.21 and llm.core_set.patch_rank == 0
 
 
 def test_build_by_neurons_reads_texts_through_the_chat_template(tiny, data, tmp_path, capsys):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 
 import gguf
 import numpy as np
 import pytest
 
 from coreinfer import CoreConfig, CoreSet, Llama, _core
+from coreinfer.config import FIELDS_OF_MODES
 from coreinfer.patch_prior import PatchPrior, PatchPriorBuilder
 from make_synthetic_model import make_tiny_model
 from reference.neurons import ridge_patch
@@ -382,13 +384,44 @@ def test_a_set_with_a_wrong_patch_cannot_be_made(changes):
         CoreSet(layers=[np.array([0, 5])], n_ff=8, **changes)
 
 
-def test_the_paper_s_settings_have_a_name():
-    paper = CoreConfig.of("paper")
-    assert (paper.mode, paper.statistic, paper.alpha) == ("stable", "count", 0.4)
-    assert not paper.patch and not paper.weighted and paper.layers is None
-    assert paper.first_layer == 1 < CoreConfig().first_layer
-    assert paper.beta == paper.gamma == 0.4
+def test_the_paper_s_settings_have_a_name_and_hang_on_no_default():
+    pinned = {"mode": "stable", "alpha": 0.4, "beta": 0.4, "gamma": 0.4, "statistic": "count"}
+    pinned |= {"weighted": False, "patch": 0, "prior": False, "layers": None, "first_layer": 1.0}
+    pinned |= {"blend": 0.0, "refresh": None}
+    looked_at = {name for modes, names in FIELDS_OF_MODES.items() for name in names
+                 if {"stable", "similar"} & set(modes)}  # fmt: skip
+    assert set(pinned) == looked_at | {"mode"}
+    given = set()
+
+    class Spied(CoreConfig):
+        def __init__(self, **fields):
+            given.update(fields)
+            super().__init__(**fields)
+
+    paper = Spied.paper()
+    assert given == set(pinned) and {name: getattr(paper, name) for name in pinned} == pinned
+    assert CoreConfig.of("paper") == CoreConfig.preset("paper") == CoreConfig(**pinned)
     assert CoreConfig.paper(0.2).beta == CoreConfig.paper(0.2).gamma == 0.2
+    assert CoreConfig.preset("paper", "similar") == CoreConfig(**{**pinned, "mode": "similar"})
+
+
+def test_llama_takes_the_paper_s_settings_by_name(model):
+    with Llama(model, preset="paper", verbose=False) as llm:
+        assert llm.core == CoreConfig.paper()
+        llm("ab" * 20, max_tokens=1)
+        assert (llm.core_set.statistic, llm.core_set.patch_rank) == ("count", 0)
+        assert len(set(llm.core_set.sizes)) == 1
+    with Llama(model, preset="paper", core="stable", beta=0.2, verbose=False) as llm:
+        assert llm.core == replace(CoreConfig.paper(), beta=0.2)
+    for options, message in (
+        ({"preset": "papers"}, "preset is 'papers'; expected one of paper"),
+        ({"preset": "paper", "core": "exact"}, "preset is 'paper'; it needs core='stable' or"),
+        ({"preset": "paper", "core": CoreConfig()}, "preset is 'paper'; it needs core='stable'"),
+        ({"preset": "paper", "gamma": 0.2}, "gamma is 0.2; it needs core='similar'"),
+        ({"preset": "paper", "core": "similar"}, "core is 'similar'.*there are none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Llama(model, verbose=False, **options)
 
 
 @pytest.mark.parametrize(

@@ -309,7 +309,7 @@ class CoreConfig(Checked):
         """The settings of the CoreInfer paper (arXiv 2410.18311), whatever the defaults become.
 
         Its beta, which is its gamma too, is 0.2 for extraction and question answering, 0.4 for
-        translation.
+        translation. For "similar", clusters are to be built with `statistic="count"`.
         """
         return cls(
             mode="stable",
@@ -319,17 +319,32 @@ class CoreConfig(Checked):
             statistic="count",
             weighted=False,
             patch=False,
+            prior=False,
+            blend=0.0,
+            refresh=None,
             layers=None,
             first_layer=1.0,
         )
+
+    @classmethod
+    def preset(cls, name: str, mode: str = "stable") -> CoreConfig:
+        """The settings of a name in `CORE_PRESETS`, for a mode that chooses core neurons."""
+        if name not in CORE_PRESETS:
+            raise _wrong("preset", name, f"one of {', '.join(CORE_PRESETS)}")
+        if mode not in ("stable", "similar"):
+            raise ValueError(
+                f"preset is {name!r}; it needs core='stable' or core='similar', but core is "
+                f"{mode!r}"
+            )
+        return dataclasses.replace(cls.paper(), mode=mode)
 
     @classmethod
     def of(cls, core: str | CoreConfig) -> CoreConfig:
         """A config from a mode's or preset's name or a config; anything else is a ValueError."""
         if isinstance(core, cls):
             return core
-        if core == "paper":
-            return cls.paper()
+        if isinstance(core, str) and core in CORE_PRESETS:
+            return cls.preset(core)
         if isinstance(core, str):
             return cls(mode=core)
         raise _wrong("core", core, f"one of {', '.join(CORE_MODES)}, a CoreConfig or a CoreSet")

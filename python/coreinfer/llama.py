@@ -69,6 +69,9 @@ class Llama(TokenModel):
         "auto", "off" (dense), "stable", "similar", "exact", a `CoreConfig`, or a `CoreSet` to
         decode with whatever the prompt. "auto" uses what `coreinfer tune` measured to be within
         `max_kl` of dense decoding, and is "exact" otherwise: the text of dense decoding.
+    preset
+        "paper": the CoreInfer paper's settings, whatever the defaults are, for core="stable" (then
+        the default) or "similar"; `beta` and the like change them.
     clusters
         For "similar": a file that `coreinfer cluster build` made with this model, or `Clusters`.
     embedder
@@ -117,6 +120,7 @@ class Llama(TokenModel):
         main_gpu: int = LoadConfig.main_gpu,
         vram_limit: int | str | None = LoadConfig.vram_limit,
         core: str | CoreConfig | CoreSet = DEFAULT_CORE_MODE,
+        preset: str | None = None,
         clusters: AnyClusters | None = None,
         embedder: AnyEmbedder | None = None,
         beta: float | None = None,
@@ -159,6 +163,8 @@ class Llama(TokenModel):
             "max_kl": max_kl,
         }
         given = {name: value for name, value in shorts.items() if value is not None}
+        if preset is not None:
+            core = CoreConfig.preset(preset, "stable" if core == DEFAULT_CORE_MODE else core)
         core = core if isinstance(core, CoreSet) else CoreConfig.of(core)
         if isinstance(core, CoreSet) and given:
             raise ValueError(

@@ -80,8 +80,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     core.add_argument(
         "--preset",
         choices=CORE_PRESETS,
-        help="settings of the paper: --core stable --statistic count --alpha 0.4 --patch off, all "
-        "layers; other flags change them",
+        help="settings of the paper, whatever the defaults are: --core stable --statistic count "
+        "--alpha 0.4 --beta 0.4 --gamma 0.4 --first-layer 1 --patch off; other flags change them",
     )
     core.add_argument("--core-file", metavar="FILE", help="decode with the core set in this file")
     core.add_argument("--save-core", metavar="FILE", help="save the core set that was used (.npz)")
@@ -132,7 +132,7 @@ def call(args: argparse.Namespace) -> int:
 
 def _core_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> CoreConfig:
     values = options.given(args, CoreConfig)
-    preset = vars(CoreConfig.of(args.preset)) if args.preset else {}
+    preset = vars(CoreConfig.preset(args.preset)) if args.preset else {}
     asked = values.get("mode", preset.get("mode", "off"))
     mode = values.setdefault("mode", preset.get("mode", DEFAULT_CORE_MODE))
     for wanted, names in FIELDS_OF_MODES.items():
