@@ -46,6 +46,25 @@ def test_a_saved_state_goes_on_where_it_was(tiny, core):
             assert other.n_tokens == len(prompt) + 4
 
 
+def test_what_is_said_of_a_text_is_said_of_the_one_that_was_loaded(tiny):
+    with load(tiny, core="stable") as llm:
+        llm(PROMPT.decode(), max_tokens=2)
+        state, stability = llm.save_state(), llm.stability
+        llm("another", max_tokens=2)
+        assert llm.stability != stability
+        llm.load_state(state)
+        assert llm.stability == stability
+        llm.core = "auto"
+        llm("another", max_tokens=2)
+        assert llm.decision is not None and llm.drafting is not None
+        llm.load_state(state)
+        assert (llm.decision, llm.drafting, llm.stability) == (None, None, stability)
+        llm.core = "auto"
+        llm("another", max_tokens=2)
+        llm.prompt_logprobs(llm.prompt_ids(PROMPT), 1)
+        assert (llm.decision, llm.drafting, llm.stability) == (None, None, None)
+
+
 def test_a_state_of_another_model_is_refused_and_nothing_is_lost(tiny, tmp_path):
     make_tiny_model(tmp_path / "other.gguf", "llama", "F32", seed=1)
     with load(str(tmp_path / "other.gguf")) as other:

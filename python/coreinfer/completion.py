@@ -1,7 +1,7 @@
 """Completions and chat answers in the shapes llama-cpp-python returns.
 
 Flows in: a `Request` made by `Llama`'s methods. Flows out: response dictionaries, whole or as a
-stream of chunks. Generation itself is `Llama.generate`; text handling is `text_stream`.
+stream of chunks. Generation itself is `TokenModel.generate_ids`; text is `text_stream`'s.
 """
 
 from __future__ import annotations

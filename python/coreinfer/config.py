@@ -81,11 +81,6 @@ def parameter(default: Any, help: str, kind: str, **rest: Any) -> Any:
     return field(default=default, metadata={"spec": Spec(help, kind, **rest)})
 
 
-def spec_of(config: type, name: str) -> Spec:
-    """The `Spec` of field `name` of a config class."""
-    return next(f.metadata["spec"] for f in dataclasses.fields(config) if f.name == name)
-
-
 def _wrong(name: str, value: Any, expected: str) -> ValueError:
     return ValueError(f"{name} is {value!r}; expected {expected}")
 

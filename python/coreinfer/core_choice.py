@@ -225,21 +225,27 @@ class CoreChoice:
         session.end_exact()
         self.stability = None
         if core.mode not in ("stable", "similar"):
-            self.decode_with(session, self._given)
+            self._decode_with(session, self._given)
             return
         session.replay(**self.counted())  # no work after a prefill
         self.stability = self._stability_of(session)
         if core.mode == "stable":
-            self.decode_with(session, self._stable_core(session, core))
+            self._decode_with(session, self._stable_core(session, core))
         else:
-            self.decode_with(session, self._similar_core(session, core))
+            self._decode_with(session, self._similar_core(session, core))
         if core.patch:
             chosen, self.core_set = self.core_set, None
             session.fit_patch(self._prior if core.prior else None, rank=core.patch)
             self.core_set = replace(chosen, patch=session.core_set.patch)
 
-    def decode_with(self, session: _core.Session, chosen: CoreSet | None) -> None:
-        """Decode with these neurons, or dense."""
+    def restore(self, session: _core.Session, chosen: CoreSet | None) -> None:
+        """The text in the cache is decoded with these neurons, or dense: nothing is to decide."""
+        self.begin()
+        self.decision, self.stability = None, None if chosen is None else chosen.stability
+        session.end_exact()
+        self._decode_with(session, chosen)
+
+    def _decode_with(self, session: _core.Session, chosen: CoreSet | None) -> None:
         self.core_set = None
         session.set_core(None if chosen is None else _to_core(chosen))  # no work if unchanged
         self.core_set = chosen

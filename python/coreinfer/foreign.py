@@ -106,7 +106,6 @@ def check_foreign(
     arguments: Mapping[str, Any],
     table: Mapping[str, Foreign],
     own_names: Iterable[str],
-    stacklevel: int = 3,
 ) -> None:
     """Judge keyword arguments that `where` does not have itself.
 
@@ -135,6 +134,5 @@ def check_foreign(
         without_effect.append(name)
     if without_effect:
         names = ", ".join(without_effect)
-        warnings.warn(
-            f"{where}(): no effect in coreinfer: {names}", UserWarning, stacklevel=stacklevel
-        )
+        # Of the caller of the method that has these arguments.
+        warnings.warn(f"{where}(): no effect in coreinfer: {names}", UserWarning, stacklevel=3)

@@ -231,13 +231,13 @@ class TokenModel:
 
     @property
     def clusters(self) -> Clusters | None:
-        """The clusters that choose neurons where `core` is "similar"."""
+        """The clusters that "similar" and "auto" may choose by, and patches learn from."""
         return self._choice.clusters
 
     def set_clusters(
         self, clusters: AnyClusters | None, embedder: AnyEmbedder | None = None
     ) -> None:
-        """Take clusters, or the file of some, for `core="similar"`; None forgets them.
+        """Take clusters, or the file of some, from the next text on; None forgets them.
 
         `embedder` stands in for the one that the clusters name. What does not fit this model is a
         ValueError, and the clusters that were there stay.
@@ -305,14 +305,12 @@ class TokenModel:
             with self._computing() as session:
                 self._read(session, self._after_cache(session, ids))
 
-    def draw(
-        self, sampling: SamplingConfig, processors: Sequence[LogitsProcessor] = (), seed=None
-    ) -> int:
+    def draw(self, sampling: SamplingConfig, processors: Sequence[LogitsProcessor] = ()) -> int:
         """Draw the token after the cache; the cache stays as it is."""
         if self.n_tokens == 0:
             raise RuntimeError("there is nothing to sample from; call eval first")
         with self._computing() as session:
-            return _draw(session, self._sampler(session, sampling, seed), processors)
+            return _draw(session, self._sampler(session, sampling, None), processors)
 
     def token_logprobs(self, n_top: int, token: int) -> tuple[float, TopLogprobs]:
         """ln p of `token` after the cache, and the `n_top` likeliest ids with theirs."""
@@ -487,8 +485,7 @@ class TokenModel:
         rows: list[tuple[float, TopLogprobs]] = []
         with self._computing() as session:
             self._generation += 1
-            session.end_exact()
-            self._choice.decode_with(session, None)
+            self._choice.restore(session, None)
             session.keep(0)
             session.prefill(prompt[:1])
             done = 1
@@ -525,7 +522,7 @@ class TokenModel:
         with self._computing() as session:
             session.load_state(state.llama_state)  # refuses without losing what is there
             self._generation += 1
-            self._choice.decode_with(session, state.core_set)
+            self._choice.restore(session, state.core_set)
         self.set_seed(state.seed)
 
 

@@ -85,7 +85,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--patches",
-        type=_list_of(_patch),
+        type=_list_of(str),
         default=(CoreConfig.patch,),
         metavar="P,P",
         help="on, off or ranks of the patch (default: on)",
@@ -134,10 +134,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     options.add_flags(parser.add_argument_group("choice"), CoreConfig, names=("max_kl",))
     options.add_flags(parser.add_argument_group("model"), LoadConfig, names=_LOADING)
     parser.set_defaults(call=call, parser=parser)
-
-
-def _patch(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
 
 
 def _switch(text: str) -> bool:
@@ -195,7 +191,8 @@ def call(args: argparse.Namespace) -> int:
             )
             for first_layer, patch, gamma in product(args.first_layers, args.patches, args.gammas)
         ]
-    for name, value in (("--texts", args.texts), ("-n", args.n_answer), *_named(args.prompts)):
+    prompts = [("--prompts", n) for n in args.prompts]
+    for name, value in (("--texts", args.texts), ("-n", args.n_answer), *prompts):
         if value < 2:
             parser.error(f"{name} is {value}; expected at least 2")
     with open(args.text, "rb") as file:
@@ -264,10 +261,6 @@ def _found(choice: Choice | None, whose: str, allowed: float) -> str:
         f"within KL {allowed:g}: {share:g} of the {whose}'s neurons from {choice.n_prompt} prompt "
         f"tokens{near} on (measured {choice.kl:.3f})"
     )
-
-
-def _named(prompts: tuple[int, ...]) -> list[tuple[str, int]]:
-    return [("--prompts", n) for n in prompts]
 
 
 def table(rows: list[Row]) -> str:
