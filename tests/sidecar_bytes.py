@@ -17,6 +17,12 @@ def npy(array: np.ndarray, **options) -> bytes:
     return stream.getvalue()
 
 
+def npy_of_version(major: int, array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, array, version=(major, 0))
+    return stream.getvalue()
+
+
 def header_npy(header: dict[str, Any]) -> bytes:
     return npy(np.frombuffer(json.dumps(header).encode(), dtype=np.uint8))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from coreinfer.core_sets import CoreSet
-from sidecar_bytes import header_npy, npy, rewrite
+from sidecar_bytes import header_npy, npy, npy_of_version, rewrite
 
 
 def make_set(**changes) -> CoreSet:
@@ -73,7 +73,8 @@ def test_similarity_is_the_share_of_common_neurons():
         ([2, 1], "strictly ascending"),
         ([-1, 3], "neuron -1"),
         ([3, 64], "neuron 64"),
-        ([], "keeps no neuron|expected integers"),
+        ([], "expected integers"),
+        (np.zeros(0, np.int32), "layer 0 keeps no neuron; expected at least one"),
         ([0.0, 1.0], "expected integers"),
         ([[0, 1]], "expected integers"),
         ([2**40], "neuron 1099511627776"),
@@ -82,6 +83,12 @@ def test_similarity_is_the_share_of_common_neurons():
 def test_rejects_neurons_that_cannot_be(layer, message):
     with pytest.raises(ValueError, match=message):
         make_set(layers=[np.array(layer), None, [0]], scores=[])
+
+
+def test_sets_of_no_common_layer_have_no_similarity():
+    a, b = CoreSet(layers=[[0], None], n_ff=8), CoreSet(layers=[None, [0]], n_ff=8)
+    with pytest.raises(ValueError, match="select in no common layer"):
+        a.similarity(b)
 
 
 def test_rejects_scores_of_another_shape():
@@ -99,11 +106,25 @@ def test_rejects_scores_of_another_shape():
         ({"statistic": "best"}, "statistic is 'best'"),
         ({"fingerprint": 1 << 64}, "fingerprint is 18446744073709551616"),
         ({"fingerprint": -1}, "fingerprint is -1"),
+        ({"layers": [], "scores": []}, "a core set has 0 layers; expected 1 to 4096"),
+        ({"n_ff": 0}, "n_ff is 0; expected 1 to"),
+        ({"n_ff": (1 << 24) + 1}, "n_ff is 16777217"),
+        ({"patch": [None, (np.ones((1, 1), np.float16),) * 2, None]}, "layer 1 stays dense but"),
     ],
 )
 def test_a_set_that_could_not_be_read_back_cannot_be_made(change, message):
     with pytest.raises(ValueError, match=message):
         make_set(**change)
+
+
+def test_a_file_of_more_bytes_than_a_set_can_have_is_not_read(tmp_path, monkeypatch):
+    make_set().save(tmp_path / "core.npz")
+    size = (tmp_path / "core.npz").stat().st_size
+    monkeypatch.setattr("coreinfer.core_sets._MAX_FILE_BYTES", size)
+    CoreSet.load(tmp_path / "core.npz")
+    monkeypatch.setattr("coreinfer.core_sets._MAX_FILE_BYTES", size - 1)
+    with pytest.raises(ValueError, match=f"not a valid core set: it has more than {size - 1} byte"):
+        CoreSet.load(tmp_path / "core.npz")
 
 
 def test_a_set_of_another_model_is_refused():
@@ -128,6 +149,7 @@ def test_a_set_of_another_model_is_refused():
         ({"layer_2": npy(np.arange(5000, dtype=np.int32))}, "expected at most"),
         ({"layer_2": npy(np.array([4], np.int32))[:-2]}, "bytes"),
         ({"layer_2": b"no npy at all"}, "not a valid core set"),
+        ({"layer_2": npy_of_version(2, np.array([4], np.int32))}, "npy version 2; expected 1"),
         ({"scores_0": npy(np.zeros(63, np.float32))}, r"expected \(64,\)"),
         ({"header": header_with(format="something")}, "does not say"),
         ({"header": header_with(version=99)}, "version 99"),
