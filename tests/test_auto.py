@@ -237,6 +237,22 @@ def test_auto_waits_in_exact_mode_and_then_compacts(tiny):
         assert n_exact > 10 and taken[:n_exact] == dense[:n_exact]
 
 
+def test_a_tuning_of_another_model_or_a_damaged_one_is_refused_whoever_gives_it(tiny, tmp_path):
+    path = tmp_path / "t.json"
+    other = Tuning(1, (row(0.9, 48, 0.01, stability=0.0),))
+    other.save(path)
+    for given in (other, path, str(path)):
+        with pytest.raises(ValueError, match="belongs to another model file; run `coreinfer tune`"):
+            Llama(str(tiny), verbose=False, tuning=given)
+        with Llama(str(tiny), verbose=False, tuning=given, core="stable") as llm:  # has no use
+            with pytest.raises(ValueError, match="belongs to another model file"):
+                llm.core = "auto"
+            assert llm.core.mode == "stable" and llm("ab" * 9, max_tokens=2)["choices"]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"t\.json: not a valid tuning file: "):
+        Llama(str(tiny), verbose=False, tuning=path)
+
+
 def test_auto_under_a_memory_limit_warns_that_nothing_is_known(tiny, monkeypatch):
     from coreinfer import core_choice
 
