@@ -389,6 +389,8 @@ DAMAGES = {
     "another format": (b'{"format": "x"}', "does not say 'coreinfer tuning'"),
     "another version": (document(version=9), "version 9; this build reads"),
     "no rows": (document(version=FORMAT_VERSION), "'rows' is missing"),
+    "rows by name": (document(version=FORMAT_VERSION, rows={}), "rows is not a list"),
+    "too much": (b" " * (1 << 24) + b"{}", "it has more than 16777216 bytes"),
     "rows of numbers": (document(version=FORMAT_VERSION, rows=[3]), "a row is 3; expected an obj"),
 }
 

@@ -298,6 +298,31 @@ def huge(model, tmp_path) -> str:
     return str(path)
 
 
+def pair(rank: int, k: int, n_embd: int, value: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    return np.full((rank, k), value, np.float16), np.full((n_embd, rank), value, np.float16)
+
+
+@pytest.mark.parametrize(
+    ("patch", "message"),
+    [
+        ([None, None], "patches for 2 layers, expected 3 or none"),
+        ([pair(4, 3, 256), None, None], "layer 0 has rank 4 with 12 and 1024 values, expected .*2"),
+        ([None, None, pair(4, 2, 256)], r"layer 2 has rank 4 .*expected \(rank, 0\) for the layer"),
+        ([pair(4, 2, 256, np.nan), None, None], "the patch of layer 0 holds NaN or Inf"),
+        ([pair(4, 2, 256, np.inf), None, None], "the patch of layer 0 holds NaN or Inf"),
+        ([pair(4, 2, 255), None, None], r"a patch of rank 4 .* expected \(rank, 2\) and \(256, ra"),
+    ],
+)
+def test_a_patch_of_another_shape_or_no_numbers_is_refused(engine, patch, message):
+    s = read(engine, ids(20))
+    two = np.array([0, 1], np.int32)
+    with pytest.raises(ValueError, match=message):
+        s.set_core(_core.CoreSet([two, two, None], n_ff=512, patch=patch))
+    s.set_core(_core.CoreSet([two, two, None], n_ff=512, patch=[pair(4, 2, 256), None, None]))
+    s.decode(3)
+    assert np.isfinite(s.logits()).all()
+
+
 def test_a_patch_of_values_that_do_not_fit_is_said_and_leaves_the_set(huge):
     s = read(_core.Engine(huge), ids(40))
     with pytest.raises(ArithmeticError, match="the patch of layer 1 holds NaN, Inf or values past"):

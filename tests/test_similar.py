@@ -433,7 +433,7 @@ def test_a_pickled_model_keeps_its_clusters(tiny, built):
     [
         ([], {}, "0 texts to build clusters of"),
         (["one"], {}, "1 texts to build clusters of; expected at least 2"),
-        (TEXTS, {"by": "colour"}, "by is 'colour'"),
+        (["word " * 500, "b"], {"by": "colour"}, "by is 'colour'"),  # before any text is read
         (TEXTS, {"statistic": "best"}, "statistic is 'best'"),
         (["word " * 500, "b"], {"by": "neurons", "beta": 1e-4}, "beta is 0.0001, which is less"),
         (["word " * 500, "b"], {}, "exceed context window of 256"),
