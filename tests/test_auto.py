@@ -253,6 +253,21 @@ def test_a_tuning_of_another_model_or_a_damaged_one_is_refused_whoever_gives_it(
         Llama(str(tiny), verbose=False, tuning=path)
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"layers": (0, 99)}, "layers is '0:99'; expected 0 <= first < last <= 3"),
+        ({"beta": 1e-4}, "beta is 0.0001, which is less than one of a layer's 512 neurons"),
+    ],
+)
+def test_a_tuned_setting_that_is_none_of_this_model_is_refused_at_once(tiny, setting, message):
+    with Llama(str(tiny), verbose=False, core="off") as llm:
+        rows = (replace(row(0.9, 48, 0.01), config=CoreConfig(**setting)),)
+        tuning = Tuning(llm.fingerprint, rows)
+    with pytest.raises(ValueError, match=message):
+        Llama(str(tiny), verbose=False, tuning=tuning)
+
+
 def test_auto_under_a_memory_limit_warns_that_nothing_is_known(tiny, monkeypatch):
     from coreinfer import core_choice
 

@@ -81,6 +81,11 @@ class Auto:
         return replace(self._core, mode="exact" if self._resident else "stable")
 
     @property
+    def settings(self) -> list[CoreConfig]:
+        """What a text may be decoded with beside exact mode."""
+        return [choice.config for choice in self._choices()]
+
+    @property
     def by_clusters(self) -> CoreConfig | None:
         """The setting that may decode with a cluster's neurons, if there is one."""
         return None if self._similar is None else self._similar.config

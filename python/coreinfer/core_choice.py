@@ -169,6 +169,8 @@ class CoreChoice:
             ffn_resident=self._model.ffn_resident,
             clusters=None if lookup is None else lookup.clusters,
         )
+        for setting in auto.settings:
+            setting.check_fits(n_layer=self._model.n_layer, n_ff=self._model.n_ff)
         if auto.by_clusters is not None:
             _prepare(lookup, auto.by_clusters)
         return auto
