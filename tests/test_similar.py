@@ -203,6 +203,20 @@ def test_auto_takes_a_cluster_only_for_prompts_as_near_as_those_measured(tiny, k
         assert llm.timings.lookup_seconds > 0  # it was looked up
 
 
+def test_auto_is_exact_before_a_cluster_that_needs_nothing_counted(tiny, built):
+    tuning = tuned(tiny, built, -1.0, n_prompt=24)
+    plain = replace(tuning.rows[0].config, patch=False)
+    tuning = replace(tuning, rows=(replace(tuning.rows[0], config=plain),))
+    options = {"clusters": built, "embedder": letters, "core": "auto", "tuning": tuning}
+    with load(tiny, core="off") as llm:
+        dense = llm("the night again", max_tokens=4, temperature=0)["choices"]
+    with load(tiny, **options) as llm:
+        assert llm("the night again", max_tokens=4, temperature=0)["choices"] == dense
+        assert llm.decision.config.mode == "exact" and llm.stability is not None
+        llm("the night again", max_tokens=20, temperature=0)
+        assert llm.decision.config == plain and llm.core_set.cluster is not None
+
+
 def test_auto_looks_a_prompt_s_cluster_up_once(tiny, built):
     asked = []
 

@@ -195,8 +195,9 @@ class CoreChoice:
             return counted
         if core.mode == "similar":
             lookup = _needed(self._lookup)
-            looked_at = core.blend > 0 or self._config.refresh or lookup.clusters.by == "neurons"
-            if looked_at or core.patch:
+            # Where auto may be exact yet, drafts are chosen by it.
+            looked_at = core.blend > 0 or self._config.refresh or self._auto is not None
+            if looked_at or core.patch or lookup.clusters.by == "neurons":
                 of = lookup.clusters
                 counted = {"statistic": of.statistic, "alpha": of.alpha, "weighted": of.weighted}
                 return {**counted, "samples": _core.PATCH_SAMPLES if core.patch else 0}
@@ -329,7 +330,9 @@ class CoreChoice:
         if self._nearest is None:
             lookup, text, own = _needed(self._lookup), "", ()
             if lookup.clusters.by == "neurons":
-                session.replay(**self._counted(core))
+                # With the samples that there are: only another statistic reads the text again.
+                samples = self.counted().get("samples", 0)
+                session.replay(**{**self._counted(core), "samples": samples})
                 own, _ = self._own(session, core)
             elif self._text is not None:
                 text = self._text
