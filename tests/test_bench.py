@@ -651,7 +651,6 @@ def test_read_bandwidth_is_measured_over_the_memory_asked_for(model):
     args = ["-m", model, "-p", 0, "-n", 2, "-r", 1, "-t", "1,2", "-o", "json"]
     done = bench(*args, "--bandwidth", 8 / 1024)
     rows = json.loads(done.stdout)
-    assert done.stderr.count("read bandwidth with") == 2  # once for each number of threads
     for row in rows:
         assert row["read_bw_bytes"] == 8 << 20
         assert row["read_bw_gbs"] > 0.0

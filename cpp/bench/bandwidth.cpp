@@ -1,13 +1,15 @@
 #include "bench/bandwidth.h"
 
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <cstring>
 #include <fstream>
-#include <limits>
+#include <optional>
 #include <string>
 
 #include "base/aligned_buffer.h"
@@ -18,7 +20,6 @@
 namespace coreinfer::bench {
 namespace {
 
-constexpr int kPasses = 8;
 constexpr int64_t kChunkWords = int64_t{1} << 19;  // 4 MiB, dealt to whichever thread is free
 
 // Sum of words [begin, end). How wide the loads are decides the rate on some processors: with 64
@@ -72,38 +73,75 @@ SumWordsFn widest_sum_words() {
   return sum_words;
 }
 
-double best_of_passes(int n_threads, uint64_t bytes) {
-  const AlignedBuffer buffer(bytes);
-  auto* words = buffer.as<uint64_t>();
-  const auto n_words = static_cast<int64_t>(bytes / sizeof(uint64_t));
-  ThreadPool pool(n_threads);
-  // Written once, so that every page is memory of its own and no shared page of zeros.
-  pool.run([&](ThreadPool::Context& context) {
-    int64_t begin = 0, end = 0;
-    while (context.next(n_words, kChunkWords, &begin, &end)) {
-      for (int64_t i = begin; i < end; ++i) words[i] = static_cast<uint64_t>(i);
-    }
-  });
-  const uint64_t expected =
-      static_cast<uint64_t>(n_words) % 2 == 0
-          ? static_cast<uint64_t>(n_words) / 2 * static_cast<uint64_t>(n_words - 1)
-          : static_cast<uint64_t>(n_words - 1) / 2 * static_cast<uint64_t>(n_words);
-  const SumWordsFn sum_of = widest_sum_words();
-  double best = 0.0;
-  for (int pass = 0; pass < kPasses; ++pass) {
+// What the child does: waits for numbers of threads, answers each with the seconds of a pass.
+class Reader {
+ public:
+  explicit Reader(uint64_t bytes)
+      : n_words_(static_cast<int64_t>(bytes / sizeof(uint64_t))), buffer_(bytes) {}
+
+  double seconds(int n_threads) {
+    if (!pool_ || pool_->n_threads() != n_threads) pool_.emplace(n_threads);
+    if (!written_) write();
+    const auto* const words = buffer_.as<uint64_t>();
+    const SumWordsFn sum_of = widest_sum_words();
     std::atomic<uint64_t> total{0};
     const int64_t start = now_ns();
-    pool.run([&](ThreadPool::Context& context) {
+    pool_->run([&](ThreadPool::Context& context) {
       uint64_t sum = 0;
       int64_t begin = 0, end = 0;
-      while (context.next(n_words, kChunkWords, &begin, &end)) sum += sum_of(words, begin, end);
+      while (context.next(n_words_, kChunkWords, &begin, &end)) sum += sum_of(words, begin, end);
       total.fetch_add(sum, std::memory_order_relaxed);
     });
     const double seconds = seconds_since(start);
-    if (total.load() != expected) return 0.0;  // also what keeps the sums from being left out
-    best = std::max(best, static_cast<double>(bytes) * 1e-9 / seconds);
+    // The comparison is also what keeps the sums from being left out.
+    const auto n = static_cast<uint64_t>(n_words_);
+    const uint64_t expected = n % 2 == 0 ? n / 2 * (n - 1) : (n - 1) / 2 * n;
+    return total.load() == expected ? seconds : 0.0;
   }
-  return best;
+
+ private:
+  // Every page is memory of its own then, and no shared page of zeros.
+  void write() {
+    auto* const words = buffer_.as<uint64_t>();
+    pool_->run([&](ThreadPool::Context& context) {
+      int64_t begin = 0, end = 0;
+      while (context.next(n_words_, kChunkWords, &begin, &end)) {
+        for (int64_t i = begin; i < end; ++i) words[i] = static_cast<uint64_t>(i);
+      }
+    });
+    written_ = true;
+  }
+
+  int64_t n_words_;
+  AlignedBuffer buffer_;
+  std::optional<ThreadPool> pool_;
+  bool written_ = false;
+};
+
+template <class T>
+bool receive(int from, T* value) {
+  return recv(from, value, sizeof(T), MSG_WAITALL) == sizeof(T);
+}
+
+template <class T>
+bool tell(int to, const T& value) {
+  return send(to, &value, sizeof(T), MSG_NOSIGNAL) == sizeof(T);
+}
+
+[[noreturn]] void serve(int socket, uint64_t bytes) {
+  try {
+    Reader reader(bytes);
+    int n_threads = 0;
+    while (receive(socket, &n_threads)) tell(socket, reader.seconds(n_threads));
+  } catch (const std::exception&) {
+    _exit(1);
+  }
+  _exit(0);
+}
+
+[[noreturn]] void cannot_measure(const char* what) {
+  throw_error(ErrorKind::kIo, "cannot measure the read bandwidth: %s: %s (skip with --bandwidth 0)",
+              what, std::strerror(errno));
 }
 
 // The first number of a one-line file, or of the line that starts with `key`; 0 where absent.
@@ -146,41 +184,30 @@ uint64_t bandwidth_bytes(uint64_t wanted) {
   return std::max((short_of_memory ? available / 2 : wanted) / kUnit, uint64_t{1}) * kUnit;
 }
 
-ReadBandwidth measure_read_bandwidth(int n_threads, uint64_t bytes) {
+BandwidthMeter::BandwidthMeter(uint64_t bytes) : bytes_(bytes) {
   int ends[2];
-  if (pipe(ends) != 0) {
-    throw_error(ErrorKind::kIo,
-                "cannot measure the read bandwidth: pipe: %s (skip with "
-                "--bandwidth 0)",
-                std::strerror(errno));
-  }
-  const pid_t child = fork();
-  if (child < 0) {
-    throw_error(ErrorKind::kIo,
-                "cannot measure the read bandwidth: fork: %s (skip with "
-                "--bandwidth 0)",
-                std::strerror(errno));
-  }
-  if (child == 0) {
+  if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) cannot_measure("socketpair");
+  child_ = fork();
+  if (child_ == 0) {
     close(ends[0]);
-    double result = 0.0;
-    try {
-      result = best_of_passes(n_threads, bytes);
-    } catch (const std::exception&) {
-      _exit(1);
-    }
-    const bool written = write(ends[1], &result, sizeof(result)) == sizeof(result);
-    _exit(written ? 0 : 1);
+    serve(ends[1], bytes);
   }
   close(ends[1]);
-  ReadBandwidth bandwidth{0.0, bytes};
-  if (read(ends[0], &bandwidth.gb_per_s, sizeof(double)) != sizeof(double)) {
-    bandwidth.gb_per_s = 0.0;
+  socket_ = ends[0];
+  if (child_ < 0) {
+    close(socket_);
+    cannot_measure("fork");
   }
-  close(ends[0]);
-  int status = 0;
-  waitpid(child, &status, 0);
-  return bandwidth;
+}
+
+BandwidthMeter::~BandwidthMeter() {
+  close(socket_);  // the child ends
+  waitpid(child_, nullptr, 0);
+}
+
+double BandwidthMeter::pass_seconds(int n_threads) {
+  double seconds = 0.0;
+  return tell(socket_, n_threads) && receive(socket_, &seconds) ? seconds : 0.0;
 }
 
 }  // namespace coreinfer::bench

@@ -4,7 +4,6 @@
 #include <clocale>
 #include <cstdio>
 #include <exception>
-#include <map>
 #include <memory>
 #include <vector>
 
@@ -20,34 +19,20 @@
 namespace coreinfer::bench {
 namespace {
 
-// Before any engine: the measurement needs a process without threads.
-std::map<int, ReadBandwidth> measure_bandwidths(const BenchParams& params) {
-  std::map<int, ReadBandwidth> measured;
+// Before any engine: it needs a process without threads. Nothing where it would not be used.
+std::unique_ptr<BandwidthMeter> make_meter(const BenchParams& params) {
   const bool on_cpu = std::count(params.n_gpu_layers.begin(), params.n_gpu_layers.end(), 0) > 0;
-  if (params.bandwidth_gib <= 0.0 || !on_cpu) return measured;
+  if (params.bandwidth_gib <= 0.0 || !on_cpu) return nullptr;
   const double gib = static_cast<double>(uint64_t{1} << 30);
   const auto wanted = static_cast<uint64_t>(params.bandwidth_gib * gib);
   const uint64_t bytes = bandwidth_bytes(wanted);
-  for (const int64_t n_threads : params.n_threads) {
-    const int n = static_cast<int>(n_threads);
-    if (measured.contains(n)) continue;
-    const ReadBandwidth result = measure_read_bandwidth(n, bytes);
-    measured[n] = result;
-    if (result.gb_per_s > 0.0) {
-      std::fprintf(
-          stderr,
-          "coreinfer-bench: read bandwidth with %d threads: %.2f GB/s over %.2f "
-          "GiB%s\n",
-          n, result.gb_per_s, static_cast<double>(bytes) / gib,
-          bytes + (uint64_t{1} << 20) <= wanted ? " (less than asked for: memory is short)" : "");
-    } else {
-      std::fprintf(stderr,
-                   "coreinfer-bench: warning: the read bandwidth could not be measured over "
-                   "%.2f GiB (--bandwidth sets less)\n",
-                   static_cast<double>(bytes) / gib);
-    }
+  if (bytes + (uint64_t{1} << 20) <= wanted) {
+    std::fprintf(stderr,
+                 "coreinfer-bench: the read bandwidth is measured over %.2f GiB, less than asked "
+                 "for: memory is short\n",
+                 static_cast<double>(bytes) / gib);
   }
-  return measured;
+  return std::make_unique<BandwidthMeter>(bytes);
 }
 
 // Before anything is printed: throws where a GPU is asked for that cannot be used.
@@ -75,7 +60,8 @@ void run(const BenchParams& params) {
   }
   const TokenSource tokens(params.tokens_file, params.seed);
   for (const Group& group : plan) tokens.require(group.test.n_tokens());
-  Runner runner(params, tokens, measure_bandwidths(params));
+  const std::unique_ptr<BandwidthMeter> meter = make_meter(params);
+  Runner runner(params, tokens, meter.get());
   check_gpus(params);
   for (const std::string& note : params.notes) {
     std::fprintf(stderr, "coreinfer-bench: %s\n", note.c_str());

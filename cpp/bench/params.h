@@ -54,7 +54,7 @@ struct BenchParams {
   std::string tokens_file;    // "": ids drawn with `seed`
   uint64_t seed = 0;
   uint64_t memory_limit = 0;   // bytes that the process may hold; 0: no limit
-  double bandwidth_gib = 4.0;  // memory that the bandwidth measurement reads; 0: do not measure
+  double bandwidth_gib = 1.0;  // memory that the bandwidth measurement reads; 0: do not measure
   bool weighted = false;
   bool warmup = true;
   bool progress = false;

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <numeric>
 #include <thread>
 
 #include "base/error.h"
@@ -12,10 +13,25 @@
 #include "bench/test_run.h"
 
 namespace coreinfer::bench {
+namespace {
 
-Runner::Runner(const BenchParams& params, const TokenSource& tokens,
-               std::map<int, ReadBandwidth> bandwidth)
-    : params_(params), tokens_(tokens), bandwidth_(std::move(bandwidth)), cpu_(cpu_name()) {}
+// All that was read over all the time that it took, as the tokens of all repetitions are.
+ReadBandwidth bandwidth_of(const std::vector<double>& passes, uint64_t bytes) {
+  const double seconds = std::accumulate(passes.begin(), passes.end(), 0.0);
+  if (std::find(passes.begin(), passes.end(), 0.0) != passes.end()) {
+    std::fprintf(stderr,
+                 "coreinfer-bench: warning: the read bandwidth could not be measured over %.2f GiB "
+                 "(--bandwidth sets less)\n",
+                 static_cast<double>(bytes) * 0x1p-30);
+    return {};
+  }
+  return {static_cast<double>(bytes * passes.size()) * 1e-9 / seconds, bytes};
+}
+
+}  // namespace
+
+Runner::Runner(const BenchParams& params, const TokenSource& tokens, BandwidthMeter* meter)
+    : params_(params), tokens_(tokens), meter_(meter), cpu_(cpu_name()) {}
 
 // Without a limit nothing is planned, and one engine serves all groups.
 Runner::MemoryNeeds Runner::needs_of(const Group& group) const {
@@ -93,17 +109,20 @@ Row Runner::measure(const Group& group, const CoreSetting& setting, const char* 
   row.isa = info.isa;
   row.load_ns = std::llround(engine.load_seconds() * 1e9);
   row.test_time = utc_now();
-  // It is that of the host's memory.
-  const auto found = bandwidth_.find(group.n_threads);
-  if (found != bandwidth_.end() && info.device_memory == 0) {
-    row.bandwidth = found->second;
-  }
   const std::vector<int32_t> ids = tokens_.first(group.test.n_tokens(), engine.config().n_vocab);
   TestRun test(engine_, group, setting, ids);
   row.layers = test.layers();
   if (params_.warmup) {
     if (params_.progress) std::fprintf(stderr, "coreinfer-bench: %s: warm-up\n", name.c_str());
     test.warm_up();
+  }
+  // It is that of the host's memory.
+  BandwidthMeter* const meter = info.device_memory == 0 ? meter_ : nullptr;
+  const auto n_threads = static_cast<int>(group.n_threads);
+  std::vector<double> passes;
+  if (meter != nullptr) {
+    meter->pass_seconds(n_threads);  // its threads start, its memory is written
+    passes.push_back(meter->pass_seconds(n_threads));
   }
   for (int64_t i = 1; i <= params_.repetitions; ++i) {
     if (params_.progress) {
@@ -115,8 +134,10 @@ Row Runner::measure(const Group& group, const CoreSetting& setting, const char* 
       std::fprintf(stderr, "coreinfer-bench: %s: %.3f ms\n", name.c_str(),
                    static_cast<double>(ns) * 1e-6);
     }
+    if (meter != nullptr) passes.push_back(meter->pass_seconds(n_threads));
   }
   test.fill(row);
+  if (meter != nullptr) row.bandwidth = bandwidth_of(passes, meter->bytes());
   if (params_.memory_limit > 0) row.memory_limit = static_cast<int64_t>(params_.memory_limit);
   row.rss = memory_use().rss;
   row.peak_rss = peak_rss();

@@ -1,13 +1,13 @@
-// Runner: carries a plan out. In: params, plan, read bandwidths. Out: rows, one by one, to whoever
-// takes them. It keeps an engine as long as model and threads stay the same, and says on stderr
-// what it does where the params ask for it.
+// Runner: carries a plan out. In: params, plan, a bandwidth meter. Out: rows, one by one, to
+// whoever takes them. It keeps an engine as long as model and threads stay the same, and says on
+// stderr what it does where the params ask for it.
 #pragma once
 
 #include <functional>
-#include <map>
 #include <memory>
 #include <vector>
 
+#include "bench/bandwidth.h"
 #include "bench/params.h"
 #include "bench/plan.h"
 #include "bench/row.h"
@@ -18,9 +18,8 @@ namespace coreinfer::bench {
 
 class Runner {
  public:
-  // bandwidth: by number of threads; absent: not measured. The other two must outlive the runner.
-  Runner(const BenchParams& params, const TokenSource& tokens,
-         std::map<int, ReadBandwidth> bandwidth);
+  // meter: null where the bandwidth is not measured. All three must outlive the runner.
+  Runner(const BenchParams& params, const TokenSource& tokens, BandwidthMeter* meter);
 
   void run(const std::vector<Group>& plan, const std::function<void(const Row&)>& take);
 
@@ -41,7 +40,7 @@ class Runner {
 
   const BenchParams& params_;
   const TokenSource& tokens_;
-  std::map<int, ReadBandwidth> bandwidth_;
+  BandwidthMeter* meter_;
   std::string cpu_;
   std::shared_ptr<const Engine> engine_;
   Group engine_group_;  // that it was loaded for

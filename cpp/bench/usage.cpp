@@ -68,8 +68,8 @@ options:
   --memory-limit SIZE       bytes that the process may hold, for example 2GiB or 500MB: where all
                             does not fit, dense FFN weights come in a layer at a time
                             (default: no limit)
-  --bandwidth GIB           memory to read when measuring the read bandwidth, once for each number
-                            of threads; less is used where memory is short; 0 skips (default: 4)
+  --bandwidth GIB           memory that is read, around every repetition, to measure the read
+                            bandwidth; less is used where memory is short; 0 skips (default: 1)
 
 tests, as lists; every combination is run:
   -m, --model FILE
