@@ -15,6 +15,13 @@ constexpr size_t kKeptGraphs = 8;
 // Shorter lists are no decode steps, and would push those out of what is kept.
 constexpr int kWorthAGraph = 8;
 
+// Kept back of the memory that is free: other programs want some, and the driver puts the code of
+// kernels there when they are first launched.
+constexpr size_t kLeastReserve = size_t{256} << 20;
+size_t without_reserve(size_t free) {
+  return free - std::min(free, std::max(kLeastReserve, free / 100 * 3));
+}
+
 constexpr int kMaxCopiers = 8;
 constexpr int64_t kCopyPart = int64_t{1} << 18;
 
@@ -100,7 +107,7 @@ Context::Context(int device, size_t limit)
   const bool waits = kernels_wait(properties_);
   size_t free = 0, total = 0;
   COREINFER_CUDA_CHECK(cudaMemGetInfo(&free, &total));
-  limit_ = limit == 0 ? free : limit;
+  limit_ = limit == 0 ? without_reserve(free) : limit;
   if (limit_ > total) {
     throw_error(ErrorKind::kMemory,
                 "vram_limit is %.1f MiB, but the device (%s) has %.1f MiB of memory",
@@ -142,8 +149,14 @@ Context::~Context() {
   cudaStreamDestroy(load_stream_);
 }
 
+size_t Context::taken_by(size_t bytes) {
+  constexpr size_t kSmall = size_t{1} << 20, kPage = size_t{2} << 20;
+  const size_t unit = bytes < kSmall ? 512 : kPage;
+  return (std::max<size_t>(bytes, 1) + unit - 1) / unit * unit;
+}
+
 void* Context::allocate(size_t bytes, const char* what) {
-  bytes = std::max<size_t>(bytes, 1);
+  bytes = taken_by(bytes);
   const auto kept = std::find_if(spare_.begin(), spare_.end(),
                                  [bytes](const Block& b) { return b.bytes == bytes; });
   void* p = nullptr;
@@ -176,7 +189,7 @@ void* Context::allocate(size_t bytes, const char* what) {
 
 void Context::release(void* p, size_t bytes) noexcept {
   const Lock lock(*this);
-  bytes = std::max<size_t>(bytes, 1);
+  bytes = taken_by(bytes);
   used_ -= bytes;
   try {
     flush();  // launches that wait may use the memory

@@ -36,7 +36,7 @@ using EventPtr = std::unique_ptr<Event>;
 
 class Context {
  public:
-  // limit: bytes that may be allocated at one time; 0: what is free on the device.
+  // limit: bytes that may be allocated at one time; 0: what is free on the device, less a reserve.
   Context(int device, size_t limit);
   ~Context();
   Context(const Context&) = delete;
@@ -57,6 +57,8 @@ class Context {
   // is released is kept for the next allocation of its size: there is one stream, so that work
   // which still uses it comes before any that will.
   void* allocate(size_t bytes, const char* what);
+  // What an allocation takes of the device: the driver has pages of 2 MiB, which small ones share.
+  static size_t taken_by(size_t bytes);
   void release(void* p, size_t bytes) noexcept;
   size_t peak() const { return peak_; }  // of all that was taken from the device at one time
   size_t limit() const { return limit_; }

@@ -403,3 +403,38 @@ def test_layers_that_do_not_fit_the_gpu_are_refused_with_what_to_do(target, mode
     with pytest.raises(MemoryError, match="vram_limit is .* lower n_gpu_layers"):
         _core.Engine(path, n_gpu_layers=5, vram_limit=limit)
     _core.Engine(path, n_gpu_layers=1, vram_limit=limit)
+
+
+def test_a_model_above_the_free_memory_passes_through_without_a_limit(
+    target,  # noqa: F811
+    models,
+    monkeypatch,
+):
+    if target != "host":
+        pytest.skip("the host runtime can claim another size of memory")
+    path = models("llama", "Q8_0", n_ff=4096, n_layer=6)
+    resident = on_gpu(path, vram_limit=1 << 30)
+    own = (1 << 30) - resident.backend["device_memory"]
+    reserve = 256 << 20
+    monkeypatch.setenv("CUDA_HOST_MEMORY", str(own + resident.weight_bytes + reserve))
+    passing = on_gpu(path)
+    assert resident.ffn_resident and not passing.ffn_resident
+    assert passing.backend["device_memory"] == resident.weight_bytes
+    tokens = tokens_of(6, 320)
+    results = []
+    for engine in (resident, passing):
+        session = _core.Session(engine, n_ctx=32, n_batch=16)
+        session.prefill(tokens[:3], statistic="flock")
+        session.set_core(session.select(beta=0.1))
+        results.append(session.score(tokens[3:]))
+    np.testing.assert_array_equal(*results)
+    assert passing.backend["device_peak"] <= own + resident.weight_bytes
+
+
+def test_three_hundredths_of_a_large_memory_are_kept_back(target, models, monkeypatch):  # noqa: F811
+    if target != "host":
+        pytest.skip("the host runtime can claim another size of memory")
+    path = models("llama", "Q4_0")
+    own = (1 << 30) - on_gpu(path, vram_limit=1 << 30).backend["device_memory"]
+    monkeypatch.setenv("CUDA_HOST_MEMORY", str(100 << 30))
+    assert on_gpu(path).backend["device_memory"] == (97 << 30) - own

@@ -72,14 +72,16 @@ cudaError_t issue(cudaStream_t to, Step step) {
 
 }  // namespace
 
-// What tests set: CUDA_HOST_DEVICES, CUDA_HOST_DRIVER and CUDA_HOST_PTX (the architecture that the
-// kernels were compiled for; 0: one that this device cannot run).
+// What tests set: CUDA_HOST_DEVICES, CUDA_HOST_MEMORY (bytes of the device), CUDA_HOST_DRIVER and
+// CUDA_HOST_PTX (the architecture that the kernels were compiled for; 0: one that this device
+// cannot run).
 namespace {
 long long given(const char* variable, long long otherwise) {
   const char* value = std::getenv(variable);
   return value != nullptr ? std::atoll(value) : otherwise;
 }
 constexpr int kRuntime = 13000;
+size_t device_memory() { return static_cast<size_t>(given("CUDA_HOST_MEMORY", 8ll << 30)); }
 }  // namespace
 
 const char* cudaGetErrorString(cudaError_t status) {
@@ -107,11 +109,11 @@ cudaError_t cudaGetDeviceCount(int* n) {
 }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
-  *p = {"host threads in turn", 9, 0, 2, size_t{8} << 30};
+  *p = {"host threads in turn", 9, 0, 2, device_memory()};
   return cudaSuccess;
 }
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
-  *free = *total = size_t{8} << 30;
+  *free = *total = device_memory();
   return cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) {
