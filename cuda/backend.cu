@@ -159,6 +159,11 @@ WeightPtr CudaBackend::load(const Mat& mat) {
   return weight;
 }
 
+uint64_t CudaBackend::loaded_bytes(DType type, int64_t rows, int64_t cols) const {
+  WeightView view;
+  return Context::taken_by(layout_planes(type, rows, cols, chunks_of(type, cols), 0, &view).end);
+}
+
 KvCachePtr CudaBackend::make_kv_cache(const KvSpec& spec) {
   const Context::Lock lock(*context_);
   return std::make_unique<CudaKvCache>(context_, spec);

@@ -27,6 +27,7 @@ class CudaBackend final : public Backend {
   void write(const float* from_host, float* to, int64_t n) override;
   void copy(const float* from, float* to, int64_t n) override;
   BufferPtr load_vector(const Mat& mat) override;
+  uint64_t loaded_bytes(DType type, int64_t rows, int64_t cols) const override;
   WeightPtr load(const Mat& mat) override;
   KvCachePtr make_kv_cache(const KvSpec& spec) override;
 

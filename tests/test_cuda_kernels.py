@@ -112,6 +112,18 @@ def test_products_equal_the_formats_definition(cuda, f32, type_name, n):
     assert_product(got, rounded_to_8_bits(x) if rounds else x, w)
 
 
+@pytest.mark.parametrize("type_name", TENSOR_TYPES)
+@pytest.mark.parametrize(("rows", "cols"), [(37, 768), (700, 2304)])
+def test_a_matrix_takes_what_is_said_before_it_is_loaded(target, type_name, rows, cols):  # noqa: F811
+    backend = testing.AnyBackend("CUDA")
+    small, _ = stored("Q4_0" if type_name in QUANTISED else "F32", 1, 32)
+    kept = [backend.load("Q4_0" if type_name in QUANTISED else "F32", small, 1, 32)]
+    before = backend.device_peak
+    data, _ = stored(type_name, rows, cols)
+    kept += [backend.load(type_name, data, rows, cols)]
+    assert backend.device_peak - before == backend.loaded_bytes(type_name, rows, cols)
+
+
 @pytest.mark.parametrize("type_name", ["F32", "F16", "BF16"])
 @pytest.mark.parametrize("cols", [1, 7, 33, 130])
 def test_float_matrices_of_any_width(cuda, type_name, cols):

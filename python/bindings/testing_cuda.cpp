@@ -67,11 +67,19 @@ class AnyBackend {
     }
   }
 
-  AnyWeight load(const std::string& type_name, nb::bytes data, int64_t rows, int64_t cols) {
+  static DType type_of(const std::string& type_name) {
     const auto type = std::find_if(kDTypes.begin(), kDTypes.end(),
                                    [&](const DTypeTraits& t) { return t.name == type_name; });
     if (type == kDTypes.end()) throw_error(ErrorKind::kValue, "unknown type");
-    const Mat mat{type->type, rows, cols, static_cast<const std::byte*>(data.data())};
+    return type->type;
+  }
+
+  uint64_t loaded_bytes(const std::string& type_name, int64_t rows, int64_t cols) const {
+    return backend_->loaded_bytes(type_of(type_name), rows, cols);
+  }
+
+  AnyWeight load(const std::string& type_name, nb::bytes data, int64_t rows, int64_t cols) {
+    const Mat mat{type_of(type_name), rows, cols, static_cast<const std::byte*>(data.data())};
     if (mat.bytes() != data.size()) throw_error(ErrorKind::kValue, "wrong number of bytes");
     return {data, mat, backend_->load(mat)};
   }
@@ -220,6 +228,7 @@ class AnyBackend {
     return array(out.rows);
   }
 
+  uint64_t device_peak() const { return backend_->info().device_peak; }
   std::string description() const { return backend_->info().description; }
 
  private:
@@ -276,6 +285,9 @@ void bind_testing_cuda(nb::module_& testing) {
       .def(nb::init<const std::string&, bool>(), nb::arg("name"),
            nb::arg("f32_activations") = false)
       .def_prop_ro("description", &AnyBackend::description)
+      .def_prop_ro("device_peak", &AnyBackend::device_peak)
+      .def("loaded_bytes", &AnyBackend::loaded_bytes, nb::arg("type_name"), nb::arg("rows"),
+           nb::arg("cols"))
       .def("load", &AnyBackend::load, nb::arg("type_name"), nb::arg("data"), nb::arg("rows"),
            nb::arg("cols"))
       .def("norm", &AnyBackend::norm, nb::arg("x"), nb::arg("weight"), nb::arg("bias") = nb::none(),
