@@ -75,7 +75,7 @@ MemoryPlan::MemoryPlan(const MemoryBudget& budget, const GgufFile& file, const M
     matrix_bytes_ = layer_bytes_;  // the next layer, while this one is computed with
   }
   ffn_resident_ = needed(true, budget.session, core_bytes_) <= budget.limit;
-  if (!ffn_resident_) {
+  if (!ffn_resident_ && budget.first_layer == 0) {  // a part must be: check_resident
     require(needed(false, budget.session, core_bytes_),
             "a layer's FFN at a time, this context and these core neurons: lower beta, n_ctx or "
             "n_batch, use a smaller cache type, or no patch");
@@ -88,9 +88,10 @@ uint64_t MemoryPlan::needed(bool ffn_resident, const SessionMemory& session,
   const uint64_t run = embd_bytes_ + session.cache + session.workspace + counts + core_bytes;
   uint64_t most = other_bytes_ + run + layer_bytes_ + matrix_bytes_;
   if (ffn_resident) {
-    // Compaction reads a layer of the file; loading, a matrix.
-    most = other_bytes_ + ffn_bytes_ +
-           std::max(run + (core_bytes > 0 ? layer_bytes_ : 0), matrix_bytes_);
+    // Compaction reads a layer of the file, loading a matrix; a GPU gathers from what it has.
+    const uint64_t read = budget_.file_pages && core_bytes > 0 ? layer_bytes_ : 0;
+    const uint64_t loading = budget_.file_pages ? matrix_bytes_ : 0;
+    most = other_bytes_ + ffn_bytes_ + std::max(run + read, loading);
   }
   const uint64_t small = budget_.file_pages ? kSmallThings : 0;
   return budget_.process + small + std::max(most, 2 * head_bytes_);
