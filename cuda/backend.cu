@@ -23,6 +23,8 @@ class CudaBuffer final : public Buffer {
   Memory memory_;
 };
 
+// Positions, scalars, rows of embeddings, and what pages round up of a session's buffers.
+constexpr size_t kSmallThings = size_t{32} << 20;
 constexpr size_t kPartialBytes = size_t{64} << 20;
 
 Epilogue epilogue_of(Activation act) {
@@ -87,7 +89,19 @@ void check_attend(const AttentionSpec& spec, const KvSpec& kv, Rows q, Rows k, R
 
 CudaBackend::CudaBackend(const CudaOptions& options)
     : options_(options), context_(std::make_shared<Context>(options.device, options.memory_limit)) {
+  check_limit();  // before cuBLAS asks for its part
   gemm_ = Gemm::open(context_, &no_gemm_);
+  check_limit();
+}
+
+void CudaBackend::check_limit() const {
+  if (context_->limit() > own_memory()) return;
+  const auto mib = [](size_t n) { return static_cast<double>(n) / 0x1p20; };
+  throw_error(ErrorKind::kMemory,
+              "%s is %.1f MiB, but the GPU backend needs %.1f MiB for its own work, and the model "
+              "comes beside that: raise it, or compute on the CPU with n_gpu_layers=0",
+              options_.memory_limit > 0 ? "vram_limit" : "the GPU's free memory",
+              mib(context_->limit()), mib(own_memory()));
 }
 
 BackendInfo CudaBackend::info() const {
@@ -101,7 +115,8 @@ BackendInfo CudaBackend::info() const {
   info.name = "CUDA";
   info.isa = isa;
   info.description = text;
-  info.device_memory = context_->limit() - std::min(context_->limit(), own_memory());
+  info.device_memory = context_->limit() - own_memory();
+  info.device_own = own_memory();
   info.loads_ahead = true;
   info.device = p.name;
   info.device_peak = context_->peak();
@@ -110,7 +125,7 @@ BackendInfo CudaBackend::info() const {
 
 // Working memory that does not grow with a session's batches.
 size_t CudaBackend::own_memory() const {
-  return kPartialBytes + kLoadPiece + (gemm_ ? Gemm::own_memory() : 0);
+  return kSmallThings + kPartialBytes + kLoadPiece + (gemm_ ? Gemm::own_memory() : 0);
 }
 
 // ---- Memory

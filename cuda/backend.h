@@ -56,6 +56,7 @@ class CudaBackend final : public Backend {
   void exact_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Activation act, Rows h,
                     Rows act_gate);
   size_t own_memory() const;
+  void check_limit() const;
   bool can_multiply(const Weight& weight) const;
   const float* dense_values(Rows x, const Norm& norm, int64_t* stride);
 

@@ -124,7 +124,9 @@ Context::Context(int device, size_t limit)
     COREINFER_CUDA_CHECK(cudaMallocHost(reinterpret_cast<void**>(&staging_[i]), kStaging));
     COREINFER_CUDA_CHECK(cudaEventCreateWithFlags(&staged_[i], cudaEventDisableTiming));
   }
-  device_positions_ = static_cast<int32_t*>(allocate(kPositions * sizeof(int32_t), "positions"));
+  // Not counted: whether a limit leaves room is told by who knows all that is needed.
+  COREINFER_CUDA_CHECK(
+      cudaMalloc(reinterpret_cast<void**>(&device_positions_), kPositions * sizeof(int32_t)));
   graphs_ = !switched_off("COREINFER_CUDA_GRAPHS");
   overlap_ = !switched_off("COREINFER_CUDA_OVERLAP") && waits;
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 
@@ -177,8 +178,8 @@ def test_a_limit_below_the_model_streams_it_and_changes_no_bit(target, models): 
     tokens = tokens_of(24, 320)
     resident = on_gpu(path, vram_limit=1 << 30)
     own = (1 << 30) - resident.backend["device_memory"]
-    # The file holds an embedding table that stays on the host, and the plan counts it.
-    limited = on_gpu(path, vram_limit=own + resident.weight_bytes)
+    # Of each matrix, 1.1 MiB, the plan counts the page of 2 MiB that it takes.
+    limited = on_gpu(path, vram_limit=own + resident.weight_bytes + (8 << 20))
     assert resident.ffn_resident and not limited.ffn_resident
     results = []
     for engine in (resident, limited):
@@ -191,12 +192,12 @@ def test_a_limit_below_the_model_streams_it_and_changes_no_bit(target, models): 
         on_gpu(path, vram_limit=own + resident.ffn_bytes // 4)
 
 
-@pytest.mark.parametrize(("dtype", "layers"), [("F16", None), ("Q4_K", (1, 6))])
+@pytest.mark.parametrize(("dtype", "layers"), [("F16", None), ("Q4_K", (1, 9))])
 def test_layers_gathered_on_the_way_are_those_gathered_from_resident_ones(
     batches, models, dtype, layers
 ):
     """Two batches under a limit, each layer copied while another computes: not a bit differs."""
-    path = models("llama", dtype, n_ff=768, n_layer=6)
+    path = models("llama", dtype, n_ff=768, n_layer=9)
     tokens = tokens_of(25, 320)
     resident = on_gpu(path, vram_limit=1 << 30)
     own = (1 << 30) - resident.backend["device_memory"]
@@ -399,7 +400,8 @@ def test_a_device_that_the_build_does_not_cover_is_named(target, models, monkeyp
 def test_layers_that_do_not_fit_the_gpu_are_refused_with_what_to_do(target, models):  # noqa: F811
     path = models("llama", "Q8_0", n_ff=4096, n_layer=6)
     gpu = on_gpu(path, vram_limit=1 << 30)
-    limit = (1 << 30) - gpu.backend["device_memory"] + gpu.ffn_bytes // 2
+    # A layer takes three pages of 2 MiB.
+    limit = (1 << 30) - gpu.backend["device_memory"] + (8 << 20)
     with pytest.raises(MemoryError, match="vram_limit is .* lower n_gpu_layers"):
         _core.Engine(path, n_gpu_layers=5, vram_limit=limit)
     _core.Engine(path, n_gpu_layers=1, vram_limit=limit)
@@ -415,11 +417,12 @@ def test_a_model_above_the_free_memory_passes_through_without_a_limit(
     path = models("llama", "Q8_0", n_ff=4096, n_layer=6)
     resident = on_gpu(path, vram_limit=1 << 30)
     own = (1 << 30) - resident.backend["device_memory"]
+    room = resident.weight_bytes + (8 << 20)  # a page of 2 MiB for each matrix of 1.1 MiB
     reserve = 256 << 20
-    monkeypatch.setenv("CUDA_HOST_MEMORY", str(own + resident.weight_bytes + reserve))
+    monkeypatch.setenv("CUDA_HOST_MEMORY", str(own + room + reserve))
     passing = on_gpu(path)
     assert resident.ffn_resident and not passing.ffn_resident
-    assert passing.backend["device_memory"] == resident.weight_bytes
+    assert passing.backend["device_memory"] == room
     tokens = tokens_of(6, 320)
     results = []
     for engine in (resident, passing):
@@ -428,7 +431,7 @@ def test_a_model_above_the_free_memory_passes_through_without_a_limit(
         session.set_core(session.select(beta=0.1))
         results.append(session.score(tokens[3:]))
     np.testing.assert_array_equal(*results)
-    assert passing.backend["device_peak"] <= own + resident.weight_bytes
+    assert passing.backend["device_peak"] <= own + room
 
 
 def test_three_hundredths_of_a_large_memory_are_kept_back(target, models, monkeypatch):  # noqa: F811
@@ -438,3 +441,42 @@ def test_three_hundredths_of_a_large_memory_are_kept_back(target, models, monkey
     own = (1 << 30) - on_gpu(path, vram_limit=1 << 30).backend["device_memory"]
     monkeypatch.setenv("CUDA_HOST_MEMORY", str(100 << 30))
     assert on_gpu(path).backend["device_memory"] == (97 << 30) - own
+
+
+def test_a_limit_that_the_backend_itself_fills_is_refused(batches, models):
+    path = models("llama", "Q4_0")
+    for limit in (1, 50 << 20):
+        with pytest.raises(MemoryError, match=r"vram_limit is .* MiB, but .* for its own work"):
+            on_gpu(path, vram_limit=limit)
+
+
+def test_a_device_that_others_have_filled_is_named(target, models, monkeypatch):  # noqa: F811
+    if target != "host":
+        pytest.skip("the host runtime can claim another size of memory")
+    monkeypatch.setenv("CUDA_HOST_MEMORY", str(300 << 20))
+    wanted = r"the GPU's free memory is 44\.0 MiB, but .* for its own work"
+    with pytest.raises(MemoryError, match=wanted):
+        on_gpu(models("llama", "Q4_0"))
+
+
+@pytest.mark.parametrize("dtype", ["F16", "Q3_K"])
+def test_the_vram_limit_that_a_message_asks_for_is_enough(batches, models, dtype):
+    path = models("llama", dtype, n_embd=256, n_ff=2048, n_layer=12)
+    options = {"n_ctx": 64, "n_batch": 24, "core_share": 0.2}
+    limit = 1 << 20
+    for _ in range(3):  # that of the backend alone first, which does not know the model
+        with pytest.raises(MemoryError, match="vram_limit is .* MiB") as refused:
+            on_gpu(path, vram_limit=limit, **options)
+        message = str(refused.value)
+        own = re.search(r"backend needs ([0-9.]+) MiB", message)
+        if own is None:
+            break
+        limit = round(float(own[1]) * (1 << 20)) + (1 << 20)
+    needed = int(re.search(r"but (\d+) MiB are needed", message)[1]) << 20
+    engine = on_gpu(path, vram_limit=needed, **options)
+    assert not engine.ffn_resident
+    session = _core.Session(engine, n_ctx=64, n_batch=24)
+    session.prefill(tokens_of(20, 320), statistic="count_gate", beta=0.2)
+    session.set_core(session.select(beta=0.2))
+    session.decode(1)
+    assert engine.backend["device_peak"] <= needed
