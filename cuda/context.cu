@@ -88,8 +88,11 @@ void check(cudaError_t status, const char* call) {
               call, cudaGetErrorString(status), cudaGetErrorName(status));
 }
 
-Context::Context(int device, size_t limit)
-    : device_(device), copiers_(std::min(kMaxCopiers, ThreadPool::default_threads())) {
+Context::Context(int device)
+    : device_(device), copiers_(std::min(kMaxCopiers, ThreadPool::default_threads())) {}
+
+// From here on the destructor gives back what there is, also where this throws.
+Context::Context(int device, size_t limit) : Context(device) {
   int n = 0;
   const cudaError_t status = cudaGetDeviceCount(&n);
   if (status != cudaSuccess || n == 0) {
@@ -132,9 +135,11 @@ Context::Context(int device, size_t limit)
 }
 
 Context::~Context() {
-  cudaSetDevice(device_);
-  cudaStreamSynchronize(stream_);
-  cudaStreamSynchronize(load_stream_);
+  if (stream_ != nullptr) {
+    cudaSetDevice(device_);
+    cudaStreamSynchronize(stream_);
+  }
+  if (load_stream_ != nullptr) cudaStreamSynchronize(load_stream_);
   for (Graph& g : kept_) {
     if (g.exec != nullptr) cudaGraphExecDestroy(g.exec);
   }
@@ -147,8 +152,8 @@ Context::~Context() {
   for (const Block& b : spare_) cudaFree(b.p);
   if (positions_sent_ != nullptr) cudaEventDestroy(positions_sent_);
   if (released_ != nullptr) cudaEventDestroy(released_);
-  cudaStreamDestroy(stream_);
-  cudaStreamDestroy(load_stream_);
+  if (load_stream_ != nullptr) cudaStreamDestroy(load_stream_);
+  if (stream_ != nullptr) cudaStreamDestroy(stream_);
 }
 
 size_t Context::taken_by(size_t bytes) {

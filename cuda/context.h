@@ -105,6 +105,8 @@ class Context {
   }
 
  private:
+  explicit Context(int device);
+
   struct Launch {
     const void* kernel;
     void (*thunk)(const void*, const void*);

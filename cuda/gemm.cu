@@ -145,22 +145,28 @@ std::unique_ptr<Gemm> Gemm::open(const ContextPtr& context, std::string* why) {
     find(&calls->set_workspace, "cublasSetWorkspace_v2");
     find(&calls->set_pointer_mode, "cublasSetPointerMode_v2");
     find(&calls->gemm, "cublasGemmEx");
-    if (found) return std::unique_ptr<Gemm>(new Gemm(context, std::move(calls), name));
+    if (found) {
+      std::unique_ptr<Gemm> gemm(new Gemm(context, std::move(calls), name));
+      gemm->start();
+      return gemm;
+    }
     *why += (why->empty() ? "" : "; ") + name + " lacks a function (older than version 11?)";
   }
   return nullptr;
 }
 
 Gemm::Gemm(const ContextPtr& context, std::unique_ptr<Calls> calls, std::string library)
-    : context_(context), calls_(std::move(calls)), library_(std::move(library)) {
+    : context_(context), calls_(std::move(calls)), library_(std::move(library)) {}
+
+void Gemm::start() {
   check(calls_->create(&handle_), "cublasCreate");
-  check(calls_->set_stream(handle_, context->stream_for_copy()), "cublasSetStream");
-  workspace_ = Memory(context, kWorkspace, "cuBLAS workspace");
+  check(calls_->set_stream(handle_, context_->stream_for_copy()), "cublasSetStream");
+  workspace_ = Memory(context_, kWorkspace, "cuBLAS workspace");
   check(calls_->set_workspace(handle_, workspace_.as<void>(), kWorkspace), "cublasSetWorkspace");
   check(calls_->set_pointer_mode(handle_, kPointersOnDevice), "cublasSetPointerMode");
-  scalars_ = Memory(context, kScalars * sizeof(float), "scalars");
+  scalars_ = Memory(context_, kScalars * sizeof(float), "scalars");
   const float values[kScalars] = {1.0f, 0.0f, 1.0f};
-  context->copy_in(scalars_.as<void>(), values, sizeof(values));
+  context_->copy_in(scalars_.as<void>(), values, sizeof(values));
 }
 
 size_t Gemm::own_memory() { return kWorkspace + kTile; }

@@ -47,6 +47,7 @@ class Gemm {
   Operand narrowed(bool brain, const float* x, int64_t x_stride, int64_t n, int64_t cols);
   void multiply(const Product& product, int type, const Operand& operand, int64_t n);
   Gemm(const ContextPtr& context, std::unique_ptr<Calls> calls, std::string library);
+  void start();  // what may fail
   void check(int status, const char* call) const;
 
   ContextPtr context_;

@@ -480,3 +480,28 @@ def test_the_vram_limit_that_a_message_asks_for_is_enough(batches, models, dtype
     session.set_core(session.select(beta=0.2))
     session.decode(1)
     assert engine.backend["device_peak"] <= needed
+
+
+def test_what_fails_to_open_leaves_nothing_behind(target, models, monkeypatch):  # noqa: F811
+    if target != "host":
+        pytest.skip("the host runtime counts what there is, and fails when asked to")
+    path = models("llama", "Q4_0")
+    cublas = ctypes.CDLL(str(cublas_library()))
+    monkeypatch.setenv("COREINFER_CUBLAS_LIBRARY", str(cublas_library()))
+    cublas.cublas_host_handles.restype = ctypes.c_long
+    before = (host_count("alive"), cublas.cublas_host_handles())
+    with monkeypatch.context() as patch, pytest.raises(MemoryError, match="cudaMallocHost"):
+        patch.setenv("CUDA_HOST_PINNED", "4096")  # positions, and no staging
+        on_gpu(path)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="cublasSetWorkspace"):
+        patch.setenv("CUBLAS_HOST_WORKSPACE", "0")
+        on_gpu(path)
+    with pytest.raises(MemoryError):
+        on_gpu(path, vram_limit=1)
+    engine = on_gpu(path)
+    session = _core.Session(engine)
+    session.prefill(tokens_of(20, 320))
+    session.decode(1)
+    assert (host_count("alive"), cublas.cublas_host_handles()) > before
+    del session, engine
+    assert (host_count("alive"), cublas.cublas_host_handles()) == before

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 
 #include "base/half.h"
 
@@ -19,23 +20,33 @@ float element(const void* p, int type, int64_t i) {
   return type == 2 ? coreinfer::f16_to_f32(bits) : coreinfer::bf16_to_f32(bits);
 }
 
+long handles = 0;
+
 bool known(int type) { return type == 0 || type == 2 || type == 14; }
 
 }  // namespace
 
 EXPORT int cublasCreate_v2(void** handle) {
   *handle = new cudaStream_t{};
+  ++handles;
   return kSuccess;
 }
 EXPORT int cublasDestroy_v2(void* handle) {
   delete static_cast<cudaStream_t*>(handle);
+  --handles;
   return kSuccess;
 }
+// For tests: how many there are.
+EXPORT long cublas_host_handles() { return handles; }
 EXPORT int cublasSetStream_v2(void* handle, cudaStream_t stream) {
   *static_cast<cudaStream_t*>(handle) = stream;
   return kSuccess;
 }
-EXPORT int cublasSetWorkspace_v2(void*, void*, size_t) { return kSuccess; }
+// CUBLAS_HOST_WORKSPACE=0: a library that refuses it.
+EXPORT int cublasSetWorkspace_v2(void*, void*, size_t) {
+  const char* value = std::getenv("CUBLAS_HOST_WORKSPACE");
+  return value != nullptr && *value == '0' ? kInvalidValue : kSuccess;
+}
 // Only scalars in device memory.
 EXPORT int cublasSetPointerMode_v2(void*, int mode) { return mode == 1 ? kSuccess : kNotSupported; }
 

@@ -37,6 +37,7 @@ std::recursive_mutex queues_mutex;  // guards the streams
 std::set<QueuedStream*> streams;
 std::mutex sizes_mutex;
 std::map<void*, size_t> sizes;
+std::atomic<long> alive{0};  // streams, events, graphs and memory
 std::atomic<long> graph_launches{0}, kernel_launches{0}, overlapping_launches{0}, allocations{0};
 
 void carry_out(QueuedStream& stream, uint64_t until) {
@@ -72,9 +73,9 @@ cudaError_t issue(cudaStream_t to, Step step) {
 
 }  // namespace
 
-// What tests set: CUDA_HOST_DEVICES, CUDA_HOST_MEMORY (bytes of the device), CUDA_HOST_DRIVER and
-// CUDA_HOST_PTX (the architecture that the kernels were compiled for; 0: one that this device
-// cannot run).
+// What tests set: CUDA_HOST_DEVICES, CUDA_HOST_MEMORY (bytes of the device), CUDA_HOST_PINNED
+// (bytes of the host's memory that can be pinned at once), CUDA_HOST_DRIVER and CUDA_HOST_PTX (the
+// architecture that the kernels were compiled for; 0: one that this device cannot run).
 namespace {
 long long given(const char* variable, long long otherwise) {
   const char* value = std::getenv(variable);
@@ -139,6 +140,7 @@ cudaError_t cudaMalloc(void** p, size_t bytes) {
   const std::lock_guard lock(sizes_mutex);
   sizes[*p] = pages + kPage;
   ++allocations;
+  ++alive;
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* p) {
@@ -153,9 +155,15 @@ cudaError_t cudaFree(void* p) {
   const auto start = reinterpret_cast<uintptr_t>(p) / kPage * kPage;
   munmap(reinterpret_cast<void*>(start), found->second);
   sizes.erase(found);
+  --alive;
   return cudaSuccess;
 }
-cudaError_t cudaMallocHost(void** p, size_t bytes) { return cudaMalloc(p, bytes); }
+cudaError_t cudaMallocHost(void** p, size_t bytes) {
+  if (bytes > static_cast<size_t>(given("CUDA_HOST_PINNED", 8ll << 30))) {
+    return cudaErrorMemoryAllocation;
+  }
+  return cudaMalloc(p, bytes);
+}
 cudaError_t cudaFreeHost(void* p) { return cudaFree(p); }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind, cudaStream_t s) {
@@ -178,12 +186,14 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* to, unsigned) {
   auto* stream = new QueuedStream;
   stream->finish = carry_out_all;
   streams.insert(stream);
+  ++alive;
   return *to = stream, cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   const std::lock_guard lock(queues_mutex);
   carry_out_all(stream);
   streams.erase(static_cast<QueuedStream*>(stream));
+  --alive;
   return delete static_cast<QueuedStream*>(stream), cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
@@ -193,9 +203,13 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
   return issue(stream, [point = *event] { carry_out(point); });
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  ++alive;
   return *event = new CudaHostEvent, cudaSuccess;
 }
-cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  --alive;
+  return delete event, cudaSuccess;
+}
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t on) {
   const std::lock_guard lock(queues_mutex);
   auto* stream = static_cast<QueuedStream*>(on);
@@ -212,6 +226,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t on, cudaGraph_t* graph) {
   return stream->capturing = nullptr, cudaSuccess;
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
+  ++alive;
   return *exec = new CudaHostGraph(*graph), cudaSuccess;
 }
 // For tests: how many graphs were launched.
@@ -226,6 +241,8 @@ extern "C" __attribute__((visibility("default"))) long cuda_host_kernel_launches
 extern "C" __attribute__((visibility("default"))) long cuda_host_overlapping_launches() {
   return overlapping_launches;
 }
+// How much there is that was made and not given back.
+extern "C" __attribute__((visibility("default"))) long cuda_host_alive() { return alive; }
 // How often device memory was asked for.
 extern "C" __attribute__((visibility("default"))) long cuda_host_allocations() {
   return allocations;
@@ -236,7 +253,10 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
   return cudaSuccess;
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return delete exec, cudaSuccess; }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+  --alive;
+  return delete exec, cudaSuccess;
+}
 
 cudaError_t cuda_host_launch(void (*thunk)(const void*, const void*), const void* kernel,
                              const void* args, size_t args_size, dim3 grid, dim3 block,
