@@ -170,6 +170,8 @@ BufferPtr CudaBackend::load_vector(const Mat& mat) {
 WeightPtr CudaBackend::load(const Mat& mat) {
   const Context::Lock lock(*context_);
   auto weight = load_weight(context_, mat, &raw_);
+  // Patches come from memory that is not theirs for long.
+  std::erase_if(loaded_, [](const auto& entry) { return entry.second.expired(); });
   loaded_[mat.data] = weight;
   return weight;
 }
