@@ -25,7 +25,6 @@ class CudaBuffer final : public Buffer {
 
 // Positions, scalars, rows of embeddings, and what pages round up of a session's buffers.
 constexpr size_t kSmallThings = size_t{32} << 20;
-constexpr size_t kPartialBytes = size_t{64} << 20;
 
 Epilogue epilogue_of(Activation act) {
   return act == Activation::kSilu       ? Epilogue::kSilu
@@ -513,10 +512,7 @@ void CudaBackend::attend(const AttentionSpec& spec, Rows q, Rows k, Rows v, KvCa
   if (exact) {
     // Before the position is asked for: growing sends off what waits, positions with it. At once
     // for the whole context, so that nothing grows while tokens are decoded.
-    const int64_t rows = std::max(partial_floats(spec, q.n, most),
-                                  std::min(partial_floats(spec, kExactRows, most),
-                                           static_cast<int64_t>(kPartialBytes / sizeof(float))));
-    partials_.ensure(context_, static_cast<size_t>(rows) * sizeof(float), "attention");
+    partials_.ensure(context_, partial_bytes_of_rows(spec, kExactRows, most), "attention");
     call.partials = partials_.as<float>();
   }
   call.position = context_->position(first);

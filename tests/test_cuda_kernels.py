@@ -491,6 +491,19 @@ def test_tiles_of_many_rows_equal_the_cpu(cuda, cpu, n_head, n_head_kv, head_dim
         first += n
 
 
+def test_sums_over_a_long_context_stay_within_their_memory(cuda, cpu):
+    """64 heads of 256 over 32768 positions: 16 MiB of partial sums a row, so 3 rows at a time."""
+    n_ctx, n_head, dim, n = 32768, 64, 256, 7
+    caches = [(b, b.cache("f16", "f16", 1, n_ctx, 1, dim)) for b in (cuda, cpu)]
+    q = normal(n, n_head * dim)
+    k, v = (normal(n, dim, seed=s) for s in (1, 2))
+    before = cuda.device_peak
+    got, expected = (b.attend(c, 0, n_ctx - n, q, k, v, window=1) for b, c in caches)
+    np.testing.assert_array_equal(got, expected)
+    others = 4 << 20  # q, k, v and the result
+    assert cuda.device_peak - before <= (64 << 20) + others
+
+
 @pytest.mark.parametrize("side", ["k", "v"])
 def test_rows_do_not_see_a_nan_behind_them(cuda, side):
     rows = {"q": normal(40, 128), "k": normal(40, 64, seed=1), "v": normal(40, 64, seed=2)}
