@@ -131,25 +131,64 @@ def test_verified_rows_have_the_bits_of_decoded_ones(target, models, dtype):  # 
         np.testing.assert_array_equal(np.concatenate(together), np.stack(one_by_one))
 
 
-def test_repeated_steps_become_one_graph_launch(target, models):  # noqa: F811
-    if target != "host":
-        pytest.skip("the host runtime counts graph launches")
-    engine = on_gpu(models("llama", "Q4_0"))
-    session = _core.Session(engine)
-    session.prefill(tokens_of(18, engine.n_vocab))
-    launches = ctypes.CDLL(os.environ["COREINFER_CUDA_LIBRARY"]).cuda_host_graph_launches
-    launches.restype = ctypes.c_long
-    before = launches()
-    for token in range(10):
-        session.decode(token)
-    # The first step is issued plainly; from the second on a step is one launch.
-    assert launches() - before == 9
-
-
 def host_count(what: str) -> int:
     count = getattr(ctypes.CDLL(os.environ["COREINFER_CUDA_LIBRARY"]), f"cuda_host_{what}")
     count.restype = ctypes.c_long
     return count()
+
+
+def least_limit(path: str, **options) -> int:
+    """What a limit that does not suffice is refused with, in bytes."""
+    limit = 1 << 20
+    for _ in range(3):  # that of the backend alone comes first, which does not know the model
+        with pytest.raises(MemoryError, match="vram_limit is .* MiB") as refused:
+            on_gpu(path, vram_limit=limit, **options)
+        message = str(refused.value)
+        own = re.search(r"backend needs ([0-9.]+) MiB", message)
+        if own is None:
+            return int(re.search(r"but (\d+) MiB are needed", message)[1]) << 20
+        limit = round((float(own[1]) + 1) * (1 << 20))
+    raise AssertionError(message)
+
+
+COUNTED = ("graph_launches", "kernel_launches", "allocations", "copies")
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "mode"),
+    [
+        ("llama", "Q4_0", "dense"),
+        ("llama", "Q4_0", "core"),
+        ("llama", "Q4_0", "patched"),
+        ("llama", "Q8_0", "limited"),
+        ("gemma3", "F16", "patched"),
+        ("opt", "F16", "limited"),
+    ],
+)
+def test_a_token_is_one_graph_launch_and_three_copies(target, models, arch, dtype, mode):  # noqa: F811
+    if target != "host":
+        pytest.skip("the host runtime counts launches")
+    limited = mode == "limited"
+    path = models(arch, dtype, n_layer=12 if limited else 3, n_ff=768)
+    options = {"n_ctx": 64, "n_batch": 20, "core_share": 0.1}
+    engine = on_gpu(path, vram_limit=least_limit(path, **options) if limited else 0, **options)
+    assert engine.ffn_resident != limited
+    session = _core.Session(engine, n_ctx=64, n_batch=20)
+    samples = 16 if mode == "patched" else 0
+    session.prefill(tokens_of(18, engine.n_vocab), statistic="flock", samples=samples)
+    if mode != "dense":
+        session.set_core(session.select(beta=0.1))
+    if mode == "patched":
+        session.fit_patch(rank=4)
+    steps = []
+    for token in range(5):
+        before = [host_count(what) for what in COUNTED]
+        session.decode(token)
+        steps.append([host_count(what) - n for what, n in zip(COUNTED, before, strict=True)])
+    # The first step is issued plainly, the second captured; then the embedding goes in, the
+    # position too, and logits come out.
+    assert [graphs for graphs, *_ in steps] == [0, 1, 1, 1, 1]
+    assert steps[2:] == [[1, 0, 0, 3]] * 3
 
 
 def test_decoding_asks_for_no_memory_however_long_it_gets(target, models):  # noqa: F811
@@ -463,16 +502,7 @@ def test_a_device_that_others_have_filled_is_named(target, models, monkeypatch):
 def test_the_vram_limit_that_a_message_asks_for_is_enough(batches, models, dtype):
     path = models("llama", dtype, n_embd=256, n_ff=2048, n_layer=12)
     options = {"n_ctx": 64, "n_batch": 24, "core_share": 0.2}
-    limit = 1 << 20
-    for _ in range(3):  # that of the backend alone first, which does not know the model
-        with pytest.raises(MemoryError, match="vram_limit is .* MiB") as refused:
-            on_gpu(path, vram_limit=limit, **options)
-        message = str(refused.value)
-        own = re.search(r"backend needs ([0-9.]+) MiB", message)
-        if own is None:
-            break
-        limit = round(float(own[1]) * (1 << 20)) + (1 << 20)
-    needed = int(re.search(r"but (\d+) MiB are needed", message)[1]) << 20
+    needed = least_limit(path, **options)
     engine = on_gpu(path, vram_limit=needed, **options)
     assert not engine.ffn_resident
     session = _core.Session(engine, n_ctx=64, n_batch=24)

@@ -37,6 +37,7 @@ std::recursive_mutex queues_mutex;  // guards the streams
 std::set<QueuedStream*> streams;
 std::mutex sizes_mutex;
 std::map<void*, size_t> sizes;
+std::atomic<long> copies{0};
 std::atomic<long> alive{0};  // streams, events, graphs and memory
 std::atomic<long> graph_launches{0}, kernel_launches{0}, overlapping_launches{0}, allocations{0};
 
@@ -167,6 +168,7 @@ cudaError_t cudaMallocHost(void** p, size_t bytes) {
 cudaError_t cudaFreeHost(void* p) { return cudaFree(p); }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind, cudaStream_t s) {
+  ++copies;
   return issue(s, [=] { std::memmove(to, from, n); });
 }
 cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch,
@@ -241,6 +243,8 @@ extern "C" __attribute__((visibility("default"))) long cuda_host_kernel_launches
 extern "C" __attribute__((visibility("default"))) long cuda_host_overlapping_launches() {
   return overlapping_launches;
 }
+// How many copies of memory were asked for.
+extern "C" __attribute__((visibility("default"))) long cuda_host_copies() { return copies; }
 // How much there is that was made and not given back.
 extern "C" __attribute__((visibility("default"))) long cuda_host_alive() { return alive; }
 // How often device memory was asked for.
