@@ -328,6 +328,7 @@ void Context::flush() {
     COREINFER_CUDA_CHECK(
         cudaMemcpyAsync(device_positions_, host_positions_, n, cudaMemcpyHostToDevice, stream_));
     COREINFER_CUDA_CHECK(cudaEventRecord(positions_sent_, stream_));
+    after_kernel_ = false;
   }
   if (list_.empty()) return;
   try {
