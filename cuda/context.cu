@@ -22,6 +22,9 @@ size_t without_reserve(size_t free) {
   return free - std::min(free, std::max(kLeastReserve, free / 100 * 3));
 }
 
+// Memory that was given back and is kept for the next of its size.
+constexpr size_t kMostSpare = size_t{1} << 30;
+
 constexpr int kMaxCopiers = 8;
 constexpr int64_t kCopyPart = int64_t{1} << 18;
 
@@ -163,7 +166,7 @@ size_t Context::taken_by(size_t bytes) {
 }
 
 void* Context::allocate(size_t bytes, const char* what) {
-  bytes = taken_by(bytes);
+  bytes = std::max<size_t>(bytes, 1);
   const auto kept = std::find_if(spare_.begin(), spare_.end(),
                                  [bytes](const Block& b) { return b.bytes == bytes; });
   void* p = nullptr;
@@ -171,33 +174,49 @@ void* Context::allocate(size_t bytes, const char* what) {
     p = kept->p;
     spare_.erase(kept);
   } else {
-    if (taken_ + bytes > limit_) free_spare();
-    const bool fits = taken_ + bytes <= limit_;
-    cudaError_t status = fits ? cudaMalloc(&p, bytes) : cudaErrorMemoryAllocation;
-    if (status == cudaErrorMemoryAllocation && !spare_.empty()) {
-      free_spare();
-      status = cudaMalloc(&p, bytes);
-    }
-    if (status == cudaErrorMemoryAllocation) {
-      cudaGetLastError();
-      const auto mib = [](size_t n) { return static_cast<double>(n) / 0x1p20; };
-      throw_error(ErrorKind::kMemory,
-                  "%s: %.1f MiB of GPU memory wanted, %.1f MiB in use, limit %.1f MiB: use a "
-                  "smaller model, n_ctx or n_batch, or a higher limit",
-                  what, mib(bytes), mib(used_), mib(limit_));
-    }
-    check(status, "cudaMalloc(");
-    taken_ += bytes;
-    peak_ = std::max(peak_, taken_);
+    p = take(bytes, what);
   }
-  used_ += bytes;
+  used_ += taken_by(bytes);
+  return p;
+}
+
+void* Context::take(size_t bytes, const char* what) {
+  const size_t taken = taken_by(bytes);
+  const auto mib = [](size_t n) { return static_cast<double>(n) / 0x1p20; };
+  // Core weights of ever new sizes would fill the device.
+  if (taken_ + taken > limit_ || taken_ - used_ > kMostSpare) free_spare();
+  if (taken_ + taken > limit_) {
+    throw_error(ErrorKind::kMemory,
+                "%s: %.1f MiB of GPU memory wanted, %.1f MiB in use, limit %.1f MiB: use a "
+                "smaller model, n_ctx or n_batch, or a higher limit",
+                what, mib(taken), mib(used_), mib(limit_));
+  }
+  void* p = nullptr;
+  cudaError_t status = cudaMalloc(&p, bytes);
+  if (status == cudaErrorMemoryAllocation && !spare_.empty()) {
+    cudaGetLastError();
+    free_spare();
+    status = cudaMalloc(&p, bytes);
+  }
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    size_t free = 0, total = 0;
+    cudaMemGetInfo(&free, &total);
+    throw_error(ErrorKind::kMemory,
+                "%s: %.1f MiB of GPU memory wanted beside %.1f MiB in use, but only %.1f MiB are "
+                "free: other programs have taken some; set vram_limit to what is left",
+                what, mib(taken), mib(used_), mib(free));
+  }
+  check(status, "cudaMalloc(");
+  taken_ += taken;
+  peak_ = std::max(peak_, taken_);
   return p;
 }
 
 void Context::release(void* p, size_t bytes) noexcept {
   const Lock lock(*this);
-  bytes = taken_by(bytes);
-  used_ -= bytes;
+  bytes = std::max<size_t>(bytes, 1);
+  used_ -= taken_by(bytes);
   try {
     flush();  // launches that wait may use the memory
     COREINFER_CUDA_CHECK(cudaEventRecord(released_, stream_));
@@ -207,7 +226,7 @@ void Context::release(void* p, size_t bytes) noexcept {
     cudaStreamSynchronize(stream_);
     cudaStreamSynchronize(load_stream_);
     cudaFree(p);
-    taken_ -= bytes;
+    taken_ -= taken_by(bytes);
   }
 }
 
@@ -216,7 +235,7 @@ void Context::free_spare() {
   finish_loads();
   for (const Block& b : spare_) {
     cudaFree(b.p);
-    taken_ -= b.bytes;
+    taken_ -= taken_by(b.bytes);
   }
   spare_.clear();
 }

@@ -155,6 +155,7 @@ class Context {
     void* p;
     size_t bytes;
   };
+  void* take(size_t bytes, const char* what);  // from the device
   void free_spare();
   size_t limit_ = 0, used_ = 0, taken_ = 0, peak_ = 0;
   std::vector<Block> spare_;

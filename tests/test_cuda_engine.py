@@ -535,3 +535,12 @@ def test_what_fails_to_open_leaves_nothing_behind(target, models, monkeypatch): 
     assert (host_count("alive"), cublas.cublas_host_handles()) > before
     del session, engine
     assert (host_count("alive"), cublas.cublas_host_handles()) == before
+
+
+def test_memory_that_others_have_taken_meanwhile_is_said(target, models, monkeypatch):  # noqa: F811
+    if target != "host":
+        pytest.skip("the host runtime can refuse memory")
+    engine = on_gpu(models("llama", "Q4_0"))
+    monkeypatch.setenv("CUDA_HOST_LARGEST", str(1 << 20))
+    with pytest.raises(MemoryError, match="KV cache: .* MiB are free: other programs"):
+        _core.Session(engine, n_ctx=32768)

@@ -74,9 +74,10 @@ cudaError_t issue(cudaStream_t to, Step step) {
 
 }  // namespace
 
-// What tests set: CUDA_HOST_DEVICES, CUDA_HOST_MEMORY (bytes of the device), CUDA_HOST_PINNED
-// (bytes of the host's memory that can be pinned at once), CUDA_HOST_DRIVER and CUDA_HOST_PTX (the
-// architecture that the kernels were compiled for; 0: one that this device cannot run).
+// What tests set: CUDA_HOST_DEVICES, CUDA_HOST_MEMORY (bytes of the device), CUDA_HOST_LARGEST (of
+// the largest block of it, as where others have taken the rest), CUDA_HOST_PINNED (of the host's
+// memory that can be pinned at once), CUDA_HOST_DRIVER and CUDA_HOST_PTX (the architecture that the
+// kernels were compiled for; 0: one that this device cannot run).
 namespace {
 long long given(const char* variable, long long otherwise) {
   const char* value = std::getenv(variable);
@@ -129,7 +130,8 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
 }
 
 // Ends where a page that nobody may touch begins, so that a kernel that runs over is caught.
-cudaError_t cudaMalloc(void** p, size_t bytes) {
+namespace {
+cudaError_t take(void** p, size_t bytes) {
   const size_t size = (bytes + 15) / 16 * 16;
   const size_t pages = (size + kPage - 1) / kPage * kPage;
   void* const memory =
@@ -143,6 +145,11 @@ cudaError_t cudaMalloc(void** p, size_t bytes) {
   ++allocations;
   ++alive;
   return cudaSuccess;
+}
+}  // namespace
+cudaError_t cudaMalloc(void** p, size_t bytes) {
+  const bool fits = bytes <= static_cast<size_t>(given("CUDA_HOST_LARGEST", 8ll << 30));
+  return fits ? take(p, bytes) : cudaErrorMemoryAllocation;
 }
 cudaError_t cudaFree(void* p) {
   if (p == nullptr) return cudaSuccess;
@@ -163,7 +170,7 @@ cudaError_t cudaMallocHost(void** p, size_t bytes) {
   if (bytes > static_cast<size_t>(given("CUDA_HOST_PINNED", 8ll << 30))) {
     return cudaErrorMemoryAllocation;
   }
-  return cudaMalloc(p, bytes);
+  return take(p, bytes);
 }
 cudaError_t cudaFreeHost(void* p) { return cudaFree(p); }
 
