@@ -501,13 +501,14 @@ def test_a_device_that_others_have_filled_is_named(target, models, monkeypatch):
 @pytest.mark.parametrize("dtype", ["F16", "Q3_K"])
 def test_the_vram_limit_that_a_message_asks_for_is_enough(batches, models, dtype):
     path = models("llama", dtype, n_embd=256, n_ff=2048, n_layer=12)
-    options = {"n_ctx": 64, "n_batch": 24, "core_share": 0.2}
+    options = {"n_ctx": 64, "n_batch": 24, "core_share": 0.2, "samples": 16}
     needed = least_limit(path, **options)
     engine = on_gpu(path, vram_limit=needed, **options)
     assert not engine.ffn_resident
     session = _core.Session(engine, n_ctx=64, n_batch=24)
-    session.prefill(tokens_of(20, 320), statistic="count_gate", beta=0.2)
+    session.prefill(tokens_of(20, 320), statistic="count_gate", samples=16, beta=0.2)
     session.set_core(session.select(beta=0.2))
+    session.fit_patch(rank=4)
     session.decode(1)
     assert engine.backend["device_peak"] <= needed
 
