@@ -474,16 +474,18 @@ void CudaBackend::ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Ac
     const float* values = dense_values(x, norm, &stride);
     const bool exact = options_.f32_activations;
     std::vector<Gemm::Product> products{{&cuda_weight(*ffn.up), h, false, exact}};
-    const float* gate = nullptr;
+    Rows gate;
     if (ffn.gate) {
-      hidden_.ensure(context_, static_cast<size_t>(x.n * h.width) * sizeof(float), "hidden");
-      gate = hidden_.as<float>();
-      const Rows out{hidden_.as<float>(), x.n, h.width, h.width};
-      products.push_back({&cuda_weight(*ffn.gate), out, false, exact});
+      gate = act_gate;  // activated where it is
+      if (gate.data == nullptr) {
+        hidden_.ensure(context_, static_cast<size_t>(x.n * h.width) * sizeof(float), "hidden");
+        gate = {hidden_.as<float>(), x.n, h.width, h.width};
+      }
+      products.push_back({&cuda_weight(*ffn.gate), gate, false, exact});
     }
     gemm_->multiply(products, values, stride, x.n);
     if (ffn.up_bias) add_bias(*context_, h, ffn.up_bias->data());
-    return activate_rows(*context_, epilogue_of(act), h, gate, h.width, act_gate.data,
+    return activate_rows(*context_, epilogue_of(act), h, gate.data, gate.stride, act_gate.data,
                          act_gate.stride);
   }
   for (int64_t i = 0; i < x.n; i += kExactRows) {
