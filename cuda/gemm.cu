@@ -172,6 +172,7 @@ void Gemm::start() {
 size_t Gemm::own_memory() { return kWorkspace + kTile; }
 
 Gemm::~Gemm() {
+  const Context::Lock lock(*context_);  // in whatever thread, of the handle's device
   if (handle_ != nullptr) calls_->destroy(handle_);
 }
 
