@@ -4,9 +4,23 @@
 namespace coreinfer::cuda {
 namespace {
 
+constexpr int kMergeThreads = 256;  // head_dim at most
+
+__device__ float block_max(float value) {
+  __shared__ float parts[kMergeThreads / kWarp];
+  value = warp_max(value);
+  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  return warp_max(parts[threadIdx.x % (kMergeThreads / kWarp)]);
+}
+
+// A thread a span for its factor, then a thread a column of every so manieth span. What is added in
+// which order follows from the row's own spans alone.
 // grid: (rows, heads)
-__global__ void merge_kernel(COREINFER_PARAMETER AttentionArgs a) {
+__global__ void __launch_bounds__(kMergeThreads) merge_kernel(COREINFER_PARAMETER AttentionArgs a) {
   begin_kernel();
+  __shared__ float factors[kMergeThreads];
+  __shared__ float sums[kMergeThreads];
   const int64_t row = blockIdx.x;
   const int head = static_cast<int>(blockIdx.y);
   const int64_t position = first_position(a) + row;
@@ -14,23 +28,43 @@ __global__ void merge_kernel(COREINFER_PARAMETER AttentionArgs a) {
   const int64_t oldest = a.window == 0 ? 0 : position + 1 - a.window;
   const int64_t start = oldest > 0 ? oldest / a.span : 0;
   const int dim = a.head_dim;
-  const auto part = [&](int64_t s) { return partial_of(a, row, head, s); };
-  float largest = part(start)[dim];
-  for (int64_t s = start + 1; s <= last; ++s) {
-    const float m = part(s)[dim];
-    largest = !(m <= largest) ? m : largest;
+  const int64_t step = dim + 2;
+  const float* const parts = partial_of(a, row, head, 0);
+  const int tid = static_cast<int>(threadIdx.x);
+
+  float largest = __int_as_float(static_cast<int>(0xff800000u));
+  for (int64_t s = start + tid; s <= last; s += kMergeThreads) {
+    const float m = parts[s * step + dim];
+    largest = m > largest ? m : largest;
   }
-  float total = 0.0f;
-  for (int64_t s = start; s <= last; ++s) {
-    total = fmaf(part(s)[dim + 1], expf(part(s)[dim] - largest), total);
-  }
-  for (int i = static_cast<int>(threadIdx.x); i < dim; i += static_cast<int>(blockDim.x)) {
-    float sum = 0.0f;
-    for (int64_t s = start; s <= last; ++s) {
-      sum = fmaf(part(s)[i], expf(part(s)[dim] - largest), sum);
+  largest = block_max(largest);
+  const int n_groups = kMergeThreads / dim, group = tid / dim, column = tid % dim;
+  float total = 0.0f, sum = 0.0f;
+  for (int64_t first = start; first <= last; first += kMergeThreads) {
+    const int n =
+        static_cast<int>(last + 1 - first < kMergeThreads ? last + 1 - first : kMergeThreads);
+    float factor = 0.0f;
+    if (tid < n) {
+      const float* const of_span = parts + (first + tid) * step + dim;
+      factor = expf(of_span[0] - largest);
+      total = fmaf(of_span[1], factor, total);
     }
-    a.out[row * a.out_stride + static_cast<int64_t>(head) * dim + i] = sum / total;
+    __syncthreads();  // factors may still be read
+    factors[tid] = factor;
+    __syncthreads();
+    if (group < n_groups) {
+#pragma unroll 8
+      for (int s = group; s < n; s += n_groups) {
+        sum = fmaf(parts[(first + s) * step + column], factors[s], sum);
+      }
+    }
   }
+  total = block_sum(total);
+  sums[tid] = sum;
+  __syncthreads();
+  if (tid >= dim) return;
+  for (int g = 1; g < n_groups; ++g) sum += sums[g * dim + tid];
+  a.out[row * a.out_stride + static_cast<int64_t>(head) * dim + tid] = sum / total;
 }
 
 }  // namespace
@@ -64,8 +98,8 @@ int64_t partial_floats(const AttentionSpec& spec, int64_t n_rows, int64_t n_span
 
 void merge_spans(Context& context, const AttentionArgs& a) {
   context.launch(merge_kernel,
-                 dim3(static_cast<unsigned>(a.n_rows), static_cast<unsigned>(a.n_head)), dim3(64),
-                 0, a);
+                 dim3(static_cast<unsigned>(a.n_rows), static_cast<unsigned>(a.n_head)),
+                 dim3(kMergeThreads), 0, a);
 }
 
 }  // namespace coreinfer::cuda

@@ -491,6 +491,21 @@ def test_tiles_of_many_rows_equal_the_cpu(cuda, cpu, n_head, n_head_kv, head_dim
         first += n
 
 
+@pytest.mark.parametrize("dim", [8, 80, 256])
+def test_many_spans_are_merged(cuda, cpu, dim):
+    """More spans than the block that merges them has threads, and some in a window."""
+    n_ctx = 40_000 if dim == 8 else 2_000
+    state = normal(2 * n_ctx, dim).tobytes()
+    q, k, v = normal(2, 2 * dim), normal(2, dim, seed=1), normal(2, dim, seed=2)
+    for window in (0, 700):
+        results = []
+        for backend in (cuda, cpu):
+            cache = backend.cache("f32", "f32", 1, n_ctx, 1, dim)
+            cache.restore(state, n_ctx)
+            results.append(backend.attend(cache, 0, n_ctx - 2, q, k, v, window=window))
+        np.testing.assert_allclose(*results, atol=2e-5)
+
+
 def test_sums_over_a_long_context_stay_within_their_memory(cuda, cpu):
     """64 heads of 256 over 32768 positions: 16 MiB of partial sums a row, so 3 rows at a time."""
     n_ctx, n_head, dim, n = 32768, 64, 256, 7
