@@ -1,7 +1,7 @@
 // Keys and values in device memory, one row a position, each head of each layer by itself: first a
 // plane of elements (n_ctx, head_dim), then for q8_0 a plane of float16 scales, one for 32
-// elements. Memory for n_ctx positions is taken when the cache is made. attention.cu reads and
-// writes it.
+// elements. Memory for n_ctx positions is taken when the cache is made. The kernels of attention.h
+// read and write it.
 // Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #pragma once
 

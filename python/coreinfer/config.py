@@ -483,7 +483,7 @@ class LoadConfig(Checked):
     main_gpu: int = parameter(0, "which GPU, where there are several", "int", low=0, high=1023)
     vram_limit: int | None = parameter(
         None,
-        "GPU memory that the model may take, for example 8GiB (default: what is free, less a reserve)",
+        "GPU memory that the model may take, for example 8GiB (default: most of what is free)",
         "size",
         optional=True,
     )
