@@ -1,13 +1,13 @@
 #include "neurons/patch.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <iterator>
 #include <random>
 
 #include "base/error.h"
 #include "base/half.h"
+#include "kernels/attention_block.h"
 #include "neurons/dense_algebra.h"
 #include "tensor/blocks.h"
 
@@ -19,8 +19,6 @@ constexpr float kLeastEnergy = 1e-6f;
 // Outputs that the search for directions looks at, about; in runs of kRun with gaps between them.
 constexpr int64_t kSearched = 1024;
 constexpr int64_t kRun = 16;
-// Added to a small number and taken away again, it leaves the nearest whole one.
-constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23
 
 // A matrix of float32 in host memory, by rows. It keeps its memory when it takes another shape.
 struct Matrix {
@@ -89,10 +87,35 @@ class Products {
   BufferPtr in_, out_;
 };
 
+// Conversions of rows.
+const AttentionKernels& conversions() {
+  static const AttentionKernels& kernels = attention_kernels(best_isa());
+  return kernels;
+}
+
 std::vector<uint16_t> halves(const Matrix& a) {
   std::vector<uint16_t> h(a.values.size());
-  std::transform(a.values.begin(), a.values.end(), h.begin(), f32_to_f16);
+  conversions().f32_to_f16(a.values.data(), static_cast<int64_t>(h.size()), h.data());
   return h;
+}
+
+// NaN and Inf have an exponent of ones. (Without branches: there are many.)
+bool all_finite(const std::vector<uint16_t>& values) {
+  constexpr uint16_t kExponent = 0x7c00;
+  bool found = false;
+  for (const uint16_t v : values) found |= (v & kExponent) == kExponent;
+  return !found;
+}
+
+float largest_magnitude(const float* x, int64_t n) {
+  constexpr int64_t kParts = 16;  // maxima that do not wait for each other
+  float parts[kParts] = {};
+  int64_t i = 0;
+  for (; i + kParts <= n; i += kParts) {
+    for (int64_t p = 0; p < kParts; ++p) parts[p] = std::max(parts[p], std::abs(x[i + p]));
+  }
+  for (; i < n; ++i) parts[0] = std::max(parts[0], std::abs(x[i]));
+  return *std::max_element(std::begin(parts), std::end(parts));
 }
 
 WeightPtr load_halves(Backend& backend, const std::vector<uint16_t>& values, int64_t rows,
@@ -103,22 +126,13 @@ WeightPtr load_halves(Backend& backend, const std::vector<uint16_t>& values, int
 // In 8 bits where whole blocks fill the rows.
 WeightPtr load_bytes(Backend& backend, const std::vector<uint16_t>& values, int64_t rows,
                      int64_t cols) {
-  constexpr int64_t kBlock = std::size(BlockQ8_0{}.qs);
-  if (cols % kBlock != 0) return load_halves(backend, values, rows, cols);
-  std::vector<BlockQ8_0> blocks(values.size() / kBlock);
+  static_assert(kKvGroup == std::size(BlockQ8_0{}.qs));
+  if (cols % kKvGroup != 0) return load_halves(backend, values, rows, cols);
+  std::vector<BlockQ8_0> blocks(values.size() / kKvGroup);
   for (size_t b = 0; b < blocks.size(); ++b) {
-    std::array<float, kBlock> x;
-    std::transform(values.begin() + static_cast<int64_t>(b) * kBlock,
-                   values.begin() + static_cast<int64_t>(b + 1) * kBlock, x.begin(), f16_to_f32);
-    float largest = 0.0f;
-    for (const float v : x) largest = std::max(largest, std::abs(v));
-    blocks[b].d = f32_to_f16(largest / 127.0f);
-    const float d = f16_to_f32(blocks[b].d);
-    const float scale = d > 0.0f ? 1.0f / d : 0.0f;
-    for (size_t i = 0; i < x.size(); ++i) {
-      const float code = std::clamp(x[i] * scale, -127.0f, 127.0f);
-      blocks[b].qs[i] = static_cast<int8_t>((code + kWhole) - kWhole);
-    }
+    float x[kKvGroup];
+    conversions().f16_to_f32(values.data() + b * kKvGroup, kKvGroup, x);
+    conversions().quantize(x, kKvGroup, blocks[b].qs, &blocks[b].d);
   }
   const auto* const bytes = reinterpret_cast<const std::byte*>(blocks.data());
   return backend.load({DType::kQ8_0, rows, cols, bytes});
@@ -350,7 +364,7 @@ LayerPatch PatchFitter::fit(int64_t layer, std::span<const int32_t> neurons,
   for (int64_t r = 0; r < rank; ++r) {
     float& most = largest[static_cast<size_t>(r)];
     float* const row = w.in.row(r);
-    for (int64_t i = 0; i < w.in.cols; ++i) most = std::max(most, std::abs(row[i]));
+    most = largest_magnitude(row, w.in.cols);
     if (most == 0.0f) most = 1.0f;
     for (int64_t i = 0; i < w.in.cols; ++i) row[i] /= most;
   }
@@ -361,9 +375,7 @@ LayerPatch PatchFitter::fit(int64_t layer, std::span<const int32_t> neurons,
   patch.rank = rank;
   patch.in = halves(w.in);
   patch.out = halves(w.out);
-  const auto finite = [](uint16_t half) { return (half & 0x7c00u) != 0x7c00u; };
-  if (!std::all_of(patch.in.begin(), patch.in.end(), finite) ||
-      !std::all_of(patch.out.begin(), patch.out.end(), finite)) {
+  if (!all_finite(patch.in) || !all_finite(patch.out)) {
     throw_error(ErrorKind::kNumeric,
                 "the patch of layer %lld holds NaN, Inf or values past float16; decode without one",
                 static_cast<long long>(layer));
