@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <iterator>
+#include <numeric>
 #include <random>
 
 #include "base/error.h"
@@ -53,6 +54,38 @@ void transpose(const Matrix& a, Matrix& t) {
   }
 }
 
+// Conversions and products of rows on the host.
+const AttentionKernels& row_kernels() {
+  static const AttentionKernels& kernels = attention_kernels(best_isa());
+  return kernels;
+}
+
+// c = a b. On the host: b would have to be transposed for the backend, which takes longer.
+void multiply(const Matrix& a, const Matrix& b, Matrix& c) {
+  constexpr int64_t kCols = 256;  // of b at a time, that stay in the second-level cache
+  c.shape(a.rows, b.cols);
+  for (int64_t at = 0; at < b.cols; at += kCols) {
+    const int64_t n = std::min(kCols, b.cols - at);
+    row_kernels().multiply_f32(a.row(0), a.cols, b.row(0) + at, b.cols, c.row(0) + at, c.cols,
+                               a.rows, b.rows, n, false, nullptr);
+  }
+}
+
+double sum_of_squares(const float* x, int64_t n) {
+  constexpr int64_t kParts = 16, kRun = 512;  // float32 sums, which do not grow long
+  double sum = 0.0;
+  int64_t i = 0;
+  for (; i + kRun <= n; i += kRun) {
+    float parts[kParts] = {};
+    for (int64_t j = 0; j < kRun; j += kParts) {
+      for (int64_t p = 0; p < kParts; ++p) parts[p] += x[i + j + p] * x[i + j + p];
+    }
+    sum = std::accumulate(std::begin(parts), std::end(parts), sum);
+  }
+  for (; i < n; ++i) sum += static_cast<double>(x[i]) * x[i];
+  return sum;
+}
+
 // Products of host matrices on the backend.
 class Products {
  public:
@@ -73,9 +106,8 @@ class Products {
     y.shape(n, w.rows());
     backend_.read(out.data, y.values.data(), n * y.cols);
   }
-  void times(const Matrix& x, const Weight& w, Matrix& y) { times(x, x.rows, w, true, y); }
   // y = a b^T
-  void times(const Matrix& a, const Matrix& b, Matrix& y) { times(a, *load(b), y); }
+  void times(const Matrix& a, const Matrix& b, Matrix& y) { times(a, a.rows, *load(b), true, y); }
 
  private:
   Rows room(BufferPtr& buffer, int64_t n, int64_t width) {
@@ -87,15 +119,9 @@ class Products {
   BufferPtr in_, out_;
 };
 
-// Conversions of rows.
-const AttentionKernels& conversions() {
-  static const AttentionKernels& kernels = attention_kernels(best_isa());
-  return kernels;
-}
-
 std::vector<uint16_t> halves(const Matrix& a) {
   std::vector<uint16_t> h(a.values.size());
-  conversions().f32_to_f16(a.values.data(), static_cast<int64_t>(h.size()), h.data());
+  row_kernels().f32_to_f16(a.values.data(), static_cast<int64_t>(h.size()), h.data());
   return h;
 }
 
@@ -131,8 +157,8 @@ WeightPtr load_bytes(Backend& backend, const std::vector<uint16_t>& values, int6
   std::vector<BlockQ8_0> blocks(values.size() / kKvGroup);
   for (size_t b = 0; b < blocks.size(); ++b) {
     float x[kKvGroup];
-    conversions().f16_to_f32(values.data() + b * kKvGroup, kKvGroup, x);
-    conversions().quantize(x, kKvGroup, blocks[b].qs, &blocks[b].d);
+    row_kernels().f16_to_f32(values.data() + b * kKvGroup, kKvGroup, x);
+    row_kernels().quantize(x, kKvGroup, blocks[b].qs, &blocks[b].d);
   }
   const auto* const bytes = reinterpret_cast<const std::byte*>(blocks.data());
   return backend.load({DType::kQ8_0, rows, cols, bytes});
@@ -167,13 +193,11 @@ struct PatchFitter::Work {
   Products products;
   std::vector<float> bias;                   // of the down projection
   Matrix kept, outputs;                      // H (m, k) and Y (m, n_embd), every row scaled
-  Matrix turned;                             // one of them, transposed
   Matrix searched;                           // some columns of Y
   Matrix gram, upper, inverse, energies;     // (m, m)
   Matrix x, fitted, energy, small;           // of `rank` rows
   Matrix coefficients, sides, answered, in;  // of 2 rank rows, or of `rank`
-  Matrix out;                                // (n_embd, rank)
-  WeightPtr by_inverse;
+  Matrix turned, out;                        // (rank, n_embd) and (n_embd, rank)
   float mu = 0.0f;
 
   void set_up(const FfnSamples& samples, int64_t layer, std::span<const int32_t> neurons,
@@ -199,7 +223,7 @@ void PatchFitter::Work::set_up(const FfnSamples& samples, int64_t layer,
   if (ffn.down_bias) backend.read(ffn.down_bias->data(), bias.data(), outputs.cols);
   std::vector<float> scale(static_cast<size_t>(m));
   samples.visit_h(layer, [&](int64_t t, const float* h) {
-    const double squares = dot(h, h, samples.n_ff());
+    const double squares = sum_of_squares(h, samples.n_ff());
     const double weight = std::pow(spec.decay, static_cast<double>(m - 1 - t));
     const float s = squares > 0.0 ? static_cast<float>(weight / std::sqrt(squares)) : 0.0f;
     float* const row = kept.row(t);
@@ -245,12 +269,11 @@ void PatchFitter::Work::invert(double ridge, int64_t layer) {
   upper.shape(m, m);
   invert_upper(gram.values.data(), m, upper.values.data());
   products.times(upper, upper, inverse);
-  by_inverse = products.load(inverse);
 }
 
 // Rows times F = G (G + mu I)^-1 = I - mu (G + mu I)^-1, symmetric: the fitted outputs are F R.
 void PatchFitter::Work::shrink(const Matrix& rows, Matrix& shrunk) {
-  products.times(rows, *by_inverse, shrunk);
+  multiply(rows, inverse, shrunk);
   for (size_t i = 0; i < rows.values.size(); ++i) {
     shrunk.values[i] = rows.values[i] - mu * shrunk.values[i];
   }
@@ -278,12 +301,11 @@ void PatchFitter::Work::measure_energies() {
 int64_t PatchFitter::Work::find_directions(int64_t rank) {
   const int64_t m = inverse.rows;
   measure_energies();
-  const WeightPtr by_energies = products.load(energies);
   x.shape(std::min(rank, m), m);
   std::mt19937 random(1);
   for (float& v : x.values) v = (random() & 1u) != 0 ? 1.0f : -1.0f;
   shrink(x, fitted);
-  products.times(fitted, *by_energies, energy);
+  multiply(fitted, energies, energy);
   shrink(energy, x);
   orthonormalise(x.values.data(), x.rows, x.cols);
   shrink(x, fitted);
@@ -304,7 +326,7 @@ int64_t PatchFitter::Work::find_directions(int64_t rank) {
   coefficients.shape(2 * found, m);
   shrink(fitted, energy);
   std::copy(energy.values.begin(), energy.values.end(), coefficients.values.begin());
-  products.times(x, *by_inverse, energy);
+  multiply(x, inverse, energy);
   std::copy(energy.values.begin(), energy.values.end(), coefficients.values.begin() + found * m);
   return found;
 }
@@ -312,14 +334,12 @@ int64_t PatchFitter::Work::find_directions(int64_t rank) {
 // in = U^-T X (G + mu I)^-1 H, (rank, k), and out = (T F R)^T, (n_embd, rank), with R = Y - H W^T.
 void PatchFitter::Work::find_factors(const FfnWeights& ffn) {
   const int64_t rank = fitted.rows;
-  transpose(kept, turned);
-  products.times(coefficients, turned, sides);
+  multiply(coefficients, kept, sides);
   products.times(sides, rank, *ffn.down, false, answered);
-  transpose(outputs, turned);
   coefficients.shape(rank, coefficients.cols);
-  products.times(turned, coefficients, out);
-  transpose(answered, turned);
-  for (size_t i = 0; i < out.values.size(); ++i) out.values[i] -= turned.values[i];
+  multiply(coefficients, outputs, turned);
+  for (size_t i = 0; i < turned.values.size(); ++i) turned.values[i] -= answered.values[i];
+  transpose(turned, out);
   in.shape(rank, sides.cols);
   std::copy_n(sides.row(rank), in.values.size(), in.values.begin());
 }
