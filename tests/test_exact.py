@@ -325,6 +325,17 @@ def test_identity_and_speed_are_measured_prompt_by_prompt(tmp_path, capsys, monk
     measure_exact.main()
     cells = [c.strip() for c in capsys.readouterr().out.splitlines()[-1].split("|")[1:-1]]
     assert cells[0] == "3 of 3" and float(cells[1]) > 0 and 0 < float(cells[2]) <= 1e3
+    text = tmp_path / "text.txt"
+    text.write_text("the river rose high in the night " * 9)
+    monkeypatch.setattr(sys, "argv", argv.replace(str(data), str(text)).split())
+    measure_exact.main()
+    assert "| 3 of 3 |" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*argv.split(), "--skip", "2"])
+    measure_exact.main()
+    assert "| 2 of 2 |" in capsys.readouterr().out  # only four of the texts are long enough
+    monkeypatch.setattr(sys, "argv", [*argv.split(), "--skip", "99"])
+    with pytest.raises(SystemExit, match="--skip 99 leaves no prompt"):
+        measure_exact.main()
     monkeypatch.setattr(measure_exact, "answer", lambda llm, core, *_: Answer([core.beta], 1.0))
     argv += " --beta 0.3"
     monkeypatch.setattr(sys, "argv", argv.split())

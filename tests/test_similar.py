@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pickle
 import sys
 from dataclasses import replace
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 import measure_patch
+import measure_refresh
+import measure_similarity
 from coreinfer import (
     Clusters,
     CoreConfig,
@@ -521,6 +524,60 @@ def test_measured_divergence_is_none_with_all_neurons_and_some_with_few(tiny, bu
     assert rows["few"].shape == (3, 2) and (rows["few"][:, 0] > 0.01).all()
     assert np.array_equal(rows["own"], rows["blended"])
     assert not np.array_equal(rows["own"], rows["few"])
+
+
+def test_clusters_of_two_kinds_are_measured_beside_the_prompts_own_neurons(
+    tiny, built, by_neurons, tmp_path, capsys, monkeypatch
+):
+    data, files = tmp_path / "texts.jsonl", [tmp_path / "a.npz", tmp_path / "b.npz"]
+    write_texts(data, "text")
+    built.save(files[0])
+    by_neurons.save(files[1])
+    monkeypatch.setattr("coreinfer.cluster_lookup.as_embedder", lambda _: Embedder("", letters))
+    more = f"{tiny} {files[0]} {files[1]} --data {data} --fields text --lengths 8 12"
+    more += " --prompts 4 --tokens 8 --blends 0 1 --share 0.1"
+    monkeypatch.setattr(sys, "argv", ["measure_similarity", *more.split()])
+    measure_similarity.main()
+    out = capsys.readouterr().out.splitlines()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out]
+    assert out[1:3] == ["2 clusters by embedding, flock", "2 clusters by neurons, flock"]
+    ways = ["stable", "similar by embedding", "similar by embedding, blend 1"]
+    assert table[4] == [
+        "prompt tokens",
+        *ways,
+        *(w.replace("embedding", "neurons") for w in ways[1:]),
+    ]
+    kl, less = ([float(c.split()[0]) if c else None for c in table[i][1:]] for i in (6, 7))
+    assert kl[0] > 0.01 and kl[2] == kl[0] != kl[1]  # blend 1 is the prompt's own
+    assert less[0] is None and less[2] == 0
+    assert less[1] == pytest.approx(kl[1] - kl[0], abs=2e-3)
+    assert [row[:2] for row in table[-4:]] == [
+        ["8", "embedding"], ["8", "neurons"], ["12", "embedding"], ["12", "neurons"]
+    ]  # fmt: skip
+    assert table[-3][-1] == "0.0 ms"
+
+
+def test_a_measured_refresh_of_a_clusters_neurons_is_what_a_generation_does(tiny, by_neurons):
+    core = CoreConfig(mode="similar", gamma=0.2, refresh=8, patch=False)
+    with load(tiny, core=core, clusters=by_neurons) as llm:
+        prompt = llm.prompt_ids(TEXTS[0] + TEXTS[1])
+        taken = np.array(list(itertools.islice(llm.generate(prompt, temp=0), 25)), np.int32)
+        chosen = llm.core_set
+        llm.core = replace(core, refresh=None)
+        llm.set_clusters(measure_refresh.cluster_of(llm, prompt, by_neurons))
+        assert llm.clusters.n_clusters == 1
+        refreshed = measure_refresh.forced(llm, prompt, taken, 8)
+        assert refreshed.argmax(axis=1).tolist() == taken.tolist()
+        scores = np.stack(llm.core_set.scores)
+        np.testing.assert_allclose(scores, np.stack(chosen.scores), rtol=1e-3, atol=1e-6)
+        assert llm.core.blend == 0
+
+        llm.set_clusters(by_neurons)
+        kl = measure_refresh.compare(
+            llm, [np.concatenate([prompt, taken])], prompt.size, llm.core, [None, 8]
+        )
+        assert llm.clusters is by_neurons
+        assert kl[8].shape == (1, 25) and not np.array_equal(kl[8], kl[None])
 
 
 def test_the_patch_is_measured_with_and_without_a_prior(tiny, built, tmp_path, capsys, monkeypatch):

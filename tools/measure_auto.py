@@ -1,10 +1,10 @@
 """Whether `core="auto"` keeps its promise: KL to dense on texts that its tuning file has not seen.
 
-In: a GGUF model with a tuning file beside it (`coreinfer tune`), and texts as JSON lines. A prompt
-is the last n tokens of a text; the continuation is the model's own greedy one, forced through what
-auto decides on. Out: a Markdown table by prompt length and allowed KL: the mean KL over all prompts
-(those that it decodes exactly have none) with its standard error, and how many prompts the core
-neurons answered.
+In: a GGUF model with a tuning file beside it (`coreinfer tune`), and texts as JSON lines, of which
+a prompt is the last n tokens, or one text (.txt), which prompts are cut from. The continuation is
+the model's own greedy one, forced through what auto decides on. Out: a Markdown table by prompt
+length and allowed KL: the mean KL over all prompts (those that it decodes exactly have none) with
+its standard error, and how many prompts the core neurons answered.
 
     python tools/measure_auto.py MODEL.gguf --data FILE.jsonl --fields text --max-kl 0.05 0.1
 """
@@ -18,7 +18,7 @@ import numpy as np
 
 from coreinfer import CoreConfig, Llama
 from coreinfer.tuning import divergence, tuning_path
-from measure_similarity import cut_prompts, read_texts, scored, summary
+from measure_similarity import read_prompts, scored, summary
 
 
 def measure(
@@ -36,7 +36,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model")
-    parser.add_argument("--data", required=True, help="texts as JSON lines")
+    parser.add_argument("--data", required=True, help="texts as JSON lines, or one .txt")
     parser.add_argument("--fields", nargs="+", default=["text"])
     parser.add_argument("--max-kl", nargs="+", type=float, default=[0.05, 0.1, 0.2])
     parser.add_argument("--lengths", nargs="+", type=int, default=[64, 128, 256])
@@ -48,14 +48,11 @@ def main() -> None:
     if not tuning_path(args.model).is_file():
         raise SystemExit(f"{tuning_path(args.model)} is not there; run `coreinfer tune` first")
     with Llama(args.model, clusters=args.clusters, verbose=False) as llm:
-        texts = read_texts(args.data, args.fields)
         print(f"{Path(args.model).name}\n")
         print("| prompt tokens | " + " | ".join(f"max_kl {k:g}" for k in args.max_kl) + " |")
         print("| --- |" + " --- |" * len(args.max_kl))
         for length in args.lengths:
-            prompts = cut_prompts(llm, texts, length, args.prompts)
-            if not prompts:
-                raise SystemExit(f"no text of {args.data} has {length} tokens")
+            prompts = read_prompts(llm, args.data, args.fields, length, args.prompts)
             rows = measure(llm, prompts, args.max_kl, args.tokens)
             figures = [(*summary(r), len(r)) for r in rows.values()]
             cells = [f"{kl:.3f} ± {error:.3f}, {by * n:.0f} of {n}" for kl, error, by, n in figures]

@@ -1,9 +1,10 @@
 """Whether exact mode writes dense decoding's text, and what it gains: both decode the same prompts.
 
-In: a GGUF model and texts as JSON lines. A prompt is the last n tokens of a text; dense and exact
-decoding continue it in turn, greedily, each prompt read anew. Out: one Markdown row: how many
-answers are the same ids, dense decoding's time over exact mode's (over all prompts, and the least
-of tenths of them), drafts that came true, and tokens a verification.
+In: a GGUF model and texts as JSON lines, of which a prompt is the last n tokens, or one text
+(.txt), which prompts are cut from. Dense and exact decoding continue each in turn, greedily, read
+anew. Out: one Markdown row: how many answers are the same ids, dense decoding's time over exact
+mode's (over all prompts, and the least of tenths of them), drafts that came true, and tokens a
+verification.
 
     python tools/measure_exact.py MODEL.gguf --data FILE.jsonl --fields text --prompts 200
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from coreinfer import CoreConfig, Llama
-from measure_similarity import cut_prompts, read_texts
+from measure_similarity import read_prompts
 
 _PARTS = 10  # of the prompts, for the least speed: single answers are too short to time
 
@@ -84,9 +85,10 @@ def table(pairs: list[tuple[Answer, Answer]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model")
-    parser.add_argument("--data", required=True, help="texts as JSON lines")
+    parser.add_argument("--data", required=True, help="texts as JSON lines, or one .txt")
     parser.add_argument("--fields", nargs="+", default=["text"])
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--skip", type=int, default=0, help="prompts of JSON lines to leave out")
     parser.add_argument("--length", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=32, help="of every answer")
     parser.add_argument("--beta", type=float, default=CoreConfig.beta, help="of the core drafts")
@@ -94,10 +96,10 @@ def main() -> None:
     args = parser.parse_args()
 
     with Llama(args.model, core="off", n_threads=args.threads, verbose=False) as llm:
-        texts = read_texts(args.data, args.fields)
-        prompts = cut_prompts(llm, texts, args.length, args.prompts)
+        n = args.skip + args.prompts
+        prompts = read_prompts(llm, args.data, args.fields, args.length, n)[args.skip :]
         if not prompts:
-            raise SystemExit(f"no text of {args.data} has {args.length} tokens")
+            raise SystemExit(f"--skip {args.skip} leaves no prompt of {args.data}")
         exact = CoreConfig(mode="exact", beta=args.beta)
         pairs = measure(llm, exact, prompts, args.tokens)
         print(f"{Path(args.model).name}, {llm.backend.n_threads} threads\n")

@@ -1,10 +1,11 @@
 """What the patch takes away of the divergence, and what a prior of other texts adds to it.
 
-In: a GGUF model, texts as JSON lines, and, for the prior, clusters that `coreinfer cluster build`
-made with it from other texts. A prompt is the last n tokens of a text; the continuation is the
-model's own greedy one. Out: a Markdown table of KL to dense and agreement with dense by share of
-neurons, means over prompts with the standard error of the KL, then how many times as far the
-smallest share with a patch is from dense as the largest without.
+In: a GGUF model, and texts as JSON lines, of which a prompt is the last n tokens, or one text
+(.txt), which prompts are cut from; for the prior, clusters that `coreinfer cluster build` made with
+it from other texts. The continuation is the model's own greedy one. Out: a Markdown table of KL to
+dense and agreement with dense by share of neurons, means over prompts with the standard error of
+the KL, then how many times as far the smallest share with a patch is from dense as the largest
+without.
 
     python tools/measure_patch.py MODEL.gguf --data FILE.jsonl --fields text \
         --clusters CLUSTERS.npz --betas 0.2 0.4 --length 256
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from coreinfer import Clusters, CoreConfig, Llama
-from measure_similarity import compare, cut_prompts, read_texts, summary
+from measure_similarity import compare, read_prompts, summary
 
 
 def ways(betas: list[float], rank: int, prior: bool) -> dict[tuple[float, str], CoreConfig]:
@@ -36,7 +37,7 @@ def ways(betas: list[float], rank: int, prior: bool) -> dict[tuple[float, str], 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model")
-    parser.add_argument("--data", required=True, help="texts as JSON lines")
+    parser.add_argument("--data", required=True, help="texts as JSON lines, or one .txt")
     parser.add_argument("--fields", nargs="+", default=["text"])
     parser.add_argument("--clusters", help="the file whose prior is tried, too")
     parser.add_argument("--betas", nargs="+", type=float, default=[0.2, 0.4])
@@ -51,10 +52,7 @@ def main() -> None:
         raise SystemExit(f"{args.clusters} holds no prior; build it with --patch-rows 128")
     cores = ways(sorted(args.betas), args.patch, clusters is not None)
     with Llama(args.model, clusters=clusters, verbose=False) as llm:
-        texts = read_texts(args.data, args.fields)
-        prompts = cut_prompts(llm, texts, args.length, args.prompts)
-        if not prompts:
-            raise SystemExit(f"no text of {args.data} has {args.length} tokens")
+        prompts = read_prompts(llm, args.data, args.fields, args.length, args.prompts)
         found = compare(llm, prompts, cores, args.tokens)
     columns = list(dict.fromkeys(name for _, name in cores))
     print(f"{Path(args.model).name}, {len(prompts)} prompts of {args.length} tokens\n")

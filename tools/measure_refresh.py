@@ -3,32 +3,51 @@
 In: a GGUF model and a text. Pieces of the text are cut into a prompt and a continuation, which is
 forced through the core neurons. A refresh after k tokens is a prefill of the prompt and of those k,
 so that is how it is measured: the next tokens are scored with the set that such a prefill chooses.
-Out: a Markdown table, means over pieces with the standard error; "none" keeps the prompt's set.
+With clusters the neurons are those of the prompt's cluster, and the text's own scores weigh as much
+beside them as k is of the whole text, as in a generation. Out: a Markdown table, means over pieces
+with the standard error; "none" keeps the prompt's set.
 
-    python tools/measure_refresh.py MODEL.gguf --text FILE.txt --ends 256 1024 4096 --refresh 64 256
+    python tools/measure_refresh.py MODEL.gguf --text FILE.txt --ends 256 1024 4096 \
+        --refresh 64 256 [--clusters CLUSTERS.npz]
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from coreinfer import CoreConfig, Llama
-from coreinfer.tuning import cut, divergence
+from coreinfer import Clusters, CoreConfig, Llama
+from coreinfer.tuning import divergence
+from measure_similarity import cut_text
 
 BLOCK = 256  # tokens that dense decoding scores at once
 
 
 def forced(llm: Llama, prompt: np.ndarray, text: np.ndarray, refresh: int | None) -> np.ndarray:
     """float32 (n, n_vocab): ln p of each next token, the set chosen anew every `refresh` tokens."""
-    step = refresh or text.size
-    rows = [
-        llm.score(np.concatenate([prompt, text[:k]]), text[k : k + step])
-        for k in range(0, text.size, step)
-    ]
+    core, step, rows = llm.core, refresh or text.size, []
+    for k in range(0, text.size, step):
+        if core.mode == "similar":
+            llm.core = replace(core, blend=max(core.blend, k / (prompt.size + k)))
+        rows.append(llm.score(np.concatenate([prompt, text[:k]]), text[k : k + step]))
+    llm.core = core
     return np.concatenate(rows)
+
+
+def cluster_of(llm: Llama, prompt: np.ndarray, clusters: Clusters) -> Clusters:
+    """The prompt's cluster alone: as a text grows it stays the same."""
+    llm.set_clusters(clusters)
+    llm.score(prompt, [])
+    one = slice(llm.core_set.cluster, llm.core_set.cluster + 1)
+    return replace(
+        clusters,
+        centroids=clusters.centroids[one],
+        scores=[layer[one] for layer in clusters.scores],
+        n_texts=clusters.n_texts[one],
+    )
 
 
 def compare(
@@ -40,13 +59,18 @@ def compare(
 ) -> dict[int | None, np.ndarray]:
     """Per refresh: KL to dense, float64 (n_pieces, n_tokens)."""
     found: dict[int | None, list[np.ndarray]] = {r: [] for r in refreshes}
+    clusters = llm.clusters
     for piece in pieces:
         prompt, text = piece[:n_prompt], piece[n_prompt:]
         llm.core = "off"
         dense = forced(llm, prompt, text, BLOCK)
         llm.core = core
+        if core.mode == "similar":
+            llm.set_clusters(cluster_of(llm, prompt, clusters))
         for refresh in refreshes:
             found[refresh].append(divergence(dense, forced(llm, prompt, text, refresh)))
+    if core.mode == "similar":
+        llm.set_clusters(clusters)
     return {refresh: np.array(rows) for refresh, rows in found.items()}
 
 
@@ -66,20 +90,23 @@ def main() -> None:
     parser.add_argument("--beta", type=float, default=0.4, help="share of neurons that are kept")
     parser.add_argument("--statistic", default="flock")
     parser.add_argument("--patch", type=int, default=64, help="its rank; 0 is none")
+    parser.add_argument("--clusters", help="a file of clusters, whose neurons decode (similar)")
     args = parser.parse_args()
     if sorted(set(args.ends)) != args.ends or min(args.ends + args.refresh) < 1:
         raise SystemExit("--ends must rise from 1 on, --refresh must be 1 or more")
 
     n_ctx = args.prompt + args.ends[-1]
     core = CoreConfig(statistic=args.statistic, beta=args.beta, patch=args.patch or False)
+    if args.clusters is not None:
+        core = CoreConfig(mode="similar", gamma=args.beta, patch=args.patch or False)
     refreshes: list[int | None] = [None, *args.refresh]
-    with Llama(args.model, n_ctx=n_ctx, verbose=False) as llm:
-        text = Path(args.text).read_bytes()
-        ids = llm.checked_ids(llm.tokenize(text, add_bos=False, special=False))
-        bos = llm.tokenizer().bos_id if llm.tokenizer().add_bos else None
-        pieces = cut(ids, n_ctx, args.pieces, bos=bos)
+    with Llama(args.model, n_ctx=n_ctx, clusters=args.clusters, verbose=False) as llm:
+        pieces = cut_text(llm, args.text, n_ctx, args.pieces)
         found = compare(llm, pieces, args.prompt, core, refreshes)
-    print(f"{Path(args.model).name}, {args.statistic}, beta {args.beta:g}, patch {args.patch},")
+        statistic = args.statistic
+        if llm.clusters is not None:
+            statistic = f"{llm.clusters.n_clusters} clusters by {llm.clusters.by}"
+    print(f"{Path(args.model).name}, {statistic}, beta {args.beta:g}, patch {args.patch},")
     print(f"prompts of {args.prompt} tokens, {len(pieces)} pieces\n")
     print("| tokens | " + " | ".join(f"refresh {r or 'none'}" for r in refreshes) + " |")
     print("| --- |" + " --- |" * len(refreshes))
