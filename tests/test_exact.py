@@ -325,6 +325,11 @@ def test_identity_and_speed_are_measured_prompt_by_prompt(tmp_path, capsys, monk
     measure_exact.main()
     cells = [c.strip() for c in capsys.readouterr().out.splitlines()[-1].split("|")[1:-1]]
     assert cells[0] == "3 of 3" and float(cells[1]) > 0 and 0 < float(cells[2]) <= 1e3
+    monkeypatch.setattr(sys, "argv", [*argv.split(), "--drafts", "3", "--beta", "1"])
+    measure_exact.main()
+    cells = [c.strip() for c in capsys.readouterr().out.splitlines()[-1].split("|")[1:-1]]
+    # Drafts of all neurons come true; of the fifth verification two were asked for.
+    assert (cells[0], cells[4]) == ("3 of 3", "3.80")
     text = tmp_path / "text.txt"
     text.write_text("the river rose high in the night " * 9)
     monkeypatch.setattr(sys, "argv", argv.replace(str(data), str(text)).split())

@@ -7,6 +7,9 @@ mode's (over all prompts, and the least of tenths of them), drafts that came tru
 verification.
 
     python tools/measure_exact.py MODEL.gguf --data FILE.jsonl --fields text --prompts 200
+
+With --drafts N the core neurons alone draft, N tokens a verification whether that pays or not: what
+their drafts are worth, and how well the set that drafts follows a long answer.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from coreinfer import CoreConfig, Llama
+from coreinfer import CoreConfig, Llama, _core
+from coreinfer.timings import since
 from measure_similarity import read_prompts
 
 _PARTS = 10  # of the prompts, for the least speed: single answers are too short to time
@@ -34,8 +38,12 @@ class Answer:
     verifications: int = 0
 
 
-def answer(llm: Llama, core: CoreConfig, prompt: np.ndarray, n_tokens: int) -> Answer:
-    """`n_tokens` greedy ids after a prompt that is read anew."""
+def answer(
+    llm: Llama, core: CoreConfig, prompt: np.ndarray, n_tokens: int, drafts: int | None = None
+) -> Answer:
+    """`n_tokens` greedy ids after a prompt that is read anew; exact with `drafts` of the core's."""
+    if drafts and core.mode == "exact":
+        return drafted(llm, core, prompt, n_tokens, drafts)
     llm.core = core
     llm.reset()
     ids = []
@@ -47,15 +55,38 @@ def answer(llm: Llama, core: CoreConfig, prompt: np.ndarray, n_tokens: int) -> A
     return Answer(ids, t.decode_seconds, t.drafted_tokens, t.accepted_tokens, t.verifications)
 
 
+def drafted(llm: Llama, core: CoreConfig, prompt: np.ndarray, n_tokens: int, drafts: int) -> Answer:
+    """The same where the core neurons make that many drafts, always and alone."""
+    session, greedy = llm._open_session(), _core.Sampler(temperature=0.0)
+    llm.reset()
+    before = session.timings
+    session.prefill(prompt, statistic=core.statistic)
+    session.set_exact(
+        beta=core.beta, first_layer=core.first_layer, max_drafts=drafts, text=False, paced=False
+    )
+    ids = [session.sample(greedy)]
+    while len(ids) < n_tokens:
+        session.decode(ids[-1], greedy)
+        ids.append(session.sample(greedy))
+    session.end_exact()
+    spent = since(session.timings, before)
+    names = ("drafted_tokens", "accepted_tokens", "verifications")
+    return Answer(ids, spent["decode_seconds"], *(spent[name] for name in names))
+
+
 def measure(
-    llm: Llama, exact: CoreConfig, prompts: list[np.ndarray], n_tokens: int
+    llm: Llama,
+    exact: CoreConfig,
+    prompts: list[np.ndarray],
+    n_tokens: int,
+    drafts: int | None = None,
 ) -> list[tuple[Answer, Answer]]:
     """(dense, exact) for each prompt; which comes first changes from prompt to prompt."""
     both = (CoreConfig.of("off"), exact)
     pairs = []
     for i, prompt in enumerate(prompts):
         order = (0, 1) if i % 2 == 0 else (1, 0)
-        found = {j: answer(llm, both[j], prompt, n_tokens) for j in order}
+        found = {j: answer(llm, both[j], prompt, n_tokens, drafts) for j in order}
         pairs.append((found[0], found[1]))
     return pairs
 
@@ -92,6 +123,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=32, help="of every answer")
     parser.add_argument("--beta", type=float, default=CoreConfig.beta, help="of the core drafts")
+    parser.add_argument("--drafts", type=int, metavar="N", help="of the core, always and alone")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
 
@@ -101,7 +133,7 @@ def main() -> None:
         if not prompts:
             raise SystemExit(f"--skip {args.skip} leaves no prompt of {args.data}")
         exact = CoreConfig(mode="exact", beta=args.beta)
-        pairs = measure(llm, exact, prompts, args.tokens)
+        pairs = measure(llm, exact, prompts, args.tokens, args.drafts)
         print(f"{Path(args.model).name}, {llm.backend.n_threads} threads\n")
         print(table(pairs))
         if any(dense.ids != exact.ids for dense, exact in pairs):
