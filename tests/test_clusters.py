@@ -222,6 +222,6 @@ def test_blended_scores_weigh_what_a_token_activates():
 
 def test_layers_out_of_range_stay_dense():
     lookup = ClusterLookup(make_clusters(centroids=np.eye(3, 27)), letters)
-    core = CoreConfig(mode="similar", gamma=0.25, layers=(1, None))
+    core = CoreConfig(mode="similar", gamma=0.25, blend=0, layers=(1, None))
     chosen = lookup.choose(core, lookup.nearest("bb"))
     assert chosen.layers[0] is None and chosen.sizes == [64, 16] and chosen.cluster == 1

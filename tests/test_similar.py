@@ -125,7 +125,7 @@ def test_clusters_of_another_weighting_than_asked_for_are_refused(tiny, built, w
 
 
 def test_similar_decodes_with_the_neurons_of_the_nearest_cluster(tiny, built):
-    core = CoreConfig(mode="similar", gamma=0.25, patch=False)
+    core = CoreConfig(mode="similar", gamma=0.25, blend=0, patch=False)
     with load(tiny, core=core, clusters=built, embedder=letters) as llm:
         for text in ("the night again", "4 and 5"):
             text_of_similar = llm(text, max_tokens=6, temperature=0)["choices"][0]["text"]
@@ -139,7 +139,7 @@ def test_similar_decodes_with_the_neurons_of_the_nearest_cluster(tiny, built):
             llm.core = core
             assert llm(text, max_tokens=6, temperature=0)["choices"][0]["text"] == text_of_similar
             assert llm.timings.embed_seconds == llm.timings.lookup_seconds == 0
-            llm.core = CoreConfig(mode="similar", gamma=0.25, patch=False)
+            llm.core = CoreConfig(mode="similar", gamma=0.25, blend=0, patch=False)
 
 
 def test_a_cluster_s_neurons_are_patched_for_the_prompt(tiny, built):
@@ -289,7 +289,8 @@ def test_the_text_decides_however_the_prompt_is_given(tiny, built):
 
 def test_clusters_of_core_neurons_need_no_embedder(tiny, by_neurons, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with load(tiny, core="similar", clusters=by_neurons, gamma=0.5) as llm:
+    core = CoreConfig(mode="similar", gamma=0.5, blend=0)
+    with load(tiny, core=core, clusters=by_neurons) as llm:
         llm(RIVER[0], max_tokens=2)
         first = llm.core_set
         assert first.same_neurons(expected_set(by_neurons, first.cluster, 0.5))
@@ -310,8 +311,9 @@ def test_blending_goes_from_the_clusters_neurons_to_the_prompts_own(tiny, built)
             return llm.core_set
 
         own = chosen(CoreConfig(beta=0.25))
-        cluster = chosen(CoreConfig(mode="similar", gamma=0.25))
+        cluster = chosen(CoreConfig(mode="similar", gamma=0.25, blend=0))
         sets = [chosen(CoreConfig(mode="similar", gamma=0.25, blend=b)) for b in (0.01, 0.5, 1)]
+        assert chosen(CoreConfig(mode="similar", gamma=0.25)).same_neurons(sets[1])
         assert sets[2].same_neurons(own) and sets[2].stability == own.stability
         to_own = [own.similarity(core) for core in (cluster, *sets)]
         assert to_own == sorted(to_own) and to_own[0] < to_own[2] < 1
@@ -558,7 +560,7 @@ def test_clusters_of_two_kinds_are_measured_beside_the_prompts_own_neurons(
 
 
 def test_a_measured_refresh_of_a_clusters_neurons_is_what_a_generation_does(tiny, by_neurons):
-    core = CoreConfig(mode="similar", gamma=0.2, refresh=8, patch=False)
+    core = CoreConfig(mode="similar", gamma=0.2, blend=0.3, refresh=8, patch=False)
     with load(tiny, core=core, clusters=by_neurons) as llm:
         prompt = llm.prompt_ids(TEXTS[0] + TEXTS[1])
         taken = np.array(list(itertools.islice(llm.generate(prompt, temp=0), 25)), np.int32)
@@ -570,7 +572,7 @@ def test_a_measured_refresh_of_a_clusters_neurons_is_what_a_generation_does(tiny
         assert refreshed.argmax(axis=1).tolist() == taken.tolist()
         scores = np.stack(llm.core_set.scores)
         np.testing.assert_allclose(scores, np.stack(chosen.scores), rtol=1e-3, atol=1e-6)
-        assert llm.core.blend == 0
+        assert llm.core.blend == 0.3
 
         llm.set_clusters(by_neurons)
         kl = measure_refresh.compare(
