@@ -256,7 +256,7 @@ class CoreConfig(Checked):
         high=1,
         low_open=True,
     )
-    # Measured on Qwen with prompts of 16 to 128 tokens: 0.1 to 0.2 nats nearer to dense than the
+    # Measured on Qwen with prompts of 16 to 128 tokens: 0.1 to 0.3 nats nearer to dense than the
     # cluster alone, and up to 64 tokens nearer than the prompt's neurons alone (README).
     blend: float = parameter(
         0.5,
