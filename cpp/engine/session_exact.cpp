@@ -17,6 +17,9 @@ namespace {
 // calls as layers.
 constexpr int64_t kKeptRows = 2 * kExactRows;
 // The set is chosen anew when the text has grown by this share, and replaced when it shares less.
+// Measured on SmolLM2 at beta 0.2, 256 tokens after 64, four drafts a verification: 2.58 tokens a
+// verification where the set is never replaced, 3.03 below 0.8, 3.04 below 0.9 and 3.04 where it
+// always is; 0.60, 0.69, 0.70 and 0.67 of dense decoding's speed.
 constexpr double kGrowth = 0.25, kDrifted = 0.9;
 constexpr int64_t kLeastGrowth = 64;  // tokens
 // Compaction reads and writes with about this many times the seconds a byte that decoding takes.
