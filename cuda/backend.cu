@@ -148,11 +148,14 @@ void CudaBackend::write(const float* from_host, float* to, int64_t n) {
   if (n > 0) context_->copy_in(to, from_host, static_cast<size_t>(n) * sizeof(float));
 }
 
-void CudaBackend::copy(const float* from, float* to, int64_t n) {
+void CudaBackend::copy(Rows from, Rows to) {
+  check_same_shape("copy", from, to);
   const Context::Lock lock(*context_);
-  if (n < 1) return;
-  COREINFER_CUDA_CHECK(cudaMemcpyAsync(to, from, static_cast<size_t>(n) * sizeof(float),
-                                       cudaMemcpyDeviceToDevice, context_->stream_for_copy()));
+  if (from.n < 1 || from.width < 1) return;
+  const auto bytes = [](int64_t floats) { return static_cast<size_t>(floats) * sizeof(float); };
+  COREINFER_CUDA_CHECK(cudaMemcpy2DAsync(
+      to.data, bytes(to.stride), from.data, bytes(from.stride), bytes(from.width),
+      static_cast<size_t>(from.n), cudaMemcpyDeviceToDevice, context_->stream_for_copy()));
 }
 
 BufferPtr CudaBackend::load_vector(const Mat& mat) {

@@ -25,7 +25,7 @@ class CudaBackend final : public Backend {
   BufferPtr allocate(int64_t n_floats) override;
   void read(const float* from, float* to_host, int64_t n) override;
   void write(const float* from_host, float* to, int64_t n) override;
-  void copy(const float* from, float* to, int64_t n) override;
+  void copy(Rows from, Rows to) override;
   BufferPtr load_vector(const Mat& mat) override;
   uint64_t loaded_bytes(DType type, int64_t rows, int64_t cols) const override;
   WeightPtr load(const Mat& mat) override;

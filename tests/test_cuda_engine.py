@@ -154,6 +154,16 @@ def least_limit(path: str, **options) -> int:
 COUNTED = ("graph_launches", "kernel_launches", "allocations", "copies")
 
 
+def counted_steps(session: _core.Session, tokens) -> list[list[int]]:
+    """What decoding each of the tokens asked the runtime for."""
+    steps = []
+    for token in tokens:
+        before = [host_count(what) for what in COUNTED]
+        session.decode(token)
+        steps.append([host_count(what) - n for what, n in zip(COUNTED, before, strict=True)])
+    return steps
+
+
 @pytest.mark.parametrize(
     ("arch", "dtype", "mode"),
     [
@@ -180,15 +190,28 @@ def test_a_token_is_one_graph_launch_and_three_copies(target, models, arch, dtyp
         session.set_core(session.select(beta=0.1))
     if mode == "patched":
         session.fit_patch(rank=4)
-    steps = []
-    for token in range(5):
-        before = [host_count(what) for what in COUNTED]
-        session.decode(token)
-        steps.append([host_count(what) - n for what, n in zip(COUNTED, before, strict=True)])
+    steps = counted_steps(session, range(5))
     # The first step is issued plainly, the second captured; then the embedding goes in, the
     # position too, and logits come out.
     assert [graphs for graphs, *_ in steps] == [0, 1, 1, 1, 1]
     assert steps[2:] == [[1, 0, 0, 3]] * 3
+
+
+@pytest.mark.parametrize("statistic", ["flock", "count_gate"])
+def test_a_draft_and_a_verification_are_one_graph_launch_each(target, models, statistic):  # noqa: F811
+    if target != "host":
+        pytest.skip("the host runtime counts launches")
+    engine = on_gpu(models("llama", "Q4_0", n_layer=3, n_ff=768))
+    session = _core.Session(engine, n_ctx=64, n_batch=20)
+    session.prefill(tokens_of(18, engine.n_vocab), statistic=statistic)
+    session.set_exact(paced=False, max_drafts=3, text=False)
+    steps = []
+    for token in range(6):  # of which one may come to be expected: then another
+        steps += counted_steps(session, [token + 100 * (session.expected == token)])
+    # Three drafts and a verification, of each the first issued plainly, the second captured; one
+    # copy more puts the accepted token's activations with those to be counted.
+    assert [graphs for graphs, *_ in steps] == [2, 4, 4, 4, 4, 4]
+    assert steps[2:] == [[4, 0, 0, 4 * 3 + 1]] * 4
 
 
 def test_decoding_asks_for_no_memory_however_long_it_gets(target, models):  # noqa: F811

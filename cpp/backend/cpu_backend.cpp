@@ -85,7 +85,12 @@ void CpuBackend::write(const float* from_host, float* to, int64_t n) {
   if (n > 0) std::memcpy(to, from_host, static_cast<size_t>(n) * sizeof(float));
 }
 
-void CpuBackend::copy(const float* from, float* to, int64_t n) { write(from, to, n); }
+void CpuBackend::copy(Rows from, Rows to) {
+  check_same_shape("copy", from, to);
+  for (int64_t r = 0; r < from.n; ++r) {
+    write(from.data + r * from.stride, to.data + r * to.stride, from.width);
+  }
+}
 
 BufferPtr CpuBackend::load_vector(const Mat& mat) {
   BufferPtr buffer = allocate(mat.rows * mat.cols);

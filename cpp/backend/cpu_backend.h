@@ -53,7 +53,7 @@ class CpuBackend final : public Backend {
   BufferPtr allocate(int64_t n_floats) override;
   void read(const float* from, float* to_host, int64_t n) override;
   void write(const float* from_host, float* to, int64_t n) override;
-  void copy(const float* from, float* to, int64_t n) override;
+  void copy(Rows from, Rows to) override;
   BufferPtr load_vector(const Mat& mat) override;
   WeightPtr load(const Mat& mat) override;
   WeightPtr load_for_zeros(const Mat& mat) override;

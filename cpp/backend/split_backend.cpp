@@ -103,7 +103,7 @@ class SplitBackend final : public Backend {
   }
   void read(const float* from, float* to, int64_t n) override { cpu_->read(from, to, n); }
   void write(const float* from, float* to, int64_t n) override { cpu_->write(from, to, n); }
-  void copy(const float* from, float* to, int64_t n) override { cpu_->copy(from, to, n); }
+  void copy(Rows from, Rows to) override { cpu_->copy(from, to); }
   BufferPtr load_vector(const Mat& mat) override {
     return std::make_shared<SplitBuffer>(cpu_->load_vector(mat));
   }

@@ -151,6 +151,7 @@ class Session {
   void draft_with_core(int32_t token, int64_t limit, const Sampler* sampler);
   int64_t prepare_core(int64_t limit);
   void judge(bool all);
+  void keep_seen(int64_t n);
   void count_kept();
   void forget_expected();
 

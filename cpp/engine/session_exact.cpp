@@ -16,6 +16,15 @@ namespace {
 // Rows of activations kept before they are counted together: counting one at a time costs as many
 // calls as layers.
 constexpr int64_t kKeptRows = 2 * kExactRows;
+
+KeptActivations room_for(int64_t rows, const ModelConfig& config, Backend& backend) {
+  KeptActivations room;
+  room.buffer = backend.allocate(config.n_layer * rows * config.n_ff);
+  room.capacity = rows;
+  room.n_ff = config.n_ff;
+  return room;
+}
+
 // The set is chosen anew when the text has grown by this share, and replaced when it shares less.
 // Measured on SmolLM2 at beta 0.2, 256 tokens after 64, four drafts a verification: 2.58 tokens a
 // verification where the set is never replaced, 3.03 below 0.8, 3.04 below 0.9 and 3.04 where it
@@ -109,27 +118,20 @@ void Session::draft(int32_t token, const Sampler* sampler) {
   const auto n_rows = static_cast<int64_t>(rows.size());
   // Only where the statistics reach up to here.
   s.counting = counts_ && counts_->n_tokens() + s.n_kept == n_past();
-  if (s.n_kept + n_rows > kKeptRows) count_kept();
-  if (s.counting && s.kept.layers.empty()) {
-    const ModelConfig& c = engine_->config();
-    s.kept.capacity = kKeptRows;
-    s.kept.n_ff = c.n_ff;
-    for (int64_t i = 0; i < c.n_layer; ++i) {
-      s.kept.layers.push_back(engine_->backend().allocate(kKeptRows * c.n_ff));
-    }
+  if (s.counting && !s.kept.buffer) {
+    s.seen = room_for(kExactRows, engine_->config(), engine_->backend());
+    s.kept = room_for(kKeptRows, engine_->config(), engine_->backend());
   }
   const int64_t start = now_ns();
-  s.kept.first = s.n_kept;
-  s.kept.of_gate = s.counting && counts_->spec().statistic == Statistic::kCountGate;
+  s.seen.of_gate = s.counting && counts_->spec().statistic == Statistic::kCountGate;
   Batch batch;
   batch.tokens = rows;
   batch.first = n_past();
-  batch.kept = s.counting ? &s.kept : nullptr;
+  batch.kept = s.counting ? &s.seen : nullptr;
   batch.logits = WantLogits::kAll;
   transformer_->run(batch, *cache_);
   s.pace.verified(n_rows, seconds_since(start));
   s.looked = true;
-  if (s.counting) ++s.n_kept;
   if (!s.drafts.empty()) ++timings_.verifications;
   timings_.drafted_tokens += std::ssize(s.drafts);
 
@@ -204,10 +206,18 @@ void Session::judge(bool all) {
   const auto taken = static_cast<int64_t>(s.taken);
   if (s.looked) s.pace.judged(s.source, all ? std::ssize(s.drafts) : taken, taken);
   timings_.accepted_tokens += taken;
-  if (s.counting && s.looked) s.n_kept += taken;
+  if (s.counting && s.looked) keep_seen(1 + taken);
   s.drafts.clear();
   s.taken = 0;
   s.looked = false;
+}
+
+// Of the present verification the first n tokens are text.
+void Session::keep_seen(int64_t n) {
+  Speculation& s = *speculation_;
+  if (s.n_kept + n > kKeptRows) count_kept();
+  engine_->backend().copy(s.seen.layers(0, n), s.kept.layers(s.n_kept, n));
+  s.n_kept += n;
 }
 
 // Adds the kept activations to the statistics.
@@ -215,7 +225,7 @@ void Session::count_kept() {
   Speculation& s = *speculation_;
   if (s.n_kept == 0) return;
   for (int64_t i = 0; i < engine_->config().n_layer; ++i) {
-    counts_->add(i, s.kept.rows(i, 0, s.n_kept));
+    counts_->add(i, s.kept.layer(i, s.n_kept));
   }
   counts_->check_finite();
   counts_->advance(s.n_kept);

@@ -39,9 +39,12 @@ struct Speculation {
   size_t taken = 0;
   bool looked = false;  // the transformer's logits belong to the drafts
 
-  KeptActivations kept;  // of verified tokens that are text but not counted yet: rows [0, n_kept)
+  // Activations of the present verification, if `counting`: always in one place, so that a GPU finds
+  // its launches equal to those of another verification.
+  KeptActivations seen;
+  bool counting = false;
+  KeptActivations kept;  // of tokens that are text but not counted yet: rows [0, n_kept)
   int64_t n_kept = 0;
-  bool counting = false;  // the present verification's activations are kept
   int64_t chosen_at = 0;  // tokens counted when the core set was chosen; 0: it is to be chosen
   std::optional<Sampler> sampler;  // that draws the drafts
 };

@@ -117,7 +117,7 @@ void Transformer::feed_forward(const LayerWeights& w, const FfnWeights& ffn, int
     act_gate = act_gate_->rows(x.n, ffn.n_ff());
   }
   if (batch.kept != nullptr) {
-    const Rows kept = batch.kept->rows(layer, batch.kept->first, x.n);
+    const Rows kept = batch.kept->layer(layer, x.n);
     (batch.kept->of_gate ? act_gate : hidden) = kept;
   }
   backend_.ffn_hidden(x, w.ffn_norm, ffn, config_.activation, hidden, act_gate);

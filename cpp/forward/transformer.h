@@ -17,17 +17,21 @@ namespace coreinfer {
 
 enum class WantLogits { kNone, kLast, kAll };
 
-// FFN activations that a batch leaves for counting: of each layer rows [first, first + n). Counting
-// waits until it is known which of the batch's tokens the text keeps.
+// FFN activations that a batch leaves for counting, in rows [0, n) of each layer. Counting waits
+// until it is known which of the batch's tokens the text keeps.
 struct KeptActivations {
-  std::vector<BufferPtr> layers;  // (capacity, n_ff) each
-  int64_t capacity = 0;           // rows
+  BufferPtr buffer;      // (n_layer, capacity, n_ff)
+  int64_t capacity = 0;  // rows of a layer
   int64_t n_ff = 0;
   bool of_gate = false;  // act(gate) is kept (count_gate), not what enters the down projection
-  int64_t first = 0;
 
-  Rows rows(int64_t layer, int64_t begin, int64_t n) const {
-    return layers[static_cast<size_t>(layer)]->rows(capacity, n_ff).slice(begin, n);
+  Rows layer(int64_t i, int64_t n) const {
+    return {buffer->data() + i * capacity * n_ff, n, n_ff, n_ff};
+  }
+  // Rows [begin, begin + n) of all layers; a row here is those of one layer.
+  Rows layers(int64_t begin, int64_t n) const {
+    const int64_t stride = capacity * n_ff;
+    return {buffer->data() + begin * n_ff, buffer->size() / stride, n * n_ff, stride};
   }
 };
 

@@ -139,7 +139,7 @@ void NeuronCounts::keep(int64_t n) {
   }
   const int64_t size = now_.scores->size();
   if (found != nullptr) {
-    backend_->copy(found->scores->data(), now_.scores->data(), size);
+    backend_->copy(found->rows(), now_.rows());
   } else {
     const std::vector<float> zeros(static_cast<size_t>(size), 0.0f);
     backend_->write(zeros.data(), now_.scores->data(), size);

@@ -190,8 +190,9 @@ class AnyBackend {
   Array<float> copy(Matrix x) {
     const Block from = block(x);
     const BufferPtr to = backend_->allocate(from.buffer->size());
-    backend_->copy(from.rows.data, to->data(), to->size());
-    return array(to->rows(from.rows.n, from.rows.width));
+    const Rows rows = to->rows(from.rows.n, from.rows.width);
+    backend_->copy(from.rows, rows);
+    return array(rows);
   }
 
   AnyCache cache(const std::string& type_k, const std::string& type_v, int64_t n_layer,
