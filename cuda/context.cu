@@ -11,7 +11,8 @@ namespace coreinfer::cuda {
 namespace {
 
 constexpr size_t kStaging = size_t{16} << 20;
-constexpr size_t kKeptGraphs = 8;
+// Verifications of every length, a draft, and some of them twice while attention takes more spans.
+constexpr size_t kKeptGraphs = 24;
 // Shorter lists are no decode steps, and would push those out of what is kept.
 constexpr int kWorthAGraph = 8;
 

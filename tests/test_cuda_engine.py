@@ -214,6 +214,27 @@ def test_a_draft_and_a_verification_are_one_graph_launch_each(target, models, st
     assert steps[2:] == [[4, 0, 0, 4 * 3 + 1]] * 4
 
 
+def test_verifications_of_all_lengths_stay_graphs(target, models):  # noqa: F811
+    if target != "host":
+        pytest.skip("the host runtime counts launches")
+    engine = on_gpu(models("llama", "Q4_0", n_layer=1))
+    session = _core.Session(engine, n_ctx=64, n_batch=20)
+    session.prefill(tokens_of(51, engine.n_vocab), statistic="flock")
+    session.set_core(session.select(beta=0.3))
+    session.reset()
+    session.prefill(tokens_of(51, engine.n_vocab))
+    session.set_exact(paced=False, max_drafts=12, text=False)
+    for _ in range(3):
+        steps = []
+        while session.n_past < 64:  # what is left of the context bounds the drafts
+            token = session.n_past
+            steps += counted_steps(session, [token + 100 * (session.expected == token)])
+        assert session.timings["verifications"] % 12 == 0
+        session.keep(51)
+    expected = [[drafts + 1, 0] for drafts in range(12, -1, -1)]
+    assert [[graphs, kernels] for graphs, kernels, *_ in steps] == expected
+
+
 def test_decoding_asks_for_no_memory_however_long_it_gets(target, models):  # noqa: F811
     if target != "host":
         pytest.skip("the host runtime counts allocations")
