@@ -301,6 +301,28 @@ def test_layers_gathered_on_the_way_are_those_gathered_from_resident_ones(
     assert limited.backend["device_peak"] <= limit
 
 
+def test_a_batch_of_weighted_statistics_takes_no_more_than_planned(
+    target,  # noqa: F811
+    models,
+    monkeypatch,
+):
+    if target == "host":
+        monkeypatch.setenv("COREINFER_CUBLAS_LIBRARY", str(cublas_library()))
+    path = models("llama", "Q8_0", n_ff=16384, n_layer=1)
+    peaks, planned = [], []
+    for n_batch in (32, 96):  # activations of 2 and of 6 MiB, whole pages
+        options = {"n_ctx": 96, "n_batch": n_batch, "core_share": 0.1}
+        engine = on_gpu(path, vram_limit=1 << 30, **options)
+        session = _core.Session(engine, n_ctx=96, n_batch=n_batch)
+        session.prefill(tokens_of(n_batch, 320), statistic="flock", weighted=True)
+        session.set_core(session.select(beta=0.1))
+        peaks.append(engine.backend["device_peak"])
+        planned.append(least_limit(path, **options))
+    assert peaks[1] - peaks[0] <= planned[1] - planned[0]
+    # Nor much less: another form of the widest rows is planned as floats, and is float16.
+    assert planned[1] - planned[0] <= 1.25 * (peaks[1] - peaks[0])
+
+
 def test_sessions_of_one_engine_in_two_threads_do_not_disturb_each_other(target, models):  # noqa: F811
     """Core weights are given back by one while the other computes."""
     import threading

@@ -13,10 +13,6 @@
 namespace coreinfer {
 namespace {
 
-// Rows of activations kept before they are counted together: counting one at a time costs as many
-// calls as layers.
-constexpr int64_t kKeptRows = 2 * kExactRows;
-
 KeptActivations room_for(int64_t rows, const ModelConfig& config, Backend& backend) {
   KeptActivations room;
   room.buffer = backend.allocate(config.n_layer * rows * config.n_ff);
@@ -57,7 +53,13 @@ void Session::set_exact(const std::optional<ExactSpec>& spec) {
                 "exact mode verifies drafts with the dense FFN weights, which the memory limit "
                 "keeps out: raise the limit, or decode with core neurons (core=\"stable\")");
   }
-  if (!speculation_) speculation_ = std::make_unique<Speculation>();
+  if (!speculation_) {
+    const ModelConfig& c = engine_->config();
+    SessionMemory with_rows = memory();
+    with_rows.counts += static_cast<uint64_t>(c.n_layer * kExactSamples * c.n_ff) * sizeof(float);
+    engine_->memory().check_session(with_rows);
+    speculation_ = std::make_unique<Speculation>();
+  }
   speculation_->spec = *spec;
 }
 
@@ -119,7 +121,7 @@ void Session::draft(int32_t token, const Sampler* sampler) {
   // Only where the statistics reach up to here.
   s.counting = counts_ && counts_->n_tokens() + s.n_kept == n_past();
   if (s.counting && !s.kept.buffer) {
-    s.seen = room_for(kExactRows, engine_->config(), engine_->backend());
+    s.seen = room_for(kSeenRows, engine_->config(), engine_->backend());
     s.kept = room_for(kKeptRows, engine_->config(), engine_->backend());
   }
   const int64_t start = now_ns();

@@ -72,7 +72,9 @@ SessionMemory session_memory(const SessionOptions& options, const ModelConfig& c
   memory.workspace = Transformer::workspace_bytes(config, max_rows(options));
   // Scores at every power of two and now; those of a selection, its indices, and their copies.
   const int64_t copies = std::bit_width(static_cast<uint64_t>(options.n_ctx)) + 5;
-  memory.counts = static_cast<uint64_t>(config.n_layer * config.n_ff * copies) * sizeof(float);
+  // And a batch's weighted activations, and the weights of each layer.
+  const int64_t rows = config.n_layer * (copies + 1) + max_rows(options);
+  memory.counts = static_cast<uint64_t>(rows * config.n_ff) * sizeof(float);
   return memory;
 }
 

@@ -25,6 +25,11 @@ struct ExactSpec {
 };
 void check(const ExactSpec& spec);  // kValue naming the field, the share apart
 
+// Rows of activations that exact mode keeps: those of a verification, and those of tokens that are
+// counted together, since counting one at a time costs as many calls as layers.
+inline constexpr int64_t kSeenRows = kExactRows, kKeptRows = 2 * kExactRows;
+inline constexpr int64_t kExactSamples = kSeenRows + kKeptRows;
+
 struct Speculation {
   ExactSpec spec;
   DraftPace pace;

@@ -285,6 +285,7 @@ void bind_session(nb::module_& m) {
           [](Sampler& s, const FloatVector& logits) { return s.sample(span_of<float>(logits)); },
           nb::arg("logits").noconvert());
 
+  m.attr("EXACT_SAMPLES") = kExactSamples;
   m.attr("PATCH_SAMPLES") = kPatchSamples;
   m.def(
       "core_sizes",

@@ -202,6 +202,8 @@ class Sampler:
 
     def sample(self, logits: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> int: ...
 
+EXACT_SAMPLES: int = 48
+
 PATCH_SAMPLES: int = 128
 
 def core_sizes(beta: float, *, n_layer: int, n_ff: int, layers: tuple[int, int] | None = None, first_layer: float = 1.0) -> list[int]:

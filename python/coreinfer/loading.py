@@ -69,6 +69,9 @@ def _core_share(core: CoreConfig | CoreSet) -> float:
 
 
 def _samples(core: CoreConfig | CoreSet) -> int:
-    """FFN samples that prefills keep for a patch."""
-    patched = isinstance(core, CoreConfig) and core.mode in ("stable", "similar") and core.patch
-    return _core.PATCH_SAMPLES if patched else 0
+    """FFN samples that prefills keep for a patch, or exact mode until they are counted."""
+    if not isinstance(core, CoreConfig):
+        return 0
+    if core.mode == "exact":
+        return _core.EXACT_SAMPLES
+    return _core.PATCH_SAMPLES if core.mode in ("stable", "similar") and core.patch else 0
