@@ -153,9 +153,9 @@ void CudaBackend::copy(Rows from, Rows to) {
   const Context::Lock lock(*context_);
   if (from.n < 1 || from.width < 1) return;
   const auto bytes = [](int64_t floats) { return static_cast<size_t>(floats) * sizeof(float); };
-  COREINFER_CUDA_CHECK(cudaMemcpy2DAsync(
-      to.data, bytes(to.stride), from.data, bytes(from.stride), bytes(from.width),
-      static_cast<size_t>(from.n), cudaMemcpyDeviceToDevice, context_->stream_for_copy()));
+  COREINFER_CUDA_CHECK(cudaMemcpy2DAsync(to.data, bytes(to.stride), from.data, bytes(from.stride),
+                                         bytes(from.width), static_cast<size_t>(from.n),
+                                         cudaMemcpyDeviceToDevice, context_->stream_for_copy()));
 }
 
 BufferPtr CudaBackend::load_vector(const Mat& mat) {

@@ -314,7 +314,7 @@ def test_exact_under_a_memory_limit_says_what_to_do(wide):
     engine = _core.Engine(str(wide), memory_limit=_core.memory()["rss"] + (140 << 20))
     assert not engine.ffn_resident
     session = _core.Session(engine, n_ctx=64, n_batch=8)
-    with pytest.raises(RuntimeError, match="memory limit keeps out: raise the limit"):
+    with pytest.raises(RuntimeError, match="memory_limit does not hold: raise it"):
         session.set_exact()
 
 

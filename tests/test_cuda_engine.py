@@ -7,12 +7,12 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 
-from coreinfer import _core
+from coreinfer import Llama, _core, loading
 from coreinfer.bench import binary_path
 from cuda_host.build import cublas_library, interleaved_library
 from cuda_host.target import HAS_DEVICE, target  # noqa: F401  (a fixture)
@@ -138,11 +138,15 @@ def host_count(what: str) -> int:
 
 
 def least_limit(path: str, **options) -> int:
+    return least(lambda limit: on_gpu(path, vram_limit=limit, **options))
+
+
+def least(load: Callable[[int], object]) -> int:
     """What a limit that does not suffice is refused with, in bytes."""
     limit = 1 << 20
     for _ in range(3):  # that of the backend alone comes first, which does not know the model
-        with pytest.raises(MemoryError, match="vram_limit is .* MiB") as refused:
-            on_gpu(path, vram_limit=limit, **options)
+        with pytest.raises(MemoryError, match="(vram_limit|free memory) is .* MiB") as refused:
+            load(limit)
         message = str(refused.value)
         own = re.search(r"backend needs ([0-9.]+) MiB", message)
         if own is None:
@@ -321,6 +325,35 @@ def test_a_batch_of_weighted_statistics_takes_no_more_than_planned(
     assert peaks[1] - peaks[0] <= planned[1] - planned[0]
     # Nor much less: another form of the widest rows is planned as floats, and is float16.
     assert planned[1] - planned[0] <= 1.25 * (peaks[1] - peaks[0])
+
+
+def test_auto_decides_at_once_where_the_free_memory_is_short(target, models, monkeypatch):  # noqa: F811
+    if target != "host":
+        pytest.skip("a device's free memory cannot be chosen")
+    path = models("llama", "Q8_0", n_ff=4096, n_layer=12)
+    options = {"n_gpu_layers": -1, "n_ctx": 64, "n_batch": 16, "verbose": False}
+
+    def with_memory(size: int) -> None:
+        reserve = 256 << 20  # is kept back
+        monkeypatch.setenv("CUDA_HOST_MEMORY", str(reserve + size))
+
+    def load(size: int) -> None:
+        with_memory(size)
+        Llama(path, core="stable", **options)
+
+    with_memory(least(load))
+    planned, load_for = [], loading._load
+    monkeypatch.setattr(
+        loading, "_load", lambda *args: planned.append(args[2].mode) or load_for(*args)
+    )
+    with Llama(path, core="auto", **options) as llm:
+        assert planned == ["exact", "stable"]
+        with pytest.warns(UserWarning, match="dense FFN weights do not stay in memory"):
+            llm("ab" * 15, max_tokens=2)
+        assert llm.decision.config.mode == "stable" and llm.core_set.patch
+    with Llama(path, core="exact", **options) as llm:
+        with pytest.raises(RuntimeError, match="the GPU's free memory does not hold: raise it"):
+            llm("ab" * 15, max_tokens=2)
 
 
 def test_sessions_of_one_engine_in_two_threads_do_not_disturb_each_other(target, models):  # noqa: F811

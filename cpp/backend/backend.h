@@ -217,7 +217,7 @@ class Backend {
   virtual BufferPtr allocate(int64_t n_floats) = 0;
   virtual void read(const float* from, float* to_host, int64_t n) = 0;
   virtual void write(const float* from_host, float* to, int64_t n) = 0;
-  virtual void copy(Rows from, Rows to) = 0;  // of one shape; both in backend memory
+  virtual void copy(Rows from, Rows to) = 0;          // of one shape; both in backend memory
   virtual BufferPtr load_vector(const Mat& mat) = 0;  // float32 copy of a (1, n) tensor
   // Bytes of memory that such a matrix takes once it is loaded.
   virtual uint64_t loaded_bytes(DType type, int64_t rows, int64_t cols) const {

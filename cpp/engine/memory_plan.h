@@ -36,6 +36,7 @@ class MemoryPlan {
              const Backend& backend);
 
   bool limited() const { return budget_.limit > 0; }
+  const std::string& limit_name() const { return budget_.name; }  // in messages
   bool ffn_resident() const { return ffn_resident_; }
   // Throws kMemory, naming `what_to_do`, unless dense FFN weights may stay resident.
   void check_resident(const char* what_to_do) const;

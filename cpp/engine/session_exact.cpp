@@ -49,9 +49,11 @@ void Session::set_exact(const std::optional<ExactSpec>& spec) {
   check(*spec);
   check(spec->share, engine_->config().n_layer, engine_->config().n_ff);
   if (!engine_->weights().ffn_resident) {
-    throw_error(ErrorKind::kState,
-                "exact mode verifies drafts with the dense FFN weights, which the memory limit "
-                "keeps out: raise the limit, or decode with core neurons (core=\"stable\")");
+    throw_error(
+        ErrorKind::kState,
+        "exact mode verifies drafts with the dense FFN weights, which %s does not hold: raise "
+        "it, or decode with core neurons (core=\"stable\")",
+        engine_->memory().limit_name().c_str());
   }
   if (!speculation_) {
     const ModelConfig& c = engine_->config();

@@ -44,8 +44,8 @@ struct Speculation {
   size_t taken = 0;
   bool looked = false;  // the transformer's logits belong to the drafts
 
-  // Activations of the present verification, if `counting`: always in one place, so that a GPU finds
-  // its launches equal to those of another verification.
+  // Activations of the present verification, if `counting`: always in one place, so that a GPU
+  // finds its launches equal to those of another verification.
   KeptActivations seen;
   bool counting = false;
   KeptActivations kept;  // of tokens that are text but not counted yet: rows [0, n_kept)

@@ -157,7 +157,7 @@ class Auto:
 
     def _without_dense(self, unlike: _Unlike, n_tokens: int) -> Decision:
         """Every dense token would bring in all weights again, so that there is no waiting."""
-        kept_out = "the memory limit keeps dense FFN weights out"
+        kept_out = "dense FFN weights do not stay in memory"
         reasons = []
         for choice in self._choices():
             found = unlike(choice)
@@ -174,6 +174,6 @@ class Auto:
             return Decision(self.counting, f"{kept_out}; measured {above}", kl)
         reason = (
             f"{kept_out}, and how far the text is from dense decoding is not known: "
-            "`coreinfer tune` without the limit measures it"
+            "`coreinfer tune` measures it where they do"
         )
         return Decision(self.counting, reason, None)

@@ -1,7 +1,7 @@
 """Loading: the engine of a model file, with room planned for what will decode.
 
 Flows in: a file, how to load it, and the core setting. Flows out: a `_core.Engine`. Where memory is
-limited, what decodes decides how much of it the dense weights may take.
+limited, and a GPU's always is, what decodes decides how much of it the dense weights may take.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def load_engine(
 
     MemoryError where a limit is too low, naming one that is enough.
     """
-    limited = config.memory_limit or config.vram_limit
+    limited = config.memory_limit or config.n_gpu_layers
     if not (limited and isinstance(core, CoreConfig) and core.mode == "auto"):
         return _load(file, config, core)
     # Exact mode needs less beside the dense weights than a patched core set without them. Where
