@@ -248,19 +248,13 @@ void Context::defer(bool deferred) {
 
 void Context::add(const Launch& launch, const void* args) {
   if (!deferred_) return issue(launch, args);
-  // Padding inside a Launch is cleared, so that equal lists are equal byte for byte.
-  alignas(Launch) unsigned char head[sizeof(Launch)] = {};
-  auto* copy = reinterpret_cast<Launch*>(head);
-  copy->kernel = launch.kernel;
-  copy->thunk = launch.thunk;
-  copy->grid = launch.grid;
-  copy->block = launch.block;
-  copy->shared = launch.shared;
-  copy->args_size = launch.args_size;
+  // Equal lists are equal byte for byte.
+  static_assert(std::has_unique_object_representations_v<Launch>);
+  const size_t at = list_.size();
+  list_.resize(at + sizeof(launch) + launch.args_size);
+  std::memcpy(list_.data() + at, &launch, sizeof(launch));
+  std::memcpy(list_.data() + at + sizeof(launch), args, launch.args_size);
   ++listed_;
-  list_.insert(list_.end(), head, head + sizeof(head));
-  const auto* bytes = static_cast<const unsigned char*>(args);
-  list_.insert(list_.end(), bytes, bytes + launch.args_size);
 }
 
 void Context::issue(const Launch& launch, const void* args, cudaStream_t stream,
