@@ -87,7 +87,12 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     limit = int(args.vram_limit * 2**30)
     start = time.perf_counter()
     engine = _core.Engine(
-        args.model, n_gpu_layers=-1, vram_limit=limit, core_share=max(betas, default=0.0)
+        args.model,
+        n_gpu_layers=-1,
+        vram_limit=limit,
+        core_share=max(betas, default=0.0),
+        n_ctx=args.n_ctx,
+        n_batch=args.prompt,
     )
     result: dict[str, Any] = {
         "backend": engine.backend["description"],

@@ -4,12 +4,13 @@ the paper's sizes, measures ours and the peers that are there, looks for memory 
     python tools/device_report.py --out report [--wheels DIR] [--llama-bench FILE]
         [--model PART PART --golden FILE]
 
-Needs Python, nvcc, CMake, nanobind and scikit-build-core, and PyTorch for the limits of the device;
-the tests also pytest and gguf, whose wheels --wheels may hold; no network. --model names a real
-model's file, or the parts of one that are joined in order, and --golden the float32 reference that
-its decoding is held against. Each stage has a time limit and reports its failure, and the next one
-runs; what would not end in time is left out and said so. Writes OUT/report.json, OUT/report.md and
-OUT/report.log, what all commands said. Without a GPU it says so and ends.
+Needs Python, nvcc, CMake, nanobind and scikit-build-core, PyTorch for the limits of the device, and
+Transformers with accelerate for the peer; the tests also pytest and gguf. What is not there of
+these may lie in --wheels, with what it needs in turn; no network. --model names a real model's
+file, or the parts of one that are joined in order, and --golden the float32 reference that its
+decoding is held against. Each stage has a time limit and reports its failure, and the next one
+runs; what would not end in time is left out and said so. Writes, with every stage, OUT/report.json
+and OUT/report.md, and OUT/report.log, what all commands said. Without a GPU it says so and ends.
 
 Written without a GPU at hand: it has not run to its end yet.
 """
@@ -26,7 +27,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,9 +46,21 @@ SITE = "device-site"  # under the work folder: what is installed for the report
 # they are below the deadline: what comes last is reached whatever the stages before it do.
 BEFORE = {"device": 20, "wheels": 20, "build": 130, "ceilings": 50, "smoke test": 40}
 MEASURE = 60
-AFTER = {"golden": 25, "tests": 60, "sanitizer memcheck": 30, "sanitizer racecheck": 30}
-DEADLINE = 470
+GOLDEN = 25
+CHECKS = 90  # of all tests and sanitizers, side by side
+DEADLINE = 460  # the command ends a few seconds later at most
 SMALL = "tests/test_cuda_small.py"  # a case of every family of kernels
+TESTS = [f"tests/test_cuda_{what}.py" for what in ("kernels", "engine", "sessions")]
+# What says most for its time first: the peer under a limit, a minute for OPT-13B, after the types.
+MODELS = [
+    ("llama2-7b", "f16", 0.0),
+    ("opt-6.7b", "f16", 8.0),  # GiB
+    ("llama2-7b", "q4_0", 0.0),
+    ("llama2-7b", "q8_0", 0.0),
+    ("llama2-7b", "q4_k", 0.0),
+    ("opt-13b", "f16", 14.0),
+]
+LARGEST_MODEL = 26 << 30
 
 
 @dataclass
@@ -69,11 +85,24 @@ def find_cublas() -> Path | None:
     return None
 
 
+def model_folder(work: Path) -> Path:
+    """Where models are written: in memory if it has room, for a disk may take minutes."""
+    memory = Path("/dev/shm")
+    try:
+        if shutil.disk_usage(memory).free > LARGEST_MODEL:
+            return Path(tempfile.mkdtemp(prefix="coreinfer-device-", dir=memory))
+    except OSError:
+        pass
+    return work
+
+
 class Report:
     """Runs commands within one deadline and keeps what they said."""
 
     def __init__(self, out: Path, work: Path, seconds: float) -> None:
         self.out, self.work = out, work
+        self.models = work  # where models are written
+        self.lock = threading.Lock()
         self.deadline = time.monotonic() + seconds
         self.stages: list[Stage] = []
         site = str(work / SITE)
@@ -104,7 +133,10 @@ class Report:
         return f"left out: needs {', '.join(missing)}: {wheels}" if missing else ""
 
     def execute(self, command: list[str], limit: float, cwd: Path) -> tuple[str, bool, str]:
-        """(output, whether it ended well, why not); after `limit` seconds its children end, too."""
+        """(output, whether it ended well, why not); after `limit` seconds its children end, too.
+
+        They are interrupted first, so that tests say what failed up to there.
+        """
         try:
             process = subprocess.Popen(
                 command,
@@ -123,11 +155,17 @@ class Report:
         try:
             text, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            try:
-                text, _ = process.communicate(timeout=5)
-            except subprocess.TimeoutExpired:  # a child in a session of its own holds the pipe
-                text = ""
+            text = ""
+            for number in (signal.SIGINT, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+                try:
+                    text, _ = process.communicate(timeout=3)
+                    break
+                except subprocess.TimeoutExpired:  # or a child in a session of its own has the pipe
+                    continue
+            with contextlib.suppress(ProcessLookupError):  # what does not heed an interrupt
+                os.killpg(process.pid, signal.SIGKILL)
             note = f"not done after {limit:.0f} s"
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
@@ -143,7 +181,7 @@ class Report:
         if limit < 5:
             return self.add(Stage(name, False, 0.0, "left out: no time left"))
         text, ok, note = self.execute(command, limit, cwd)
-        with open(self.out / "report.log", "a") as log:
+        with self.lock, open(self.out / "report.log", "a") as log:
             log.write(f"==== {name}: {' '.join(command)}\n{text}\n")
         lines = text.strip().splitlines()
         stage = Stage(name, ok, time.monotonic() - start, note)
@@ -154,12 +192,24 @@ class Report:
             stage.note = "; ".join(s for s in [note, " | ".join(lines[-3:])[-600:]] if s)
         return self.add(stage)
 
+    def together(self, jobs: Sequence[tuple[str, list[str]]]) -> None:
+        """Runs commands side by side with all the time that is left; nothing is measured there."""
+        with ThreadPoolExecutor(max(1, len(jobs))) as pool:
+            list(pool.map(lambda job: self.run(*job, self.left()), jobs))
+
     def add(self, stage: Stage) -> Stage:
-        self.stages.append(stage)
-        mark = "ok" if stage.ok else "FAILED"
-        print(f"{stage.name}: {mark}, {stage.seconds:.1f} s {stage.note}", flush=True)
-        (self.out / "report.json").write_text(json.dumps(list(map(asdict, self.stages)), indent=1))
+        with self.lock:
+            self.stages.append(stage)
+            mark = "ok" if stage.ok else "FAILED"
+            print(f"{stage.name}: {mark}, {stage.seconds:.1f} s {stage.note}", flush=True)
+            self.write()
         return stage
+
+    def write(self) -> None:
+        """The report as far as it is known: whatever ends this process, it is there."""
+        stages = list(map(asdict, self.stages))
+        (self.out / "report.json").write_text(json.dumps(stages, indent=1))
+        (self.out / "report.md").write_text(table(self.stages))
 
 
 def json_object(line: str) -> dict[str, Any] | None:
@@ -183,7 +233,7 @@ def joined(report: Report, parts: list[Path]) -> Path | None:
     if len(parts) == 1:
         return parts[0]
     start = time.monotonic()
-    path = report.work / "joined.gguf"
+    path = report.models / "joined.gguf"
     try:
         with open(path, "wb") as out:
             for part in parts:
@@ -212,25 +262,28 @@ def build(report: Report, wheels: Path | None) -> bool:
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
 
 
-def run_tests(report: Report, name: str, command: list[str], limit: float, *more: str) -> None:
-    """Tests on the device alone; `more` is what they import beside pytest."""
-    why = report.lacks("pytest", *more)
+def can_run(report: Report, name: str, *modules: str) -> bool:
+    """Whether a stage has the modules that it imports; reports it where not."""
+    why = report.lacks(*modules)
     if why:
         report.add(Stage(name, False, 0.0, why))
-    else:
-        report.run(name, command, limit)
+    return not why
 
 
 def check(report: Report) -> None:
-    """All CUDA tests on the device; the small ones under compute-sanitizer with the time left."""
-    files = ["tests/test_cuda_kernels.py", "tests/test_cuda_engine.py"]
-    run_tests(report, "tests", [*PYTEST, *files], AFTER["tests"], "gguf")
+    """All CUDA tests on the device, and the small ones under compute-sanitizer, side by side."""
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    for tool, share in (("memcheck", 2), ("racecheck", 1)):
+    jobs = []
+    for file in TESTS:
+        name = f"tests, {Path(file).stem.rpartition('_')[2]}"
+        if can_run(report, name, "pytest", "gguf"):
+            jobs.append((name, [*PYTEST, file]))
+    for tool in ("memcheck", "racecheck"):
         name = f"sanitizer {tool}"
         command = [sanitizer, f"--tool={tool}", "--error-exitcode=9", "--target-processes=all"]
-        limit = max(AFTER[name], report.left() / share)
-        run_tests(report, name, [*command, *PYTEST, SMALL], limit)
+        if can_run(report, name, "pytest"):
+            jobs.append((name, [*command, *PYTEST, SMALL]))
+    report.together(jobs)
 
 
 def bench(report: Report, what: str, name: str, limit: float, **options: Any) -> dict[str, Any]:
@@ -241,15 +294,32 @@ def bench(report: Report, what: str, name: str, limit: float, **options: Any) ->
 
 
 def make_model(report: Report, shape: str, dtype: str, layers: int = 0) -> Path | None:
-    path = report.work / f"{shape}-{dtype}-{layers}.gguf"
+    path = report.models / f"{shape}-{dtype}-{layers}.gguf"
     command = [sys.executable, "tools/make_synthetic_model.py", "--shape", shape]
     command += ["--type", dtype, "--out", str(path)]
     name = f"make {shape} {dtype}"
     if layers:
         name = device_paper.at_depth(name, layers)
         command += ["--layers", str(layers)]
-    ok = report.run(name, command, 90).ok
-    return path if ok else None
+    if report.run(name, command, 90).ok:
+        return path
+    path.unlink(missing_ok=True)
+    return None
+
+
+def no_time_for(report: Report, name: str) -> bool:
+    """Whether a model is left out, since the first of its stages would not come far."""
+    short = report.left() < 30
+    if short:
+        report.add(Stage(name, False, 0.0, "left out: no time left"))
+    return short
+
+
+def peer(report: Report, shape: str, name: str, limit: float, **options: Any) -> None:
+    """The same shape in Transformers, under a limit with accelerate."""
+    more = ["accelerate"] if "vram_limit" in options else []
+    if can_run(report, name, "torch", "transformers", *more):
+        bench(report, "transformers", name, limit, shape=shape, **options)
 
 
 def measure(report: Report, llama_bench: Path | None) -> None:
@@ -257,53 +327,45 @@ def measure(report: Report, llama_bench: Path | None) -> None:
 
     With and without a limit a model reads the same prompt: it is the same core set that decodes.
     """
-    for shape, dtype, limits in [
-        ("llama2-7b", "f16", []),
-        ("opt-6.7b", "f16", [8.0]),
-        ("opt-13b", "f16", [14.0]),
-        ("llama2-7b", "q4_0", []),
-        ("llama2-7b", "q8_0", []),
-        ("llama2-7b", "q4_k", []),
-    ]:
+    for shape, dtype, limit in MODELS:
         name = f"{shape} {dtype}"
-        if report.left() < 30:
-            report.add(Stage(name, False, 0.0, "left out: no time left"))
+        if no_time_for(report, name):
             continue
         path = make_model(report, shape, dtype)
         if path is None:
             continue
-        prompt = 64 if limits else 512
+        prompt = 64 if limit else 512
         bench(report, "ours", name, 90, model=path, beta="0.2,0.4", prompt=prompt)
-        for limit in limits:
+        if limit:
             options = {"model": path, "beta": "0.2", "prompt": prompt, "vram_limit": limit}
             bench(report, "ours", f"{name} in {limit:g} GiB", 90, **options)
-        if llama_bench is not None and not limits:
+        elif llama_bench is not None:
             command = [str(llama_bench), "-m", str(path), "-ngl", "99", "-o", "jsonl", "-r", "3"]
             report.run(f"{name} llama-bench", [*command, "-p", "512", "-n", "64"], 90)
         path.unlink(missing_ok=True)
-        if dtype == "f16" and shape != "opt-13b":
-            options = {"shape": shape, "prompt": prompt, "gen": 32}
-            bench(report, "transformers", f"{name} transformers", 60, **options)
-        for limit in limits:
-            options = {"shape": shape, "prompt": prompt, "gen": 4, "vram_limit": limit}
-            bench(report, "transformers", f"{name} transformers in {limit:g} GiB", 90, **options)
+        if limit:
+            options = {"prompt": prompt, "gen": 4, "vram_limit": limit}
+            peer(report, shape, f"{name} transformers in {limit:g} GiB", 90, **options)
     for name, depths in device_paper.SCALED.items():
         for layers in depths:
             run = device_paper.at_depth(name, layers)
-            if report.left() < 30:
-                report.add(Stage(run, False, 0.0, "left out: no time left"))
+            if no_time_for(report, run):
                 continue
             path = make_model(report, *name.split(), layers)
             if path is not None:
                 bench(report, "ours", run, 60, model=path, beta="0.2", prompt=64)
                 path.unlink(missing_ok=True)
+    for shape, prompt in (("llama2-7b", 512), ("opt-6.7b", 64)):
+        name = f"{shape} f16 transformers"
+        if not no_time_for(report, name):
+            peer(report, shape, name, 60, prompt=prompt, gen=32)
 
 
 def table(stages: list[Stage]) -> str:
     """The stages and the measured figures as Markdown."""
     data = {s.name: s.data for s in stages}
     for name, (few, more) in device_paper.SCALED.items():
-        with contextlib.suppress(KeyError):
+        with contextlib.suppress(KeyError, StopIteration):
             full = device_paper.scaled(data, name)
             data[f"{name}, extrapolated from {few} and {more} layers"] = full
     limits = data.get("ceilings", {})
@@ -356,15 +418,22 @@ def everything(report: Report, args: argparse.Namespace) -> bool:
     if not build(report, args.wheels.resolve() if args.wheels else None):
         return True
     bench(report, "ceilings", "ceilings", BEFORE["ceilings"])
-    run_tests(report, "smoke test", [*PYTEST, SMALL], BEFORE["smoke test"])
-    report.reserve = float(sum(AFTER.values()))
-    measure(report, args.llama_bench.resolve() if args.llama_bench else None)
+    if can_run(report, "smoke test", "pytest"):
+        report.run("smoke test", [*PYTEST, SMALL], BEFORE["smoke test"])
+    report.models = model_folder(report.work)
+    try:
+        report.reserve = float(GOLDEN + CHECKS)
+        measure(report, args.llama_bench.resolve() if args.llama_bench else None)
+        report.reserve = float(CHECKS)
+        if args.model and args.golden:
+            model = joined(report, [part.resolve() for part in args.model])
+            if model is not None:
+                options = {"model": model, "golden": args.golden.resolve()}
+                bench(report, "golden", "golden", GOLDEN, **options)
+    finally:
+        if report.models != report.work:
+            shutil.rmtree(report.models, ignore_errors=True)
     report.reserve = 0.0
-    if args.model and args.golden:
-        model = joined(report, [part.resolve() for part in args.model])
-        if model is not None:
-            options = {"model": model, "golden": args.golden.resolve()}
-            bench(report, "golden", "golden", AFTER["golden"], **options)
     check(report)
     return True
 
@@ -391,7 +460,6 @@ def main() -> int:
     report = Report(args.out.resolve(), args.work.resolve(), args.seconds)
     if not everything(report, args):
         print("no NVIDIA GPU that its driver can see: nothing was measured")
-    (report.out / "report.md").write_text(table(report.stages))
     print((report.out / "report.md").read_text())
     return 0 if all(s.ok for s in report.stages) else 1
 
