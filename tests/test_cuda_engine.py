@@ -330,7 +330,7 @@ def test_a_batch_of_weighted_statistics_takes_no_more_than_planned(
 def test_auto_decides_at_once_where_the_free_memory_is_short(target, models, monkeypatch):  # noqa: F811
     if target != "host":
         pytest.skip("a device's free memory cannot be chosen")
-    path = models("llama", "Q8_0", n_ff=4096, n_layer=12)
+    path = models("llama", "Q8_0", n_ff=4096, n_layer=7)
     options = {"n_gpu_layers": -1, "n_ctx": 64, "n_batch": 16, "verbose": False}
 
     def with_memory(size: int) -> None:
@@ -349,11 +349,11 @@ def test_auto_decides_at_once_where_the_free_memory_is_short(target, models, mon
     with Llama(path, core="auto", **options) as llm:
         assert planned == ["exact", "stable"]
         with pytest.warns(UserWarning, match="dense FFN weights do not stay in memory"):
-            llm("ab" * 15, max_tokens=2)
+            llm("ab", max_tokens=1)
         assert llm.decision.config.mode == "stable" and llm.core_set.patch
     with Llama(path, core="exact", **options) as llm:
         with pytest.raises(RuntimeError, match="the GPU's free memory does not hold: raise it"):
-            llm("ab" * 15, max_tokens=2)
+            llm("ab", max_tokens=1)
 
 
 def test_sessions_of_one_engine_in_two_threads_do_not_disturb_each_other(target, models):  # noqa: F811
