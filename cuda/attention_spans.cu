@@ -6,14 +6,6 @@ namespace {
 
 constexpr int kMergeThreads = 256;  // head_dim at most
 
-__device__ float block_max(float value) {
-  __shared__ float parts[kMergeThreads / kWarp];
-  value = warp_max(value);
-  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  return warp_max(parts[threadIdx.x % (kMergeThreads / kWarp)]);
-}
-
 // A thread a span for its factor, then a thread a column of every so manieth span. What is added in
 // which order follows from the row's own spans alone.
 // grid: (rows, heads)

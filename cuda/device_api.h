@@ -93,18 +93,30 @@ __device__ inline T warp_max(T value) {
   return value;
 }
 
-// Sum over the threads of a block of at most 1024, in a fixed order; every thread gets it.
+// What the first lane of each warp has, of a block of at most 1024 threads: a warp's number is the
+// lane that gets it; further lanes get `rest`.
 template <typename T>
-__device__ inline T block_sum(T value) {
+__device__ inline T of_warps(T value, T rest) {
   __shared__ T parts[kWarp];
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int n_warps = (static_cast<int>(blockDim.x) + kWarp - 1) / kWarp;
-  value = warp_sum(value);
   __syncthreads();  // parts may still be read from an earlier call
   if (lane == 0) parts[warp] = value;
   __syncthreads();
-  return warp_sum(lane < n_warps ? parts[lane] : T{});
+  return lane < n_warps ? parts[lane] : rest;
+}
+
+// Sum over the threads of such a block, in a fixed order; every thread gets it.
+template <typename T>
+__device__ inline T block_sum(T value) {
+  return warp_sum(of_warps(warp_sum(value), T{}));
+}
+
+template <typename T>
+__device__ inline T block_max(T value) {
+  value = warp_max(value);
+  return warp_max(of_warps(value, value));
 }
 
 template <typename T>

@@ -27,14 +27,6 @@ struct LargestArgs {
   int32_t* bits;  // a row
 };
 
-__device__ int32_t block_max(int32_t value) {
-  __shared__ int32_t parts[kThreads / kWarp];
-  value = warp_max(value);
-  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  return warp_max(parts[threadIdx.x % (kThreads / kWarp)]);
-}
-
 // grid: (rows)
 __global__ void __launch_bounds__(kThreads) largest_kernel(COREINFER_PARAMETER LargestArgs a) {
   begin_kernel();

@@ -38,8 +38,7 @@ void subtract_all(float* x, int64_t begin, int64_t end, int64_t width,
   for (; j < end; ++j) subtract(x, row(j), coefficient(j), width);
 }
 
-}  // namespace
-
+// Sum of a b in double, in eight interleaved parts.
 double dot(const float* a, const float* b, int64_t n) {
   constexpr int64_t kParts = 8;
   double parts[kParts] = {};
@@ -51,6 +50,8 @@ double dot(const float* a, const float* b, int64_t n) {
   return ((parts[0] + parts[1]) + (parts[2] + parts[3])) +
          ((parts[4] + parts[5]) + (parts[6] + parts[7]));
 }
+
+}  // namespace
 
 int64_t cholesky(float* a, int64_t n, float least) {
   int64_t dropped = 0;

@@ -7,9 +7,6 @@
 
 namespace coreinfer {
 
-// Sum of a b in double, in eight interleaved parts.
-double dot(const float* a, const float* b, int64_t n);
-
 // A = U^T U of a symmetric positive definite matrix (n, n), of which the upper triangle is read and
 // becomes U. A pivot that is not above `least` makes its row zero, as if the unknown were not
 // there; returns how many were. A NaN is such a pivot, too.
