@@ -67,6 +67,11 @@ KvPlane CudaKvCache::plane(int64_t layer, int64_t side) const {
           element_of(side ? spec_.type_v : spec_.type_k), 0};
 }
 
+size_t CudaKvCache::position_bytes() const {
+  const auto heads = static_cast<size_t>(spec_.row_width / spec_.head_dim);
+  return heads * (row_bytes_[0] + scale_bytes_[0] + row_bytes_[1] + scale_bytes_[1]);
+}
+
 // move(device rows, device scales or null, side), for every head.
 template <typename Move>
 void CudaKvCache::each_row_plane(int64_t n, const Move& move) const {
@@ -106,10 +111,7 @@ std::vector<std::byte> CudaKvCache::save(int64_t n) const {
 
 void CudaKvCache::restore(std::span<const std::byte> bytes, int64_t n) {
   const auto count = static_cast<size_t>(n);
-  const size_t heads =
-      static_cast<size_t>(spec_.n_layer) * static_cast<size_t>(spec_.row_width / spec_.head_dim);
-  const size_t expected =
-      heads * count * (row_bytes_[0] + scale_bytes_[0] + row_bytes_[1] + scale_bytes_[1]);
+  const size_t expected = static_cast<size_t>(spec_.n_layer) * count * position_bytes();
   if (bytes.size() != expected) {
     throw_error(ErrorKind::kValue, "%zu bytes for %lld positions of a KV cache, expected %zu",
                 bytes.size(), static_cast<long long>(n), expected);

@@ -28,6 +28,7 @@ class CudaKvCache final : public KvCache {
   CudaKvCache(const ContextPtr& context, const KvSpec& spec);
 
   size_t committed_bytes() const override { return memory_.size(); }
+  size_t position_bytes() const override;
   // As the CPU writes it: layer by layer, keys then values, head by head, a row a position; 8-bit
   // rows are their codes, then their scales.
   std::vector<std::byte> save(int64_t n) const override;

@@ -31,9 +31,9 @@ n_depth test_time avg_ns stddev_ns avg_ts stddev_ts
 OWN_COLUMNS = """
 test isa core statistic alpha weighted beta layer_first layer_last ffn_kept_frac n_prompt_select
 count_ns select_ns compact_ns choice_over_read_bw patch_rank patch_ns patch_bytes n_drafts accept
-acceptance compact_bytes compact_source_bytes weight_bytes_per_token eff_bw_gbs read_bw_gbs
-read_bw_bytes read_bw_share ttft_ns break_even_tokens verify_over_decode kv_bytes load_ns
-memory_limit rss peak_rss logits_hash
+acceptance compact_bytes compact_source_bytes weight_bytes_per_token kv_bytes_per_token
+eff_bw_gbs read_bw_gbs read_bw_bytes read_bw_share ttft_ns break_even_tokens verify_over_decode
+kv_bytes load_ns memory_limit rss peak_rss logits_hash
 """.split()
 TEXT_COLUMNS = """
 build_commit cpu_info gpu_info backends model_filename model_type cpu_mask type_k type_v split_mode
@@ -542,8 +542,8 @@ def test_core_rows_report_what_was_kept_and_what_it_cost(model):
         assert core[name] > 0 and dense[name] is None, name
     assert core["ttft_ns"] > core["select_ns"] + core["compact_ns"]
     # Six decimals are printed; GB/s is bytes per nanosecond.
-    steps = core["weight_bytes_per_token"] * core["n_gen"]
-    assert core["eff_bw_gbs"] == pytest.approx(steps / core["avg_ns"], rel=1e-4)
+    step = core["weight_bytes_per_token"] + core["kv_bytes_per_token"]
+    assert core["eff_bw_gbs"] == pytest.approx(step * core["n_gen"] / core["avg_ns"], rel=1e-4)
     saved = dense["avg_ns"] / 4 - core["avg_ns"] / 4
     if saved > 0:
         spent = core["select_ns"] + core["compact_ns"]
@@ -612,6 +612,20 @@ def test_every_repetition_compacts_anew(model):
     assert core["compact_ns"] > moved / 200
 
 
+def test_a_step_reads_the_keys_and_values_before_it(tmp_path):
+    shape = {"n_head": 8, "n_head_kv": 2, "head_dim": 32, "sliding_window": 3}
+    path = tmp_path / "gemma3.gguf"
+    make_tiny_model(path, "gemma3", "Q4_0", **shape)
+    rows = rows_of(path, "-p", 2, "-n", 4, "-pg", "1,2", "--verify", "2", "-ctv", "q8_0")
+    # Six layers look at three positions at most, one at all.
+    tg = (6 * (1 + 2 + 3 + 3) + (1 + 2 + 3 + 4)) / 4
+    pg, verify = (6 * (2 + 3) + (2 + 3)) / 2, 6 * 2 + 2
+    position = 2 * (32 * 2 + 32 + 2)  # two heads of f16 keys, and codes and a scale of values
+    steps = {"tg4": tg, "pp1+tg2": pg, "verify2": verify}
+    found = {row["test"]: row["kv_bytes_per_token"] for row in rows}
+    assert found == {"pp2": None} | {test: int(position * n) for test, n in steps.items()}
+
+
 def test_verification_is_measured_against_a_decode_step(model, token_file):
     args = ["-p", 4, "-n", 0, "--verify", 3, "--tokens", token_file, "--core", "stable"]
     rows = rows_of(model, *args, "-r", 2)[2:]
@@ -620,8 +634,8 @@ def test_verification_is_measured_against_a_decode_step(model, token_file):
         assert row["verify_over_decode"] > 0.0
         ns = np.array(row["samples_ns"], float)
         assert row["samples_ts"] == pytest.approx(list(3e9 / ns), rel=1e-5)
-        step = row["weight_bytes_per_token"] / row["avg_ns"]  # read once for all three
-        assert row["eff_bw_gbs"] == pytest.approx(step, rel=1e-4)
+        step = row["weight_bytes_per_token"] + row["kv_bytes_per_token"]  # once for all three
+        assert row["eff_bw_gbs"] == pytest.approx(step / row["avg_ns"], rel=1e-4)
     session = _core.Session(_core.Engine(model, n_threads=1))
     ids = np.array(TOKENS, np.int32)
     logits = []

@@ -18,7 +18,7 @@ from bench_programs import (
     parse_rows,
     run_program,
 )
-from bench_report import BYTES, Spread, markdown, summarize
+from bench_report import KV_BYTES, WEIGHT_BYTES, Spread, markdown, summarize
 from bench_roofline import bandwidth_of, points
 from compare_llama_cpp import OURS
 from make_synthetic_model import make_tiny_model
@@ -144,7 +144,9 @@ def test_peers_without_a_depth_flag_are_not_given_one():
 
 
 def row(program: str, tok_s: float, core: str = "", n_bytes: int | None = None) -> Measurement:
-    own = {"n_prompt": 0, "n_gen": 4, BYTES: n_bytes, "read_bw_gbs": 20.0 if n_bytes else None}
+    own: dict = {"n_prompt": 0, "n_gen": 4}
+    if n_bytes:
+        own |= {WEIGHT_BYTES: n_bytes - 100, KV_BYTES: 100, "read_bw_gbs": 20.0}
     return Measurement(program, "m.gguf", "tg4", core, tok_s, own)
 
 

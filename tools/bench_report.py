@@ -6,14 +6,21 @@ Everything in a table compares runs of the same round: the machine's mood is in 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench_programs import Failure, Measurement
 
-BYTES = "weight_bytes_per_token"
+WEIGHT_BYTES = "weight_bytes_per_token"
+KV_BYTES = "kv_bytes_per_token"
+
+
+def step_bytes(row: Mapping[str, Any]) -> int:
+    """Weights, keys and values that a decode step of a row reads; 0 where it is not known."""
+    weights = row.get(WEIGHT_BYTES) or 0
+    return weights and weights + (row.get(KV_BYTES) or 0)
 
 
 @dataclass(frozen=True)
@@ -126,13 +133,13 @@ def _fastest(table: dict[Key, Measurement], model: str, test: str, peers: Sequen
 def _has_bytes(table: dict[Key, Measurement], key: Key, ours: str) -> bool:
     dense = table.get((key[0], key[1], ours, ""))
     steps = table[key].row.get("n_prompt") == 0 and table[key].row.get("n_gen", 0) > 0
-    return bool(steps and dense and dense.row.get(BYTES) and table[key].row.get(BYTES))
+    return bool(steps and dense and step_bytes(dense.row) and step_bytes(table[key].row))
 
 
 def _of_byte_ratio(table: dict[Key, Measurement], key: Key, ours: str) -> float:
     """Core over dense speed, as a share of dense over core bytes: 1 is all that can be had."""
     core, dense = table[key], table[key[0], key[1], ours, ""]
-    return core.tok_s / dense.tok_s * core.row[BYTES] / dense.row[BYTES]
+    return core.tok_s / dense.tok_s * step_bytes(core.row) / step_bytes(dense.row)
 
 
 def markdown(lines: Sequence[Line], failures: Sequence[Failure], peers: Sequence[str]) -> str:
@@ -152,7 +159,7 @@ def markdown(lines: Sequence[Line], failures: Sequence[Failure], peers: Sequence
             cells.append(_text(line.over_best))
         cells += [_text(line.over_dense), _text(line.of_byte_ratio)]
         cells += [
-            _number(line.row.get(BYTES), 1 / 2**20, 1),
+            _number(step_bytes(line.row) or None, 1 / 2**20, 1),
             _number(line.row.get("eff_bw_gbs")),
             _number(line.row.get("read_bw_share")),
         ]

@@ -1,4 +1,4 @@
-"""The roofline of decoding: tokens per second against the weight bytes that a token reads.
+"""The roofline of decoding: tokens per second against the bytes that a token reads.
 
 A point on the line reads at the machine's bandwidth; core neurons move points to the left and,
 where decoding is limited by memory, up along the line.
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_report import BYTES, Line
+from bench_report import Line, step_bytes
 
 
 def bandwidth_of(lines: Sequence[Line]) -> float | None:
@@ -25,13 +25,13 @@ def points(lines: Sequence[Line], ours: str) -> list[tuple[str, float, Line]]:
     Peers read the same file, so they stand at the bytes of our own dense row.
     """
     dense = {
-        (line.model, line.test): line.row[BYTES]
+        (line.model, line.test): step_bytes(line.row)
         for line in lines
-        if line.program == ours and not line.core and line.row.get(BYTES)
+        if line.program == ours and not line.core
     }
     found = []
     for line in lines:
-        read = line.row.get(BYTES) or dense.get((line.model, line.test))
+        read = step_bytes(line.row) or dense.get((line.model, line.test))
         if line.test.startswith("tg") and read:
             found.append((f"{Path(line.model).stem}: {line.label}", read / 2**20, line))
     return found
@@ -86,7 +86,7 @@ def plot(lines: Sequence[Line], ours: str, path: Path) -> bool:
         axis.set_major_formatter(ScalarFormatter())
         axis.set_minor_formatter(ScalarFormatter())
         axis.set_tick_params(which="both", labelsize=7)
-    axes.set_xlabel("weights read for a token (MiB)")
+    axes.set_xlabel("read for a token (MiB)")
     axes.set_ylabel("tokens per second")
     axes.grid(True, which="both", linewidth=0.3)
     axes.legend(fontsize=7)

@@ -143,6 +143,8 @@ class KvCache {
   virtual ~KvCache() = default;
   const KvSpec& spec() const { return spec_; }
   virtual size_t committed_bytes() const = 0;
+  // Of one position's keys and values in one layer, without padding.
+  virtual size_t position_bytes() const = 0;
   // Copies positions [0, n) of every layer out of and into the cache, in the cache's own types.
   virtual std::vector<std::byte> save(int64_t n) const = 0;
   virtual void restore(std::span<const std::byte> bytes, int64_t n) = 0;

@@ -164,8 +164,7 @@ std::vector<std::byte> CpuKvCache::save(int64_t n) const {
                 static_cast<long long>(n), static_cast<long long>(spec_.n_ctx));
   }
   const auto rows = static_cast<size_t>(n);
-  std::vector<std::byte> bytes(static_cast<size_t>(spec_.n_layer * n_head_kv()) * rows *
-                               (key_row_bytes_ + value_row_bytes_));
+  std::vector<std::byte> bytes(static_cast<size_t>(spec_.n_layer) * rows * position_bytes());
   std::byte* out = bytes.data();
   for (int64_t layer = 0; layer < spec_.n_layer; ++layer) {
     for (int64_t head = 0; head < n_head_kv(); ++head) {
@@ -186,8 +185,7 @@ void CpuKvCache::restore(std::span<const std::byte> bytes, int64_t n) {
     throw_error(ErrorKind::kValue, "%lld KV positions to restore, expected 0 to n_ctx (%lld)",
                 static_cast<long long>(n), static_cast<long long>(spec_.n_ctx));
   }
-  const size_t expected =
-      static_cast<size_t>(spec_.n_layer * n_head_kv()) * rows * (key_row_bytes_ + value_row_bytes_);
+  const size_t expected = static_cast<size_t>(spec_.n_layer) * rows * position_bytes();
   if (bytes.size() != expected) {
     throw_error(ErrorKind::kValue,
                 "saved KV state of %zu bytes, expected %zu for %lld positions; it was saved from "

@@ -17,6 +17,9 @@ class CpuKvCache final : public KvCache {
   CpuKvCache(const KvSpec& spec, Isa isa);
 
   size_t committed_bytes() const override;
+  size_t position_bytes() const override {
+    return static_cast<size_t>(n_head_kv()) * (key_row_bytes_ + value_row_bytes_);
+  }
   // Layer by layer, keys then values, head by head, one row a position; 8-bit rows are their codes,
   // then their float16 scales.
   std::vector<std::byte> save(int64_t n) const override;

@@ -62,6 +62,7 @@ class SplitKvCache final : public KvCache {
   size_t committed_bytes() const override {
     return cpu_->committed_bytes() + gpu_->committed_bytes();
   }
+  size_t position_bytes() const override { return cpu_->position_bytes(); }
   std::vector<std::byte> save(int64_t n) const override {
     std::vector<std::byte> bytes = cpu_->save(n);
     const std::vector<std::byte> rest = gpu_->save(n);

@@ -145,6 +145,7 @@ std::vector<Column> own_columns() {
       integer("compact_bytes", [](const Row& r) { return r.compact_bytes; }),
       integer("compact_source_bytes", [](const Row& r) { return r.compact_source_bytes; }),
       integer("weight_bytes_per_token", [](const Row& r) { return r.weight_bytes; }),
+      integer("kv_bytes_per_token", [](const Row& r) { return r.kv_read_bytes; }),
       number("eff_bw_gbs", [](const Row& r) { return r.eff_gb_per_s(); }),
       number("read_bw_gbs", [](const Row& r) { return if_measured(r, r.bandwidth.gb_per_s); }),
       integer("read_bw_bytes", [](const Row& r) { return if_measured(r, r.bandwidth.bytes); }),

@@ -57,7 +57,7 @@ class MarkdownPrinter final : public Printer {
       add("core", -static_cast<int>(width), [](const Row& r) { return r.setting.name(); });
       add("kept", 5, [](const Row& r) { return scaled(r.ffn_kept_frac, 3, 1.0); });
     }
-    add("MiB/step", 8, [](const Row& r) { return scaled(r.weight_bytes, 1, 1.0 / (1 << 20)); });
+    add("MiB/step", 8, [](const Row& r) { return scaled(r.step_bytes(), 1, 1.0 / (1 << 20)); });
     add("GB/s", 6, [](const Row& r) { return scaled(r.eff_gb_per_s(), 2, 1.0); });
     add("of bw", 5, [](const Row& r) { return scaled(r.bandwidth_share(), 2, 1.0); });
     add("ttft ms", 9, [](const Row& r) { return scaled(r.ttft_ns, 1, 1e-6); });

@@ -38,6 +38,11 @@ std::vector<double> Row::samples_ts() const {
 double Row::avg_ts() const { return mean(samples_ts()); }
 double Row::stddev_ts() const { return deviation(samples_ts()); }
 
+std::optional<int64_t> Row::step_bytes() const {
+  if (!weight_bytes) return std::nullopt;
+  return *weight_bytes + kv_read_bytes.value_or(0);
+}
+
 std::optional<double> Row::eff_gb_per_s() const {
   const TestKind kind = group.test.kind;
   if (!weight_bytes || kind == TestKind::kPrompt || kind == TestKind::kPromptGenerate) {
@@ -45,7 +50,7 @@ std::optional<double> Row::eff_gb_per_s() const {
   }
   // A verification reads the weights once for all of its tokens.
   const double steps = kind == TestKind::kVerify ? 1.0 : static_cast<double>(group.test.n_gen);
-  return static_cast<double>(*weight_bytes) * steps / avg_ns();
+  return static_cast<double>(*step_bytes()) * steps / avg_ns();
 }
 
 std::optional<double> Row::bandwidth_share() const {

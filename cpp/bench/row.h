@@ -38,6 +38,7 @@ struct Row {
   std::optional<int64_t> compact_bytes;         // written
   std::optional<int64_t> compact_source_bytes;  // read from the file
   std::optional<int64_t> weight_bytes;          // that one decode step reads
+  std::optional<int64_t> kv_read_bytes;         // keys and values that it reads, of the mean step
   std::optional<int64_t> kv_bytes;              // committed for the cache
   std::optional<int64_t> ttft_ns;               // prefill, counting, select and compact
   std::optional<double> dense_step_ns;          // of the dense row of the same setting
@@ -54,7 +55,8 @@ struct Row {
   std::vector<double> samples_ts() const;  // tokens per second, one a repetition
   double avg_ts() const;
   double stddev_ts() const;
-  // Weights read per second while decoding, 10^9 bytes.
+  std::optional<int64_t> step_bytes() const;  // weights, keys and values
+  // Those read per second while decoding, 10^9 bytes.
   std::optional<double> eff_gb_per_s() const;
   std::optional<double> bandwidth_share() const;
   // Select and compact, over the time in which their bytes, read and written, could be read.

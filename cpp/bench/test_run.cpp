@@ -212,13 +212,28 @@ int64_t TestRun::repeat() {
   return ns;
 }
 
+// Of a decode step's keys and values, the mean of all steps; a verification reads those of its last
+// position.
+int64_t TestRun::kv_read_bytes() const {
+  const int64_t first = test_.n_depth + test_.n_prompt, n = test_.n_gen;
+  const auto at = [this](int64_t position) {
+    return static_cast<int64_t>(session_.kv_read_bytes(position));
+  };
+  if (test_.kind == TestKind::kVerify) return at(first + n - 1);
+  int64_t sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += at(first + i);
+  return sum / n;
+}
+
 void TestRun::fill(Row& row) const {
   const auto n = static_cast<double>(samples_ns_.size());
   row.samples_ns = samples_ns_;
   row.logits_hash = *hash_;
   row.kv_bytes = static_cast<int64_t>(session_.kv_bytes());
-  if (test_.n_gen > 0 && !setting_.exact)
+  if (test_.n_gen > 0 && !setting_.exact) {
     row.weight_bytes = static_cast<int64_t>(session_.decode_weight_bytes());
+    row.kv_read_bytes = kv_read_bytes();
+  }
   if (!verify_ratios_.empty()) row.verify_over_decode = median(verify_ratios_);
 
   const double choice_seconds =

@@ -41,6 +41,7 @@ class TestRun {
  private:
   using Ids = std::span<const int32_t>;
   Ids ids(int64_t begin, int64_t count) const;
+  int64_t kv_read_bytes() const;
   CoreShare share() const { return {setting_.beta, layers()}; }
   void prefill(Ids tokens);
   // Brings the session to n_depth positions and its decode weights to the dense ones.

@@ -339,6 +339,14 @@ size_t Session::decode_weight_bytes() const {
   return bytes;
 }
 
+size_t Session::kv_read_bytes(int64_t position) const {
+  int64_t n = 0;
+  for (const LayerConfig& layer : engine_->config().layers) {
+    n += layer.window > 0 ? std::min(position + 1, layer.window) : position + 1;
+  }
+  return static_cast<size_t>(n) * cache_->position_bytes();
+}
+
 // Weight bytes of a core set, before it is made, by the neurons kept of each layer.
 uint64_t Session::estimated_bytes(const std::function<int64_t(size_t)>& kept) const {
   const int64_t n_ff = engine_->config().n_ff;

@@ -129,6 +129,8 @@ class Session {
 
   const Timings& timings() const { return timings_; }
   size_t kv_bytes() const { return cache_->committed_bytes(); }
+  // Keys and values that decoding reads at a position, its own included.
+  size_t kv_read_bytes(int64_t position) const;
 
  private:
   void check_tokens(std::span<const int32_t> tokens) const;
