@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,63 @@ def test_peak_memory_stays_under_the_limit_and_nothing_changes(model):
     assert limited["peak"] <= limit
     assert limited["rss"] < limited["peak"]
     assert limited["logits"] == free["logits"]
+
+
+LOAD = """
+import sys
+from coreinfer import _core
+before = _core.memory()["rss"]
+engine = _core.Engine(sys.argv[1])
+print(_core.memory()["rss"] - before)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["Q4_0", "Q4_1", "Q5_K", "Q6_K", "F16"])
+def test_a_loaded_model_holds_little_more_than_its_file(tmp_path, dtype):
+    """Pages of the file are let go once their matrices are repacked."""
+    path = tmp_path / "model.gguf"
+    shape = replace(PAPER["llama2-7b"], n_layer=2, n_embd=1024, n_ff=8192, n_head=8, n_vocab=4096)
+    make_paper_model(path, replace(shape, n_head_kv=2), dtype)
+    program = [sys.executable, "-c", LOAD, str(path)]
+    held = int(subprocess.run(program, capture_output=True, text=True, check=True).stdout)
+    # Of code and working memory a few MiB come on top, which are not the model's.
+    assert 0.9 * path.stat().st_size < held < 1.1 * path.stat().st_size + 4 * MIB
+
+
+def test_a_new_prompt_under_a_limit_gets_its_own_neurons(model):
+    """The dense weights that were dropped are read again for them."""
+    prompts = [np.arange(first, first + 40, dtype=np.int32) for first in (100, 900)]
+    engines = (_core.Engine(model), small_limit(model))
+    sessions = [_core.Session(engine, n_ctx=64, n_batch=16) for engine in engines]
+    chosen = []
+    for tokens in prompts:
+        scores = []
+        for session in sessions:
+            session.reset()
+            session.prefill(tokens, statistic="flock", beta=0.1)
+            session.set_core(session.select(beta=0.1))
+            scores.append(session.score(tokens[:5]))
+        np.testing.assert_array_equal(*scores)
+        chosen.append(sessions[1].core_set)
+    assert not chosen[0].same_neurons(chosen[1])
+
+
+def test_the_command_line_keeps_to_a_limit_and_says_the_same(model):
+    def run_command(*limit: str) -> subprocess.CompletedProcess[str]:
+        argv = ["run", model, "-p", "word " * 20, "--raw", "-n", "4", "--temp", "0", "--json"]
+        core = ["--core", "stable", "--beta", "0.1", "--patch", "off", "--ctx", "128"]
+        command = [sys.executable, "-m", "coreinfer", *argv, *core, *limit]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    refused = run_command("--memory-limit", "1MiB")
+    needed = re.search(r"but (\d+) MiB are needed", refused.stderr)
+    assert refused.returncode == 1 and not refused.stdout and needed, refused.stderr
+    free, limited = run_command(), run_command("--memory-limit", needed[1] + "MiB")
+    assert free.returncode == limited.returncode == 0, limited.stderr
+    free_facts, facts = json.loads(free.stdout), json.loads(limited.stdout)
+    assert facts["text"] == free_facts["text"]
+    peaks = [f["timings"]["peak_resident_bytes"] for f in (facts, free_facts)]
+    assert peaks[0] <= 1.04 * int(needed[1]) * MIB < peaks[1]
 
 
 def test_a_limit_that_cannot_be_met_says_what_is_needed(model):
