@@ -1,6 +1,8 @@
-"""One measurement on a GPU, printed as a line of JSON: the device's own limits, a real model
-against its golden file, a model of ours, or the same shape in Transformers. device_report.py runs
-it, a process a measurement, so that one that fails or runs out of memory does not end the others.
+"""One measurement on a GPU, printed as JSON: the device's own limits, a real model against its
+golden file, a model of ours, or the same shape in Transformers. Each figure is printed when it is
+there, a line for a part, so that what ends a measurement early leaves the ones before it.
+device_report.py runs it, a process a measurement: one that fails or runs out of memory does not end
+the others.
 
 Written without a GPU at hand: its figures have not been read yet.
 """
@@ -21,6 +23,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
+def say(figures: dict[str, Any]) -> None:
+    """Prints a line of JSON at once."""
+    print(json.dumps(figures), flush=True)
+
+
 def median_seconds(run: Callable[[], None], repetitions: int) -> float:
     """Median wall time of run(), which must end with a wait for the device."""
     times = []
@@ -31,12 +38,21 @@ def median_seconds(run: Callable[[], None], repetitions: int) -> float:
     return statistics.median(times)
 
 
-def ceilings() -> dict[str, Any]:
+def ceilings(_: argparse.Namespace) -> None:
     """Copy bandwidth (bytes read and written), float16 product rate, host-to-device rate."""
     import torch
 
     device = torch.device("cuda")
     properties = torch.cuda.get_device_properties(device)
+
+    say(
+        {
+            "device": properties.name,
+            "device_memory": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "torch": torch.__version__,
+        }
+    )
 
     def timed(run: Callable[[], object], repetitions: int) -> float:
         run()
@@ -46,24 +62,16 @@ def ceilings() -> dict[str, Any]:
     n = 1 << 31
     source = torch.randint(0, 255, (n,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = 2 * n / timed(lambda: target.copy_(source), 10)
+    say({"copy_bytes_s": 2 * n / timed(lambda: target.copy_(source), 10)})
     a, b = (torch.randn(8192, 8192, dtype=torch.float16, device=device) for _ in range(2))
-    product = 2 * 8192**3 / timed(lambda: a @ b, 10)
-    pinned = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8).pin_memory()
+    say({"f16_flop_s": 2 * 8192**3 / timed(lambda: a @ b, 10)})
+    pinned = torch.ones(1 << 30, dtype=torch.uint8, pin_memory=True)
     on_device = torch.empty_like(pinned, device=device)
-    upload = (1 << 30) / timed(lambda: on_device.copy_(pinned, non_blocking=True), 5)
-    return {
-        "device": properties.name,
-        "device_memory": properties.total_memory,
-        "multiprocessors": properties.multi_processor_count,
-        "copy_bytes_s": copy,
-        "f16_flop_s": product,
-        "host_to_device_bytes_s": upload,
-        "torch": torch.__version__,
-    }
+    seconds = timed(lambda: on_device.copy_(pinned, non_blocking=True), 5)
+    say({"host_to_device_bytes_s": (1 << 30) / seconds})
 
 
-def golden(args: argparse.Namespace) -> dict[str, Any]:
+def golden(args: argparse.Namespace) -> None:
     """Dense decoding against a golden file: as close to float32 as llama.cpp's, or an error."""
     from measure_fidelity import Fidelity
 
@@ -71,15 +79,15 @@ def golden(args: argparse.Namespace) -> dict[str, Any]:
     figures = fidelity.dense_figures()
     kl_bar = 1.1 * fidelity.golden["llama_cpp_mean_kl20"]
     agreement_bar = fidelity.golden["llama_cpp_top1_agreement"] - 0.005
+    say(figures | {"kl20_bar": kl_bar, "agreement_bar": agreement_bar})
     if figures["kl20"] > kl_bar or figures["agreement"] < agreement_bar:
         raise SystemExit(
             f"KL20 is {figures['kl20']:.5f}, agreement {figures['agreement']:.4f}; expected at "
             f"most {kl_bar:.5f} and at least {agreement_bar:.4f}"
         )
-    return figures | {"kl20_bar": kl_bar, "agreement_bar": agreement_bar}
 
 
-def ours(args: argparse.Namespace) -> dict[str, Any]:
+def ours(args: argparse.Namespace) -> None:
     """Prefill, counting, selecting, compacting, and decoding dense and with core neurons."""
     from coreinfer import _core
 
@@ -94,16 +102,17 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
         n_ctx=args.n_ctx,
         n_batch=args.prompt,
     )
-    result: dict[str, Any] = {
-        "backend": engine.backend["description"],
-        "load_seconds": time.perf_counter() - start,
-        "weight_bytes": engine.weight_bytes,
-        "ffn_bytes": engine.ffn_bytes,
-        "ffn_resident": engine.ffn_resident,
-        "prompt": args.prompt,
-        "n_layer": engine.n_layer,
-        "core": [],
-    }
+    say(
+        {
+            "backend": engine.backend["description"],
+            "load_seconds": time.perf_counter() - start,
+            "weight_bytes": engine.weight_bytes,
+            "ffn_bytes": engine.ffn_bytes,
+            "ffn_resident": engine.ffn_resident,
+            "prompt": args.prompt,
+            "n_layer": engine.n_layer,
+        }
+    )
     session = _core.Session(engine, n_ctx=args.n_ctx, n_batch=args.prompt)
     rng = np.random.default_rng(0)
     prompt = rng.integers(0, engine.n_vocab, args.prompt, dtype=np.int32)
@@ -112,6 +121,23 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     def prefill(statistic: str | None) -> None:
         session.reset()
         session.prefill(prompt, statistic=statistic)
+
+    def choose(beta: float) -> dict[str, float]:
+        session.set_core(None)
+        session.reset()
+        start = time.perf_counter()
+        session.prefill(prompt, statistic="flock", beta=beta)
+        prefilled = time.perf_counter()
+        core = session.select(beta=beta)
+        selected = time.perf_counter()
+        session.set_core(core)
+        compacted = time.perf_counter()
+        return {
+            "time_to_first_token": compacted - start,
+            "prefill_seconds": prefilled - start,
+            "select_seconds": selected - prefilled,
+            "compact_seconds": compacted - selected,
+        }
 
     def decode() -> float:
         for token in tokens[:4]:  # the step becomes a graph
@@ -124,43 +150,36 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     streamed = not engine.ffn_resident
     if not streamed:
         prefill(None)  # workspaces are taken, cuBLAS is warm
-        result["prefill_seconds"] = median_seconds(lambda: prefill(None), 3)
+        say({"prefill_seconds": median_seconds(lambda: prefill(None), 3)})
         seconds = decode()
-        result["dense_seconds_a_token"] = seconds
-        result["dense_bytes_a_token"] = session.decode_weight_bytes
-    for statistic in ("count", "flock"):
-        prefill(statistic)
-        key = f"prefill_{statistic}_seconds"
-        result[key] = median_seconds(lambda s=statistic: prefill(s), 1 if streamed else 3)
+        say({"dense_seconds_a_token": seconds, "dense_bytes_a_token": session.decode_weight_bytes})
+        for statistic in ("count", "flock"):
+            prefill(statistic)
+            seconds = median_seconds(lambda s=statistic: prefill(s), 3)
+            say({f"prefill_{statistic}_seconds": seconds})
+    core_figures: list[dict[str, Any]] = []
     for beta in betas:
-        session.reset()
-        start = time.perf_counter()
-        session.prefill(prompt, statistic="flock", beta=beta)
-        prefilled = time.perf_counter()
-        core = session.select(beta=beta)
-        selected = time.perf_counter()
-        session.set_core(core)
-        compacted = time.perf_counter()
+        first = choose(beta)  # takes memory that the others find there
+        again = [choose(beta) for _ in range(3)]
         seconds = decode()
-        result["core"].append(
-            {
+        core_figures.append(
+            {key: statistics.median(times[key] for times in again) for key in first}
+            | {f"first_{key}": value for key, value in first.items()}
+            | {
                 "beta": beta,
-                "time_to_first_token": compacted - start,
-                "prefill_seconds": prefilled - start,
-                "select_seconds": selected - prefilled,
-                "compact_seconds": compacted - selected,
                 "compact_bytes": session.timings["compact_bytes"],
+                "compact_source_bytes": session.timings["compact_source_bytes"],
                 "seconds_a_token": seconds,
                 "bytes_a_token": session.decode_weight_bytes,
             }
         )
-        session.set_core(None)
-    result["peak_device_bytes"] = engine.backend["device_peak"]
-    return result
+        say({"core": core_figures, "peak_device_bytes": engine.backend["device_peak"]})
 
 
-def transformers(args: argparse.Namespace) -> dict[str, Any]:
-    """The same shape with random weights in Transformers, under a limit with accelerate."""
+def transformers(args: argparse.Namespace) -> None:
+    """The same shape in Transformers, under a limit with accelerate: it keeps as many layers on the
+    device as fit beside a GiB for the context and what a layer works with, the others come in with
+    every token."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
@@ -204,6 +223,7 @@ def transformers(args: argparse.Namespace) -> dict[str, Any]:
         room = {0: int((args.vram_limit - 1) * 2**30), "cpu": 100 << 30}
         blocks = ["OPTDecoderLayer", "LlamaDecoderLayer"]
         device_map = infer_auto_device_map(model, room, no_split_module_classes=blocks)
+        say({"offloaded": [name for name, where in device_map.items() if where == "cpu"]})
         model = dispatch_model(model, device_map)
     else:
         with torch.device("cuda"):
@@ -221,16 +241,18 @@ def transformers(args: argparse.Namespace) -> dict[str, Any]:
 
     seconds_of(2)
     first, rest = seconds_of(1), seconds_of(args.gen + 1)
-    return {
-        "prompt": args.prompt,
-        "time_to_first_token": first,
-        "seconds_a_token": (rest - first) / args.gen,
-        "peak_device_bytes": torch.cuda.max_memory_allocated(),
-    }
+    say(
+        {
+            "prompt": args.prompt,
+            "time_to_first_token": first,
+            "seconds_a_token": (rest - first) / args.gen,
+            "peak_device_bytes": torch.cuda.max_memory_allocated(),
+        }
+    )
 
 
 def main() -> int:
-    """Runs one measurement; its JSON is the last line of stdout."""
+    """Runs one measurement."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["ceilings", "golden", "ours", "transformers"])
     parser.add_argument("--model", default="", help="GGUF file, for golden and ours")
@@ -242,13 +264,8 @@ def main() -> int:
     parser.add_argument("--n-ctx", type=int, default=1024)
     parser.add_argument("--vram-limit", type=float, default=0.0, help="GiB; 0: none")
     args = parser.parse_args()
-    run = {
-        "ceilings": lambda _: ceilings(),
-        "golden": golden,
-        "ours": ours,
-        "transformers": transformers,
-    }
-    print(json.dumps(run[args.what](args)))
+    run = {"ceilings": ceilings, "golden": golden, "ours": ours, "transformers": transformers}
+    run[args.what](args)
     return 0
 
 

@@ -159,6 +159,7 @@ nb::dict timings_dict(const Session& s) {
   d["compact_seconds"] = t.compact_seconds;
   d["patch_seconds"] = t.patch_seconds;
   d["compact_bytes"] = s.compact_bytes();
+  d["compact_source_bytes"] = s.compact_source_bytes();
   d["decode_tokens"] = t.decode_tokens;
   d["decode_seconds"] = t.decode_seconds;
   d["drafted_tokens"] = t.drafted_tokens;
