@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections import ChainMap
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,11 @@ import pytest
 import device_paper
 import device_report
 import device_targets
+from coreinfer import _core
+from cuda_host.build import NoCompiler, host_library
 from cuda_host.target import HAS_DEVICE
 from device_report import Report, joined
+from make_synthetic_model import make_tiny_model
 from synthetic_shapes import PAPER
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "device_report.py"
@@ -85,8 +90,8 @@ def test_a_target_that_was_named_and_is_not_there_is_a_failure():
 class SlowReport(Report):
     """Every command takes all of its time, by a clock of its own, and ends well."""
 
-    def __init__(self, folder, seconds):
-        super().__init__(folder, folder, seconds)
+    def __init__(self, folder, seconds, kept):
+        super().__init__(folder, folder, seconds, kept)
         self.commands, self.ends = {}, {}
 
     def execute(self, command, limit, cwd):
@@ -104,9 +109,9 @@ class SlowReport(Report):
             ends.append(device_report.time.now)
         device_report.time.now = max(ends)
 
-    def run(self, name, command, limit, cwd=device_report.ROOT):
+    def run(self, name, command, limit, cwd=device_report.ROOT, *, rows=False):
         self.commands[name] = list(map(str, command))
-        stage = super().run(name, command, limit, cwd)
+        stage = super().run(name, command, limit, cwd, rows=rows)
         self.ends[name] = device_report.time.now
         return stage
 
@@ -125,8 +130,8 @@ def slow(tmp_path, monkeypatch):
     model.write_bytes(b"")
     args = Namespace(wheels=tmp_path, llama_bench=None, model=[model], golden=golden)
 
-    def run(seconds):
-        report = SlowReport(tmp_path, seconds)
+    def run(seconds, kept=()):
+        report = SlowReport(tmp_path, seconds, kept)
         assert device_report.everything(report, args)
         return report
 
@@ -143,10 +148,46 @@ def test_the_last_stages_are_reached_when_every_one_takes_all_its_time(slow):
     assert [n for n in notes if n in names] == names
     for name in names:
         assert "left out" not in notes[name], name
-    assert notes["llama2-7b q8_0"] == "left out: no time left"
+    assert notes["llama2-7b q8_0"].startswith("left out: no time left")
     left = device_report.DEADLINE - sum(device_report.BEFORE.values())
     assert left - device_report.GOLDEN - device_report.CHECKS >= device_report.MEASURE
     assert report.ends["golden"] + device_report.CHECKS <= 1000 + device_report.DEADLINE
+
+
+def test_no_time_is_put_aside_for_checks_that_were_done(slow):
+    first = slow(device_report.DEADLINE)
+    done = [s for s in first.stages if s.name in [*device_report.CHECKED, "golden"]]
+    assert len(done) == 6
+    start = device_report.time.now
+    again = slow(device_report.DEADLINE, done)
+    assert "golden" not in again.ends
+    end = start + device_report.DEADLINE
+    assert end - device_report.CHECKS < max(again.ends.values()) <= end
+
+
+def test_what_needs_no_build_of_ours_is_measured_where_it_failed(slow, monkeypatch):
+    monkeypatch.setattr(device_report, "build", lambda *_: False)
+    names = [stage.name for stage in slow(device_report.DEADLINE).stages]
+    assert names == [
+        "device",
+        "ceilings",
+        "opt-6.7b f16 transformers in 8 GiB",
+        "opt-13b f16 transformers in 14 GiB",
+        "llama2-7b f16 transformers",
+        "opt-6.7b f16 transformers",
+    ]
+
+
+def test_a_large_model_is_left_out_where_a_small_one_has_time(slow):
+    assert device_report.model_bytes("opt-13b", "f16") == pytest.approx(25.7e9, rel=0.01)
+    assert device_report.model_bytes("llama2-7b", "q4_0") == pytest.approx(3.8e9, rel=0.01)
+    sizes = [device_report.model_bytes("llama2-70b", "f16", n) for n in (2, 6)]
+    assert sizes[1] - sizes[0] == pytest.approx(4 * 1.71e9, rel=0.01)
+    report = slow(10_000)
+    report.deadline = device_report.time.now + report.reserve + 35
+    assert device_report.no_time_for(report, "large", int(25.7e9))
+    assert report.stages[-1].note == "left out: no time left (35 s; it takes 49)"
+    assert not device_report.no_time_for(report, "small", int(3.8e9))
 
 
 def test_with_and_without_a_limit_the_same_prompt_is_read(slow):
@@ -163,6 +204,15 @@ def test_with_and_without_a_limit_the_same_prompt_is_read(slow):
             assert f"{name}, {n} layers" in commands
 
 
+def ended(pid: int) -> bool:
+    """Whether a process ends within five seconds."""
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text():
+            return True
+        time.sleep(0.05)
+    return False
+
+
 @pytest.fixture
 def report(tmp_path) -> Report:
     return Report(tmp_path, tmp_path, 60)
@@ -177,11 +227,119 @@ def test_a_stage_has_its_own_limit_and_the_next_one_runs(report):
     )
     assert (failed.ok, failed.note) == (False, "exit status 3; why")
     lines = "print('log'); print('{\"a\": 1}'); print('{\"a\": 2}')"
-    both = report.run("lines", [sys.executable, "-c", lines], 30)
+    both = report.run("lines", [sys.executable, "-c", lines], 30, rows=True)
     assert both.data == {"rows": [{"a": 1}, {"a": 2}]}
     assert [s.name for s in report.stages] == ["slow", "failed", "lines"]
     braces = report.run("braces", [sys.executable, "-c", "print('{not json'); print('{}')"], 30)
     assert (braces.ok, braces.data) == (True, {})
+
+
+def test_what_was_measured_before_a_command_failed_is_kept(report, tmp_path):
+    said = 'print(\'{"a": 1, "b": 1}\', flush=True); print(\'{"b": 2}\', flush=True); '
+    for name, end in {
+        "crash": "raise ValueError('odd')",
+        "hang": "import time; time.sleep(60)",
+    }.items():
+        stage = report.run(name, [sys.executable, "-c", said + end], 6)
+        assert not stage.ok
+        assert stage.data == {"a": 1, "b": 2}
+        assert "{" not in stage.note  # figures are no explanation
+    assert "ValueError: odd" in report.stages[0].note
+    first, second = json.loads((tmp_path / "report.json").read_text())
+    assert first["data"] == second["data"] == {"a": 1, "b": 2}
+
+
+def test_complaints_of_a_compiler_are_in_the_note(report):
+    words = ["x.cpp:3:1: error: expected ';'", "ninja: stopped", *"abcd"]
+    stage = report.run("build", [sys.executable, "-c", f"print('\\n'.join({words})); exit(1)"], 30)
+    assert stage.note == "exit status 1; x.cpp:3:1: error: expected ';' | b | c | d"
+
+
+def test_what_a_report_has_is_not_done_again(report, tmp_path):
+    figures = [sys.executable, "-c", "print('{\"a\": 1}')"]
+    report.run("figures", figures, 30)
+    report.run("make model", [sys.executable, "-c", ""], 30)
+    report.run("tests, kernels", [sys.executable, "-c", ""], 30)
+    report.run("tests, engine", [sys.executable, "-c", "exit(1)"], 30)
+    report.run("broken", [*figures[:2], figures[2] + "; exit(1)"], 30)
+    log = (tmp_path / "report.log").read_text()
+    kept = device_report.kept_stages(tmp_path)
+    assert [s.name for s in kept] == ["figures", "tests, kernels"]
+    again = Report(tmp_path, tmp_path, 60, kept)
+    assert again.run("figures", ["no such command"], 30).data == {"a": 1}
+    assert again.has("figures", "tests, kernels") and not again.has("figures", "broken")
+    assert again.run("broken", figures, 30).ok
+    assert device_report.can_run(again, "tests, kernels", "no_such_module")
+    names = [stage["name"] for stage in json.loads((tmp_path / "report.json").read_text())]
+    assert names == ["figures", "tests, kernels", "broken"]
+    assert (tmp_path / "report.log").read_text().startswith(log)
+    assert device_report.kept_stages(tmp_path / "nothing") == []
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """Writes a shell script of that name; PATH has these alone and what shells need."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.setattr(device_report, "TOOLKIT", tmp_path / "toolkit")
+
+    def program(name: str, script: str) -> None:
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o700)
+
+    return program
+
+
+@pytest.mark.skipif(HAS_DEVICE, reason="there is a device here")
+@pytest.mark.parametrize(
+    "says, architecture",
+    [("NVIDIA X, 580.1, 143771 MiB, 9.0", "90-real"), ("an old driver", "native"), ("", "")],
+)
+def test_the_library_is_built_for_the_device_that_is_there(tmp_path, programs, says, architecture):
+    programs("nvidia-smi", f"echo '{says}'" if says else "exit 9")
+    assert device_report.find_device(Report(tmp_path, tmp_path, 60)) == architecture
+
+
+def test_a_build_that_cannot_be_says_what_it_lacks(tmp_path, programs, monkeypatch):
+    report = Report(tmp_path, tmp_path, 60)
+    monkeypatch.setattr(report, "lacks", lambda *modules: "")
+    monkeypatch.setattr(report, "execute", lambda *_: ("", True, ""))
+    monkeypatch.setattr(device_report.shutil, "which", lambda name, path=None: None)
+    assert not device_report.build(report, None, "90")
+    toolkit = tmp_path / "toolkit" / "bin"
+    assert report.stages[-1].note == f"left out: no nvcc on PATH or in {toolkit}"
+    monkeypatch.setattr(device_report.shutil, "which", lambda name, path=None: path and "there")
+    assert device_report.build(report, None, "90")
+    monkeypatch.setattr(report, "lacks", lambda *modules: f"left out: needs {', '.join(modules)}")
+    assert not device_report.build(report, None, "90")
+    assert report.stages[-1].note == "left out: needs pip, scikit_build_core, nanobind"
+
+
+def test_a_toolkit_that_is_not_on_path_is_found(tmp_path, programs):
+    for folder, file in (("bin", "nvcc"), ("lib64", "libcublas.so.13")):
+        (tmp_path / "toolkit" / folder).mkdir(parents=True)
+        (tmp_path / "toolkit" / folder / file).touch(mode=0o700)
+    report = Report(tmp_path, tmp_path, 60)
+    assert report.env["PATH"].endswith(str(tmp_path / "toolkit" / "bin"))
+    if device_report.find_cublas() == tmp_path / "toolkit" / "lib64" / "libcublas.so.13":
+        return
+    assert importlib.util.find_spec("nvidia") is not None  # a wheel has it here
+
+
+def test_ended_from_outside_it_ends_its_child(tmp_path, programs):
+    programs("nvidia-smi", f"echo $$ > {tmp_path / 'pid'}; exec sleep 60")
+    command = [sys.executable, str(TOOL), "--out", str(tmp_path / "out"), "--work", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for _ in range(200):
+        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
+            break
+        time.sleep(0.05)
+    time.sleep(0.5)  # until it waits for its child
+    process.terminate()
+    assert process.wait(10) == 1
+    assert process.stderr.read() == "ended from outside\n"
+    assert ended(int((tmp_path / "pid").read_text()))
 
 
 def test_one_log_has_what_all_commands_said(report, tmp_path):
@@ -217,12 +375,7 @@ def test_children_of_a_stage_that_is_out_of_time_end_with_it(report, tmp_path):
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     done = report.run("parent", [sys.executable, "-c", parent], 6, cwd=tmp_path)
     assert done.note.startswith("not done after 6 s") and done.seconds < 10
-    pid = int((tmp_path / "pid").read_text())
-    for _ in range(100):
-        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text():
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"process {pid} still runs")
+    assert ended(int((tmp_path / "pid").read_text()))
 
 
 def test_what_a_stage_lacks_is_said_first(report):
@@ -240,6 +393,44 @@ def test_parts_of_a_model_are_joined_in_order(report, tmp_path):
     assert "missing" in report.stages[-1].note
 
 
+def test_a_model_of_ours_gives_every_figure_that_the_targets_ask_for(tmp_path, monkeypatch):
+    """The measuring itself, with the CUDA backend on the host."""
+    try:
+        library = host_library()
+    except NoCompiler as error:
+        pytest.skip(str(error))
+    model = tmp_path / "model.gguf"
+    make_tiny_model(model, "opt", "F16", n_layer=12, n_ff=2048)
+    monkeypatch.setenv("COREINFER_CUDA_LIBRARY", str(library))
+    tool = TOOL.with_name("device_bench.py")
+    command = [sys.executable, str(tool), "ours", "--model", str(model), "--beta", "0.2"]
+    command += ["--prompt", "4", "--gen", "1", "--n-ctx", "32"]
+
+    def figures(*options: str) -> dict:
+        done = subprocess.run([*command, *options], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return dict(ChainMap(*reversed([json.loads(line) for line in done.stdout.splitlines()])))
+
+    free = figures()
+    resident = _core.Engine(str(model), n_gpu_layers=-1, vram_limit=1 << 30)
+    own = (1 << 30) - resident.backend["device_memory"]
+    limit = (own + free["weight_bytes"]) / 2**30  # the context and the core come beside these
+    data = {
+        "ceilings": {"copy_bytes_s": 1e9, "f16_flop_s": 1e9, "host_to_device_bytes_s": 1e9},
+        "llama2-7b f16": free,
+        "opt-6.7b f16": free,
+        "opt-6.7b f16 in 8 GiB": figures("--vram-limit", str(limit)),
+        "opt-6.7b f16 transformers in 8 GiB": {"seconds_a_token": 1.0},
+    }
+    assert free["ffn_resident"] and not data["opt-6.7b f16 in 8 GiB"]["ffn_resident"]
+    assert data["opt-6.7b f16 in 8 GiB"]["peak_device_bytes"] < limit * 2**30
+    for what, _, found in device_targets.rows(data):
+        of_these = ("7B f16" in what and "0.4" not in what and "llama.cpp" not in what) or (
+            "opt-6.7b" in what
+        )
+        assert (found == "not measured") != of_these, what
+
+
 def core(beta: float, seconds: float, **more: float) -> dict:
     return {"beta": beta, "seconds_a_token": seconds, "bytes_a_token": 5e9} | more
 
@@ -254,7 +445,14 @@ def test_figures_become_the_ratios_of_the_targets():
             "prefill_seconds": 0.02,
             "prefill_flock_seconds": 0.021,
             "core": [
-                core(0.2, 0.005, compact_bytes=1e9, select_seconds=0.001, compact_seconds=0.002)
+                core(
+                    0.2,
+                    0.005,
+                    compact_bytes=0.5e9,
+                    compact_source_bytes=1.5e9,
+                    select_seconds=0.001,
+                    compact_seconds=0.002,
+                )
             ],
         },
         "llama2-7b f16 llama-bench": {
@@ -273,7 +471,7 @@ def test_figures_become_the_ratios_of_the_targets():
     assert found["dense decode, 7B f16, share of copy bandwidth"] == "0.625"
     assert found["core decode ÷ dense, 7B f16, β = 0.2, of the byte ratio"] == "0.8"
     assert found["dense decode ÷ llama.cpp, 7B f16"] == "1.25"
-    assert found["prefill, 7B f16, 512 tokens, share of the product rate"] == "0.5"
+    assert found["prefill, 7B f16, 512 tokens, share of the product rate"] == "0.487"
     assert found["counting (flock), share of prefill, 7B f16"] == "0.05"
     assert found["select + compact, 7B f16, β = 0.2, over bytes moved ÷ bandwidth"] == "3"
     opt = "opt-6.7b f16, β = 0.2, 8 GiB: "
