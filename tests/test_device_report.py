@@ -400,7 +400,7 @@ def test_a_model_of_ours_gives_every_figure_that_the_targets_ask_for(tmp_path, m
     except NoCompiler as error:
         pytest.skip(str(error))
     model = tmp_path / "model.gguf"
-    make_tiny_model(model, "opt", "F16", n_layer=12, n_ff=2048)
+    make_tiny_model(model, "opt", "F32", n_layer=6, n_ff=2048)
     monkeypatch.setenv("COREINFER_CUDA_LIBRARY", str(library))
     tool = TOOL.with_name("device_bench.py")
     command = [sys.executable, str(tool), "ours", "--model", str(model), "--beta", "0.2"]
