@@ -85,7 +85,7 @@ __device__ void store_row(const KvPlane& plane, int head, int64_t head_dim, int6
 
 // grid: (rows, parts of the heads)
 __global__ void __launch_bounds__(kThreads) rope_kernel(COREINFER_PARAMETER RopeArgs a) {
-  begin_kernel();
+  let_next_start();
   __shared__ float cos[kMaxPairs], sin[kMaxPairs];
   const int64_t row = blockIdx.x;
   const int64_t position = a.first + (a.position != nullptr ? *a.position : 0) + row;
@@ -95,6 +95,7 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(COREINFER_PARAMETER Rope
     cos[i] = static_cast<float>(::cos(angle)) * a.rope_scale;
     sin[i] = static_cast<float>(::sin(angle)) * a.rope_scale;
   }
+  wait_for_previous();
   __syncthreads();
   const int warp = static_cast<int>(blockIdx.y) * kWarps + static_cast<int>(threadIdx.x) / kWarp;
   const int n_warps = static_cast<int>(gridDim.y) * kWarps;

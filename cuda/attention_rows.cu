@@ -19,13 +19,116 @@ __device__ __forceinline__ void visible(int64_t position, int64_t window, int64_
   *begin = static_cast<int>(from > 0 ? from : 0);
 }
 
+// Asks for the rows that a block will read of keys or values, while the kernel before still works.
+__device__ __forceinline__ void prefetch_rows(const KvPlane& plane, int64_t head, int64_t head_dim,
+                                              int64_t position, int64_t n) {
+  const int64_t bytes = plane.element == KvElement::kF16   ? 2
+                        : plane.element == KvElement::kF32 ? 4
+                                                           : 1;
+  const unsigned char* from = plane.data + head * plane.head_stride + position * head_dim * bytes;
+#pragma unroll 1
+  for (int64_t at = threadIdx.x * kLine; at < n * head_dim * bytes; at += kThreads * kLine) {
+    prefetch(from + at);
+  }
+}
+
 constexpr int kLanesPerPosition = 8;
 constexpr int kPositionsAtOnce = kThreads / kLanesPerPosition;
+
+// Positions of which a thread has loads under way together.
+template <int kGroup>
+constexpr int kBatchOf = kGroup == 1 ? 8 : 4;
+
+__device__ __forceinline__ int within(int p, int begin, int end) {
+  return p < begin ? begin : p < end ? p : end - 1;
+}
+
+// weights (kGroup, kSpan) = q k of the positions that are seen, eight lanes each; others are left.
+template <int kGroup, KvElement kElement>
+__device__ __forceinline__ void score(const AttentionArgs& a, const unsigned char* keys,
+                                      int64_t first, int begin, int end, int n_group,
+                                      const float* q, float* weights) {
+  constexpr int kBatch = kBatchOf<kGroup>;
+  const int dim = a.head_dim;
+  const int sub = static_cast<int>(threadIdx.x) % kLanesPerPosition;
+  const int mine = static_cast<int>(threadIdx.x) / kLanesPerPosition;
+  for (int p0 = begin / kPositionsAtOnce * kPositionsAtOnce; p0 < end;
+       p0 += kPositionsAtOnce * kBatch) {
+    float sums[kBatch][kGroup];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+#pragma unroll
+      for (int g = 0; g < kGroup; ++g) sums[b][g] = 0.0f;
+    }
+    for (int at = sub * 8; at < dim; at += kLanesPerPosition * 8) {
+      RawElements raw[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int p = within(p0 + b * kPositionsAtOnce + mine, begin, end);
+        raw[b] = load_raw<kElement>(a.keys, keys, dim, first + p, at);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        float k[8];
+        values_of<kElement>(raw[b], k);
+#pragma unroll
+        for (int g = 0; g < kGroup; ++g) {
+          if (kGroup > 1 && g >= n_group) break;
+#pragma unroll
+          for (int i = 0; i < 8; ++i) sums[b][g] = fmaf(k[i], q[g * dim + at + i], sums[b][g]);
+        }
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int p = p0 + b * kPositionsAtOnce + mine;
+#pragma unroll
+      for (int g = 0; g < kGroup; ++g) {
+        float s = sums[b][g];
+        s += __shfl_xor_sync(kAllLanes, s, 4);
+        s += __shfl_xor_sync(kAllLanes, s, 2);
+        s += __shfl_xor_sync(kAllLanes, s, 1);
+        if (sub == 0 && g < n_group && p >= begin && p < end) weights[g * kSpan + p] = s;
+      }
+    }
+  }
+}
+
+// acc += weight * value of eight columns from `column` on, at every step-th position from p0 on.
+template <int kGroup, KvElement kElement>
+__device__ __forceinline__ void add_values(const AttentionArgs& a, const unsigned char* values,
+                                           int64_t first, int begin, int end, int n_group, int p0,
+                                           int step, int column, const float* weights,
+                                           float (&acc)[kGroup][8]) {
+  constexpr int kBatch = kBatchOf<kGroup>;
+  for (; p0 < end; p0 += step * kBatch) {
+    if (p0 + step * (kBatch - 1) < begin) continue;
+    RawElements raw[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int p = within(p0 + b * step, begin, end);
+      raw[b] = load_raw<kElement>(a.values, values, a.head_dim, first + p, column);
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      float v[8];
+      values_of<kElement>(raw[b], v);
+      const int p = p0 + b * step;
+#pragma unroll
+      for (int g = 0; g < kGroup; ++g) {
+        if (kGroup > 1 && g >= n_group) break;
+        const float w = p < end ? weights[g * kSpan + p] : 0.0f;  // and 0 before begin
+#pragma unroll
+        for (int i = 0; i < 8; ++i) acc[g][i] = fmaf(w, v[i], acc[g][i]);
+      }
+    }
+  }
+}
 
 // grid: (spans, key-value heads, each as many times as its query heads make groups, rows)
 template <int kGroup>
 __global__ void __launch_bounds__(kThreads) span_kernel(COREINFER_PARAMETER AttentionArgs a) {
-  begin_kernel();
+  let_next_start();
   COREINFER_DYNAMIC_SHARED(memory);
   const int dim = a.head_dim;
   auto* q = reinterpret_cast<float*>(memory);  // (kGroup, dim)
@@ -41,8 +144,14 @@ __global__ void __launch_bounds__(kThreads) span_kernel(COREINFER_PARAMETER Atte
   const int rest = heads_each - part * kGroup;
   const int n_group = rest < kGroup ? rest : kGroup;
   const int64_t position = first_position(a) + row;
+  const int64_t first = span * kSpan;
   int begin, end;
   visible(position, a.window, span, &begin, &end);
+  if (begin < end) {
+    prefetch_rows(a.keys, kv_head, dim, first + begin, end - begin);
+    prefetch_rows(a.values, kv_head, dim, first + begin, end - begin);
+  }
+  wait_for_previous();
   if (begin >= end) return;
 
   const int tid = static_cast<int>(threadIdx.x);
@@ -50,40 +159,10 @@ __global__ void __launch_bounds__(kThreads) span_kernel(COREINFER_PARAMETER Atte
     q[i] = a.q[row * a.q_stride + static_cast<int64_t>(head) * dim + i] * a.scale;
   }
   __syncthreads();
-
-  // Scores: eight lanes a position.
   const unsigned char* keys = a.keys.data + kv_head * a.keys.head_stride;
-  const int sub = tid % kLanesPerPosition;
-  for (int p0 = 0; p0 < kSpan; p0 += kPositionsAtOnce) {
-    const int p = p0 + tid / kLanesPerPosition;
-    const bool seen = p >= begin && p < end;
-    float score[kGroup];
-#pragma unroll
-    for (int g = 0; g < kGroup; ++g) score[g] = 0.0f;
-    if (seen) {
-      for (int at = sub * 8; at < dim; at += kLanesPerPosition * 8) {
-        float k[8];
-        load8(a.keys, keys, dim, span * kSpan + p, at, k);
-#pragma unroll
-        for (int g = 0; g < kGroup; ++g) {
-          if (g >= n_group) break;
-#pragma unroll
-          for (int i = 0; i < 8; ++i) score[g] = fmaf(k[i], q[g * dim + at + i], score[g]);
-        }
-      }
-    }
-#pragma unroll
-    for (int g = 0; g < kGroup; ++g) {
-      float s = score[g];
-      s += __shfl_xor_sync(kAllLanes, s, 4);
-      s += __shfl_xor_sync(kAllLanes, s, 2);
-      s += __shfl_xor_sync(kAllLanes, s, 1);
-      if (sub == 0 && g < n_group) {
-        if (a.softcap > 0.0f) s = a.softcap * tanhf(s / a.softcap);
-        weights[g * kSpan + p] = seen ? s : __int_as_float(static_cast<int>(0xff800000u));
-      }
-    }
-  }
+  with_element(a.keys.element, [&](auto element) {
+    score<kGroup, decltype(element)::value>(a, keys, first, begin, end, n_group, q, weights);
+  });
   __syncthreads();
 
   // Weights, maximum and sum: a warp a query head.
@@ -91,12 +170,18 @@ __global__ void __launch_bounds__(kThreads) span_kernel(COREINFER_PARAMETER Atte
   for (int g = tid / kWarp; g < n_group; g += kWarps) {
     float s[kSpan / kWarp];
     float largest = __int_as_float(static_cast<int>(0xff800000u));
+#pragma unroll
     for (int i = 0; i < kSpan / kWarp; ++i) {
-      s[i] = weights[g * kSpan + i * kWarp + lane];
+      const int p = i * kWarp + lane;
+      s[i] = 0.0f;
+      if (p < begin || p >= end) continue;
+      s[i] = weights[g * kSpan + p];
+      if (a.softcap > 0.0f) s[i] = a.softcap * tanhf(s[i] / a.softcap);
       largest = s[i] > largest ? s[i] : largest;
     }
     largest = warp_max(largest);
     float total = 0.0f;
+#pragma unroll
     for (int i = 0; i < kSpan / kWarp; ++i) {
       const int p = i * kWarp + lane;
       const float w = p >= begin && p < end ? expf(s[i] - largest) : 0.0f;
@@ -131,19 +216,11 @@ __global__ void __launch_bounds__(kThreads) span_kernel(COREINFER_PARAMETER Atte
     for (int i = 0; i < 8; ++i) acc[g][i] = 0.0f;
   }
   if (column < columns) {
-    for (int p = (tid / kWarp) * at_once + lane / lanes_a_position; p < end;
-         p += kWarps * at_once) {
-      if (p < begin) continue;
-      float v[8];
-      load8(a.values, values, dim, span * kSpan + p, column * 8, v);
-#pragma unroll
-      for (int g = 0; g < kGroup; ++g) {
-        if (g >= n_group) break;
-        const float w = weights[g * kSpan + p];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) acc[g][i] = fmaf(w, v[i], acc[g][i]);
-      }
-    }
+    const int p0 = (tid / kWarp) * at_once + lane / lanes_a_position;
+    with_element(a.values.element, [&](auto element) {
+      add_values<kGroup, decltype(element)::value>(a, values, first, begin, end, n_group, p0,
+                                                   kWarps * at_once, column * 8, weights, acc);
+    });
   }
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {

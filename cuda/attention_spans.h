@@ -37,33 +37,77 @@ __device__ __forceinline__ float* partial_of(const AttentionArgs& a, int64_t row
   return a.partials + ((row * a.n_head + head) * a.n_spans + span) * (a.head_dim + 2);
 }
 
-// Eight elements from `at` on of a row of the cache.
-__device__ __forceinline__ void load8(const KvPlane& plane, const unsigned char* head,
-                                      int64_t head_dim, int64_t position, int at, float (&v)[8]) {
+// Eight elements of a row of the cache as they lie there.
+struct RawElements {
+  uint4 a, b;  // f16: a; f32: both; q8_0: a.x, a.y, and the scale in a.z
+};
+
+template <KvElement kElement>
+__device__ __forceinline__ RawElements load_raw(const KvPlane& plane, const unsigned char* head,
+                                                int64_t head_dim, int64_t position, int at) {
   const int64_t element = position * head_dim + at;
-  if (plane.element == KvElement::kF16) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(head + 2 * element);
-    const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+  RawElements raw;
+  if constexpr (kElement == KvElement::kF16) {
+    raw.a = *reinterpret_cast<const uint4*>(head + 2 * element);
+  } else if constexpr (kElement == KvElement::kF32) {
+    const auto* from = reinterpret_cast<const uint4*>(head + 4 * element);
+    raw.a = from[0];
+    raw.b = from[1];
+  } else {
+    const uint2 codes = *reinterpret_cast<const uint2*>(head + element);
+    const auto* scales = reinterpret_cast<const uint16_t*>(head + plane.scales_start);
+    raw.a.x = codes.x;
+    raw.a.y = codes.y;
+    raw.a.z = scales[position * (head_dim / kKvGroup) + at / kKvGroup];
+  }
+  return raw;
+}
+
+template <KvElement kElement>
+__device__ __forceinline__ void values_of(const RawElements& raw, float (&v)[8]) {
+  const unsigned words[8] = {raw.a.x, raw.a.y, raw.a.z, raw.a.w,
+                             raw.b.x, raw.b.y, raw.b.z, raw.b.w};
+  if constexpr (kElement == KvElement::kF16) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       v[2 * i] = half_to_float(static_cast<uint16_t>(words[i]));
       v[2 * i + 1] = half_to_float(static_cast<uint16_t>(words[i] >> 16));
     }
-  } else if (plane.element == KvElement::kF32) {
-    const auto* raw = reinterpret_cast<const float4*>(head + 4 * element);
-    const float4 a = raw[0], b = raw[1];
-    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
-    v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-  } else {
-    const uint2 raw = *reinterpret_cast<const uint2*>(head + element);
-    const auto* scales = reinterpret_cast<const uint16_t*>(head + plane.scales_start);
-    const float scale = half_to_float(scales[position * (head_dim / kKvGroup) + at / kKvGroup]);
+  } else if constexpr (kElement == KvElement::kF32) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      v[i] = scale * static_cast<float>(static_cast<int8_t>(raw.x >> (8 * i)));
-      v[4 + i] = scale * static_cast<float>(static_cast<int8_t>(raw.y >> (8 * i)));
+    for (int i = 0; i < 8; ++i) v[i] = __uint_as_float(words[i]);
+  } else {
+    const float scale = half_to_float(static_cast<uint16_t>(words[2]));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      v[i] = scale * static_cast<float>(static_cast<int8_t>(words[i / 4] >> (8 * (i % 4))));
     }
   }
+}
+
+template <KvElement kElement>
+struct ElementIs {
+  static constexpr KvElement value = kElement;
+};
+// work(ElementIs<element>{}), so that loops over a cache do not ask what it holds.
+template <typename Work>
+__device__ __forceinline__ void with_element(KvElement element, const Work& work) {
+  if (element == KvElement::kF16) {
+    work(ElementIs<KvElement::kF16>{});
+  } else if (element == KvElement::kF32) {
+    work(ElementIs<KvElement::kF32>{});
+  } else {
+    work(ElementIs<KvElement::kQ8>{});
+  }
+}
+
+// Eight elements from `at` on of a row of the cache.
+__device__ __forceinline__ void load8(const KvPlane& plane, const unsigned char* head,
+                                      int64_t head_dim, int64_t position, int at, float (&v)[8]) {
+  with_element(plane.element, [&](auto element) {
+    constexpr KvElement kElement = decltype(element)::value;
+    values_of<kElement>(load_raw<kElement>(plane, head, head_dim, position, at), v);
+  });
 }
 
 }  // namespace coreinfer::cuda

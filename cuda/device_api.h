@@ -39,13 +39,35 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 void check(cudaError_t status, const char* call);
 #define COREINFER_CUDA_CHECK(call) ::coreinfer::cuda::check((call), #call)
 
-// The first statement of every kernel. From sm_90 on a kernel may be started while the one before
-// it still runs; here it waits for that one's results. Blocks that have nothing to do wait too:
-// otherwise the grid would count as finished before its predecessor.
-__device__ inline void begin_kernel() {
+// From sm_90 on a kernel may be started while the one before it still runs. It says at once that
+// the next may be started, too, and waits for the results of the one before where it needs them.
+// Until then it may read what no kernel writes that was launched since the stream's last full stop
+// (Context::after_kernel_): weights, positions, rope frequencies; it writes nothing. Every block
+// waits, also one that has nothing to do: otherwise the grid would count as finished before its
+// predecessor.
+__device__ inline void let_next_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+__device__ inline void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
+#endif
+}
+// The first statement of a kernel that has nothing to do before it waits.
+__device__ inline void begin_kernel() {
+  let_next_start();
+  wait_for_previous();
+}
+
+// Brings a line of 128 bytes into the L2 cache; whoever writes it later is heard.
+inline constexpr int64_t kLine = 128;
+__device__ inline void prefetch(const void* p) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#else
+  (void)p;
 #endif
 }
 
