@@ -389,11 +389,13 @@ void CudaBackend::exact_linear(Rows x, const Norm& norm, std::span<const Linear>
     for (; end < linears.size() && end - begin < kMaxJobs; ++end) {
       const Linear& l = linears[end];
       const CudaWeight& w = cuda_weight(*l.weight);
-      if (w.view().codes != first.view().codes || w.input_columns() != first.input_columns()) break;
-      a.jobs[a.n_jobs++] = {w.view(),    l.bias != nullptr ? l.bias->data() : nullptr,
-                            l.out.data,  l.out.stride,
-                            a.n_outputs, l.accumulate ? 1 : 0};
-      a.n_outputs += w.rows();
+      if (w.view().format() != first.view().format() ||
+          w.input_columns() != first.input_columns()) {
+        break;
+      }
+      a.jobs[a.n_jobs++] = {w.view(),   l.bias != nullptr ? l.bias->data() : nullptr,
+                            l.out.data, l.out.stride,
+                            0,          l.accumulate ? 1 : 0};
     }
     matvec(*context_, a, inputs.floats(first));
     begin = end;
@@ -437,7 +439,7 @@ void CudaBackend::exact_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, 
   const CudaWeight& up = cuda_weight(*ffn.up);
   const CudaWeight* gate = ffn.gate ? &cuda_weight(*ffn.gate) : nullptr;
   const float* bias = ffn.up_bias ? ffn.up_bias->data() : nullptr;
-  if (gate != nullptr && gate->view().codes != up.view().codes) {
+  if (gate != nullptr && gate->view().format() != up.view().format()) {
     // Of two types: two products, then the activation.
     hidden_.ensure(context_, static_cast<size_t>(kExactRows * h.width) * sizeof(float), "hidden");
     const Rows g{hidden_.as<float>(), x.n, h.width, h.width};
@@ -453,7 +455,6 @@ void CudaBackend::exact_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, 
   MatvecArgs a{};
   a.x = inputs.of(up);
   a.n_rows = static_cast<int32_t>(x.n);
-  a.n_outputs = up.rows();
   a.epilogue = epilogue_of(act);
   a.jobs[a.n_jobs++] = {up.view(), bias, h.data, h.stride, 0, 0};
   if (gate != nullptr) a.jobs[a.n_jobs++] = {gate->view(), nullptr, nullptr, 0, 0, 0};

@@ -213,7 +213,11 @@ CompactWeights CudaBackend::compact(std::span<const CompactSource> layers, Room*
     result.layers.push_back(std::move(ffn));
     if (source.finished) source.finished();
   }
-  if (room == nullptr) context_->synchronize();  // a prefill that goes on does not wait
+  if (room == nullptr) {
+    context_->synchronize();
+  } else {
+    context_->full_stop();  // a prefill that goes on does not wait
+  }
   return result;
 }
 

@@ -97,6 +97,13 @@ class Context {
   void await(const Event& event);
   void finish_loads();  // waits until the second stream is empty
 
+  // What is launched from now on starts after all that was launched before: for weights, which
+  // kernels read before they wait (device_api.h).
+  void full_stop() {
+    flush();
+    after_kernel_ = false;
+  }
+
   // For work put on the stream by others: flush first, and tell that the last work is no kernel.
   cudaStream_t stream_for_copy() {
     flush();

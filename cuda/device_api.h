@@ -42,7 +42,7 @@ void check(cudaError_t status, const char* call);
 // From sm_90 on a kernel may be started while the one before it still runs. It says at once that
 // the next may be started, too, and waits for the results of the one before where it needs them.
 // Until then it may read what no kernel writes that was launched since the stream's last full stop
-// (Context::after_kernel_): weights, positions, rope frequencies; it writes nothing. Every block
+// (Context::full_stop): weights, positions, rope frequencies; it writes nothing. Every block
 // waits, also one that has nothing to do: otherwise the grid would count as finished before its
 // predecessor.
 __device__ inline void let_next_start() {

@@ -1,8 +1,8 @@
-// Matrix-vector products for 1 to 16 rows, every weight type: one warp an output, each row summed
-// by itself in one order, so that its bits do not depend on how many rows there are. Flows in:
-// prepared rows and weights. Flows out: y = W x + bias, or the hidden row of a feed-forward
-// network. Larger batches are gemm.h's.
-// Has not run on a device yet; the tests run it on the host (tests/cuda_host).
+// Matrix-vector products for 1 to 16 rows, every weight type: one warp two rows of weights, which
+// share the reads of the input; each row summed by itself in one order, so that its bits do not
+// depend on how many rows there are. Flows in: prepared rows and weights. Flows out: y = W x +
+// bias, or the hidden row of a feed-forward network. Larger batches are gemm.h's. Has not run on a
+// device yet; the tests run it on the host (tests/cuda_host).
 #pragma once
 
 #include "backend/backend.h"
@@ -19,7 +19,7 @@ struct MatvecJob {
   const float* bias;  // (rows) or null
   float* out;
   int64_t out_stride;
-  int64_t first;  // outputs of the jobs before it
+  int64_t first;  // warps of the jobs before it; matvec sets it
   int64_t accumulate;
 };
 
@@ -32,15 +32,15 @@ struct MatvecArgs {
   PreparedRows x;
   float* act_gate;
   int64_t act_gate_stride;
-  int64_t n_outputs;
+  int64_t n_warps;  // that have work; matvec sets it
   int32_t n_jobs;
   int32_t n_rows;
   Epilogue epilogue;
   int32_t unused;
 };
 
-// All jobs have the codes of jobs[0]. floats: read x.values and not x.codes.
-void matvec(Context& context, const MatvecArgs& args, bool floats);
+// All jobs have the format of jobs[0]. floats: read x.values and not x.codes.
+void matvec(Context& context, MatvecArgs args, bool floats);
 
 // h = act(gate) * up, in place of up; rows of equal width. gate null: h = act(up).
 void activate_rows(Context& context, Epilogue activation, Rows up, const float* gate,

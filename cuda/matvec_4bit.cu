@@ -4,16 +4,11 @@
 namespace coreinfer::cuda {
 
 bool matvec_4bit(Context& context, const MatvecArgs& a, bool floats) {
-  switch (a.jobs[0].w.codes) {
-    case Codes::k4:
-      return launch_quantised<Codes::k4>(context, a, floats), true;
-    case Codes::k4Lookup:
-      return launch_quantised<Codes::k4Lookup>(context, a, floats), true;
-    case Codes::k5:
-      return launch_quantised<Codes::k5>(context, a, floats), true;
-    default:
-      return false;
-  }
+  return launch_quantised<DType::kQ4_0>(context, a, floats) ||
+         launch_quantised<DType::kQ4_1>(context, a, floats) ||
+         launch_quantised<DType::kQ4_K>(context, a, floats) ||
+         launch_quantised<DType::kIQ4_NL>(context, a, floats) ||
+         launch_quantised<DType::kIQ4_XS>(context, a, floats);
 }
 
 }  // namespace coreinfer::cuda

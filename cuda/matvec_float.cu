@@ -30,22 +30,28 @@ __global__ void activate(COREINFER_PARAMETER ActivateArgs a) {
   }
 }
 
+template <DType kType>
+bool launch_floats(Context& context, const MatvecArgs& a) {
+  if (a.jobs[0].w.format() != format_of(kType)) return false;
+  return launch_matvec<kType, true, false>(context, a), true;
+}
+
 }  // namespace
 
 bool matvec_floats(Context& context, const MatvecArgs& a) {
-  switch (a.jobs[0].w.codes) {
-    case Codes::kF32:
-      return launch_matvec<Codes::kF32, true, false>(context, a), true;
-    case Codes::kF16:
-      return launch_matvec<Codes::kF16, true, false>(context, a), true;
-    case Codes::kBF16:
-      return launch_matvec<Codes::kBF16, true, false>(context, a), true;
-    default:
-      return false;
-  }
+  return launch_floats<DType::kF32>(context, a) || launch_floats<DType::kF16>(context, a) ||
+         launch_floats<DType::kBF16>(context, a);
 }
 
-void matvec(Context& context, const MatvecArgs& args, bool floats) {
+void matvec(Context& context, MatvecArgs args, bool floats) {
+  args.n_warps = 0;
+  for (int i = 0; i < args.n_jobs; ++i) {
+    args.jobs[i].first = args.n_warps;
+    args.n_warps += divide_up<int64_t>(args.jobs[i].w.rows, kPair);
+  }
+  if (args.epilogue != Epilogue::kStore) {  // up and gate share warps
+    args.n_warps = divide_up<int64_t>(args.jobs[0].w.rows, args.n_jobs == 2 ? 1 : kPair);
+  }
   if (matvec_floats(context, args)) return;
   if (matvec_4bit(context, args, floats)) return;
   matvec_other(context, args, floats);

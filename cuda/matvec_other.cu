@@ -4,18 +4,13 @@
 namespace coreinfer::cuda {
 
 bool matvec_other(Context& context, const MatvecArgs& a, bool floats) {
-  switch (a.jobs[0].w.codes) {
-    case Codes::k8:
-      return launch_quantised<Codes::k8>(context, a, floats), true;
-    case Codes::k6:
-      return launch_quantised<Codes::k6>(context, a, floats), true;
-    case Codes::k3:
-      return launch_quantised<Codes::k3>(context, a, floats), true;
-    case Codes::k2:
-      return launch_quantised<Codes::k2>(context, a, floats), true;
-    default:
-      return false;
-  }
+  return launch_quantised<DType::kQ8_0>(context, a, floats) ||
+         launch_quantised<DType::kQ5_0>(context, a, floats) ||
+         launch_quantised<DType::kQ5_1>(context, a, floats) ||
+         launch_quantised<DType::kQ2_K>(context, a, floats) ||
+         launch_quantised<DType::kQ3_K>(context, a, floats) ||
+         launch_quantised<DType::kQ5_K>(context, a, floats) ||
+         launch_quantised<DType::kQ6_K>(context, a, floats);
 }
 
 }  // namespace coreinfer::cuda

@@ -43,6 +43,16 @@ __device__ Moments moments_of(const NormArgs& norm, const float* x, int64_t widt
   return m;
 }
 
+// Asks for what a norm reads, while the kernel before still works.
+__device__ void prefetch_norm(const NormArgs& norm, int64_t width) {
+  if (norm.weight == nullptr) return;
+  constexpr int64_t kStep = kLine / static_cast<int64_t>(sizeof(float));
+  for (int64_t i = threadIdx.x * kStep; i < width; i += blockDim.x * kStep) {
+    prefetch(norm.weight + i);
+    if (norm.bias != nullptr) prefetch(norm.bias + i);
+  }
+}
+
 __device__ float normalised(const NormArgs& norm, Moments m, const float* x, int64_t i) {
   if (norm.weight == nullptr) return x[i];
   const float v = (norm.layer != 0 ? x[i] - m.mean : x[i]) * m.inverse * norm.weight[i];
@@ -64,7 +74,9 @@ __device__ float larger(float a, float b) { return !(a <= b) ? a : b != b ? b : 
 
 // grid: (rows, parts of a row)
 __global__ void __launch_bounds__(kMaxThreads) prepare(COREINFER_PARAMETER PrepareArgs a) {
-  begin_kernel();
+  let_next_start();
+  prefetch_norm(a.norm, a.width);
+  wait_for_previous();
   const int64_t row = blockIdx.x;
   const float* x = a.x + row * a.stride;
   const Moments m = moments_of(a.norm, x, a.width);
@@ -110,14 +122,17 @@ __global__ void __launch_bounds__(kMaxThreads) prepare(COREINFER_PARAMETER Prepa
     const int other = __shfl_xor_sync(kAllLanes, sum, 4);
     const float other_largest = __shfl_xor_sync(kAllLanes, largest, 4);
     if (chunk >= n_chunks) continue;
+    constexpr int kHalf = kLanesPerChunk / 2;
+    const int64_t half = lane / kHalf * (a.out.codes_stride / 8);
     const_cast<unsigned*>(reinterpret_cast<const unsigned*>(
-        a.out.codes + row * a.out.codes_stride))[chunk * kLanesPerChunk + lane] = word;
+        a.out.codes + row * a.out.codes_stride))[half + chunk * kHalf + lane % kHalf] = word;
     if (lane == 0) {
+      const float scale = largest / 127.0f, other_scale = other_largest / 127.0f;
       const_cast<ChunkInput*>(a.out.chunks)[row * a.out.chunks_stride + chunk] = {
-          {largest / 127.0f, other_largest / 127.0f},
+          {scale, other_scale},
           static_cast<int32_t>((static_cast<unsigned>(sum) & 0xffffu) | static_cast<unsigned>(other)
                                                                             << 16),
-          0};
+          scale * static_cast<float>(sum) + other_scale * static_cast<float>(other)};
     }
   }
 }
@@ -132,7 +147,9 @@ struct AddArgs {
 };
 
 __global__ void __launch_bounds__(kMaxThreads) add_normalised(COREINFER_PARAMETER AddArgs a) {
-  begin_kernel();
+  let_next_start();
+  prefetch_norm(a.norm, a.width);
+  wait_for_previous();
   float* x = a.x + static_cast<int64_t>(blockIdx.x) * a.x_stride;
   const float* y = a.y + static_cast<int64_t>(blockIdx.x) * a.y_stride;
   const Moments m = moments_of(a.norm, y, a.width);

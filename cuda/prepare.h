@@ -14,10 +14,11 @@ namespace coreinfer::cuda {
 struct alignas(16) ChunkInput {
   float scale[2];  // of each half chunk: x = scale * code
   int32_t sums;    // of the codes of each half chunk, 16 bits each
-  int32_t unused;
+  float weighted;  // both sums, each times its scale, added
 };
 
-// Rows as the kernels take them; padded columns are zero.
+// Rows as the kernels take them; padded columns are zero. A row of codes is the first halves of all
+// chunks, then, from its middle on, the second halves: a warp reads either without gaps.
 struct PreparedRows {
   const float* values;  // null where not wanted
   const int8_t* codes;  // null where not wanted

@@ -171,7 +171,8 @@ __global__ void __launch_bounds__(kThreads) weight_values(COREINFER_PARAMETER We
     const int64_t chunk = column / kChunk;
     const int run = static_cast<int>(column % kChunk / kRun);
     const uint2 c = run_codes(a.w, a.first_row + row, chunk, run);
-    const RawScales raw = load_scales(a.w, a.first_row + row, static_cast<int>(chunk));
+    const RawScales raw =
+        load_scales(a.w.scales, row_of(a.w, a.first_row + row), static_cast<int>(chunk));
     const ChunkScales s = decode_scales(a.w.scales, raw);
 #pragma unroll
     for (int e = 0; e < kRun; ++e) {

@@ -44,9 +44,10 @@ struct Format {
   Codes codes;
   Scales scales;
   int offset;
+  bool operator==(const Format&) const = default;
 };
 
-constexpr Format format_of(DType type) {
+__host__ __device__ constexpr Format format_of(DType type) {
   switch (type) {
     case DType::kF32:
       return {Codes::kF32, Scales::kNone, 0};
@@ -111,6 +112,8 @@ struct WeightView {
   Codes codes;
   Scales scales;
   int32_t offset;
+
+  Format format() const { return {codes, scales, offset}; }
 };
 
 // ---- Codes --------------------------------------------------------------------------------------
@@ -121,24 +124,38 @@ struct RawCodes {
   uint2 hi;
 };
 
+// Where a row lies in each plane.
+struct WeightRow {
+  const uint8_t* lo;
+  const uint8_t* hi;
+  const uint8_t* meta;
+  const uint8_t* super;
+};
+__device__ __forceinline__ WeightRow row_of(const WeightView& w, int64_t row) {
+  return {w.lo + row * w.lo_stride, w.hi + row * w.hi_stride, w.meta + row * w.meta_stride,
+          w.super + row * w.super_stride};
+}
+
+// Codes are read once: they leave the caches first. Of a float type: 16 bytes.
 template <Codes kCodes>
-__device__ __forceinline__ void load_codes(const WeightView& w, int64_t row, int chunk,
-                                           RawCodes* raw) {
-  const uint8_t* lo = w.lo + row * w.lo_stride + static_cast<int64_t>(chunk) * lo_bytes(kCodes);
+__device__ __forceinline__ void load_codes(const WeightRow& w, int chunk, RawCodes* raw) {
+  const uint8_t* lo = w.lo + static_cast<int64_t>(chunk) * lo_bytes(kCodes);
   if constexpr (lo_bytes(kCodes) == 8) {
-    const uint2 v = *reinterpret_cast<const uint2*>(lo);
+    const uint2 v = __ldcs(reinterpret_cast<const uint2*>(lo));
     raw->lo[0].x = v.x;
     raw->lo[0].y = v.y;
   } else {
-    raw->lo[0] = *reinterpret_cast<const uint4*>(lo);
-    if constexpr (lo_bytes(kCodes) == 32) raw->lo[1] = *reinterpret_cast<const uint4*>(lo + 16);
+    raw->lo[0] = __ldcs(reinterpret_cast<const uint4*>(lo));
+    if constexpr (lo_bytes(kCodes) == 32) {
+      raw->lo[1] = __ldcs(reinterpret_cast<const uint4*>(lo) + 1);
+    }
   }
   if constexpr (hi_bytes(kCodes) > 0) {
-    const uint8_t* hi = w.hi + row * w.hi_stride + static_cast<int64_t>(chunk) * hi_bytes(kCodes);
+    const uint8_t* hi = w.hi + static_cast<int64_t>(chunk) * hi_bytes(kCodes);
     if constexpr (hi_bytes(kCodes) == 8) {
-      raw->hi = *reinterpret_cast<const uint2*>(hi);
+      raw->hi = __ldcs(reinterpret_cast<const uint2*>(hi));
     } else {
-      raw->hi.x = *reinterpret_cast<const unsigned*>(hi);
+      raw->hi.x = __ldcs(reinterpret_cast<const unsigned*>(hi));
     }
   }
 }
@@ -206,17 +223,15 @@ struct RawScales {
   uint32_t super;
 };
 
-__device__ __forceinline__ RawScales load_scales(const WeightView& w, int64_t row, int chunk) {
-  RawScales raw;
-  const uint8_t* meta = w.meta + row * w.meta_stride;
-  if (w.scales == Scales::kHalfPair) {
-    raw.meta = reinterpret_cast<const uint32_t*>(meta)[chunk];
+__device__ __forceinline__ RawScales load_scales(Scales kind, const WeightRow& w, int chunk) {
+  RawScales raw{0, 0};
+  if (kind == Scales::kHalfPair) {
+    raw.meta = __ldg(reinterpret_cast<const uint32_t*>(w.meta) + chunk);
   } else {
-    raw.meta = reinterpret_cast<const uint16_t*>(meta)[chunk];
+    raw.meta = __ldg(reinterpret_cast<const uint16_t*>(w.meta) + chunk);
   }
-  raw.super = 0;
-  if (w.super != nullptr) {
-    raw.super = reinterpret_cast<const uint32_t*>(w.super + row * w.super_stride)[chunk / 8];
+  if (super_bytes(kind) > 0) {
+    raw.super = __ldg(reinterpret_cast<const uint32_t*>(w.super) + chunk / 8);
   }
   return raw;
 }

@@ -133,8 +133,8 @@ def test_float_matrices_of_any_width(cuda, type_name, cols):
     assert_product(got, x, w)
 
 
-def test_several_matrices_of_several_types_from_one_normalised_input(cuda, cpu, f32):
-    types = ["F16", "Q8_0", "Q8_0"]
+@pytest.mark.parametrize("types", [["F16", "Q8_0", "Q8_0"], ["Q4_0", "Q4_1", "Q4_K"]])
+def test_several_matrices_of_several_types_from_one_normalised_input(cuda, cpu, f32, types):
     made = [stored(t, rows, 256, seed=rows) for t, rows in zip(types, (64, 16, 17), strict=True)]
     x, norm_weight = normal(4, 256), normal(256, seed=2)
     weights = [cuda.load(t, d, len(w), 256) for t, (d, w) in zip(types, made, strict=True)]

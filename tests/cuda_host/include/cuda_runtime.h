@@ -146,6 +146,10 @@ template <typename T>
 T __ldg(const T* p) {
   return *p;
 }
+template <typename T>
+T __ldcs(const T* p) {
+  return *p;
+}
 
 // ---- The runtime: one device, host memory; streams do their work when somebody waits for it.
 
