@@ -40,12 +40,22 @@ __device__ void turn_head(const RopeArgs& a, const HeadNorm& norm, const float* 
     for (int i = lane; i < a.head_dim; i += kWarp) x[i] = x[i] * inverse * norm.weight[i];
     __syncwarp();
   }
-  for (int i = lane; i < a.pairs; i += kWarp) {
-    float* p = a.interleaved != 0 ? x + 2 * i : x + i;
-    float* r = a.interleaved != 0 ? x + 2 * i + 1 : x + i + a.pairs;
-    const float u = *p, w = *r;
-    *p = u * cos[i] - w * sin[i];
-    *r = u * sin[i] + w * cos[i];
+  // All pairs of a lane are read before the first is written, so that they are under way together.
+  const int step = a.interleaved != 0 ? 2 : 1, other = a.interleaved != 0 ? 1 : a.pairs;
+  float u[kMaxPairs / kWarp], w[kMaxPairs / kWarp];
+#pragma unroll
+  for (int t = 0; t < kMaxPairs / kWarp; ++t) {
+    const int i = t * kWarp + lane;
+    if (i >= a.pairs) break;
+    u[t] = x[step * i];
+    w[t] = x[step * i + other];
+  }
+#pragma unroll
+  for (int t = 0; t < kMaxPairs / kWarp; ++t) {
+    const int i = t * kWarp + lane;
+    if (i >= a.pairs) break;
+    x[step * i] = u[t] * cos[i] - w[t] * sin[i];
+    x[step * i + other] = u[t] * sin[i] + w[t] * cos[i];
   }
   __syncwarp();
 }
@@ -56,9 +66,17 @@ __device__ void store_row(const KvPlane& plane, int head, int64_t head_dim, int6
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   unsigned char* base = plane.data + head * plane.head_stride;
   const int64_t start = position * head_dim;
-  for (int64_t i0 = 0; i0 < head_dim; i0 += kWarp) {
-    const int64_t i = i0 + lane;
-    const float value = i < head_dim ? x[i] : 0.0f;
+  constexpr int kTurns = 2 * kMaxPairs / kWarp;
+  float values[kTurns];
+#pragma unroll
+  for (int t = 0; t < kTurns; ++t) {
+    values[t] = t * kWarp + lane < head_dim ? x[t * kWarp + lane] : 0.0f;
+  }
+#pragma unroll
+  for (int t = 0; t < kTurns; ++t) {
+    if (t * kWarp >= head_dim) break;
+    const int64_t i = t * kWarp + lane;
+    const float value = values[t];
     if (plane.element == KvElement::kF16) {
       if (i < head_dim) reinterpret_cast<uint16_t*>(base)[start + i] = float_to_half(value);
     } else if (plane.element == KvElement::kF32) {

@@ -236,9 +236,11 @@ __device__ __forceinline__ void dot_codes(const WeightRow (&w)[kPair], const uin
         if constexpr (!kPicked) scales[k] = decode_scales(kFormat.scales, ahead.scales[u][k]);
       }
       if constexpr (kPicked) {
+        const uint4 halves = __ldg(reinterpret_cast<const uint4*>(steps) + chunk);
+        const unsigned words[4] = {halves.x, halves.y, halves.z, halves.w};
 #pragma unroll
         for (int i = 0; i < kStepsPerChunk; ++i) {
-          const int half = steps[chunk * kStepsPerChunk + i];
+          const int half = (words[i / 2] >> (16 * (i % 2))) & 0xffff;
 #pragma unroll
           for (int k = 0; k < kPair; ++k) step_scales[k][i] = half_scale<kFormat>(w[k], half);
         }

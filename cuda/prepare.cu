@@ -34,10 +34,21 @@ __device__ Moments moments_of(const NormArgs& norm, const float* x, int64_t widt
     for (int64_t i = threadIdx.x; i < width; i += blockDim.x) sum += x[i];
     m.mean = static_cast<float>(block_sum(sum) / n);
   }
+  // Four at a time, so that they are under way together; what lies behind the end adds nothing.
   double squares = 0;
-  for (int64_t i = threadIdx.x; i < width; i += blockDim.x) {
-    const float centred = x[i] - m.mean;
-    squares += static_cast<double>(centred) * centred;
+#pragma unroll 1
+  for (int64_t i = threadIdx.x; i < width; i += 4 * static_cast<int64_t>(blockDim.x)) {
+    float v[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int64_t at = i + j * static_cast<int64_t>(blockDim.x);
+      v[j] = at < width ? x[at] : m.mean;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float centred = v[j] - m.mean;
+      squares += static_cast<double>(centred) * centred;
+    }
   }
   m.inverse = static_cast<float>(1.0 / sqrt(block_sum(squares) / n + norm.eps));
   return m;
@@ -53,10 +64,10 @@ __device__ void prefetch_norm(const NormArgs& norm, int64_t width) {
   }
 }
 
-__device__ float normalised(const NormArgs& norm, Moments m, const float* x, int64_t i) {
-  if (norm.weight == nullptr) return x[i];
-  const float v = (norm.layer != 0 ? x[i] - m.mean : x[i]) * m.inverse * norm.weight[i];
-  return norm.bias != nullptr ? v + norm.bias[i] : v;
+__device__ float normalised(const NormArgs& norm, Moments m, float x, float weight, float bias) {
+  if (norm.weight == nullptr) return x;
+  const float v = (norm.layer != 0 ? x - m.mean : x) * m.inverse * weight;
+  return norm.bias != nullptr ? v + bias : v;
 }
 
 struct PrepareArgs {
@@ -86,20 +97,36 @@ __global__ void __launch_bounds__(kMaxThreads) prepare(COREINFER_PARAMETER Prepa
       (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) / kLanesPerChunk;
   const int lane = static_cast<int>(threadIdx.x) % kLanesPerChunk;
   // All lanes of a warp make the same number of turns.
+#pragma unroll 1
   for (int64_t first = 0; first < n_chunks; first += n_groups) {
     const int64_t chunk = first + group;
     const int64_t column = chunk * kChunk + lane * 4;
-    float v[4];
+    // All that is read first, so that it is under way together.
+    int64_t from[4];
+    float v[4] = {}, weight[4] = {}, bias[4] = {};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      from[j] = column + j;
+      if (column + j >= a.n_columns) {
+        from[j] = -1;
+      } else if (a.columns != nullptr) {
+        from[j] = a.columns[column + j];
+      }
+      if (from[j] >= a.width) from[j] = -1;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (from[j] < 0) continue;
+      v[j] = x[from[j]];
+      if (a.norm.weight != nullptr) weight[j] = a.norm.weight[from[j]];
+      if (a.norm.bias != nullptr) bias[j] = a.norm.bias[from[j]];
+    }
     float largest = 0.0f;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      v[j] = 0.0f;
-      if (column + j < a.n_columns) {
-        const int64_t from = a.columns != nullptr ? a.columns[column + j] : column + j;
-        if (from >= 0 && from < a.width) v[j] = normalised(a.norm, m, x, from);
-        if (a.out.values != nullptr) {
-          const_cast<float*>(a.out.values)[row * a.out.values_stride + column + j] = v[j];
-        }
+      if (from[j] >= 0) v[j] = normalised(a.norm, m, v[j], weight[j], bias[j]);
+      if (a.out.values != nullptr && column + j < a.n_columns) {
+        const_cast<float*>(a.out.values)[row * a.out.values_stride + column + j] = v[j];
       }
       largest = larger(fabsf(v[j]), largest);
     }
@@ -153,7 +180,11 @@ __global__ void __launch_bounds__(kMaxThreads) add_normalised(COREINFER_PARAMETE
   float* x = a.x + static_cast<int64_t>(blockIdx.x) * a.x_stride;
   const float* y = a.y + static_cast<int64_t>(blockIdx.x) * a.y_stride;
   const Moments m = moments_of(a.norm, y, a.width);
-  for (int64_t i = threadIdx.x; i < a.width; i += blockDim.x) x[i] += normalised(a.norm, m, y, i);
+  for (int64_t i = threadIdx.x; i < a.width; i += blockDim.x) {
+    const float weight = a.norm.weight != nullptr ? a.norm.weight[i] : 0.0f;
+    const float bias = a.norm.bias != nullptr ? a.norm.bias[i] : 0.0f;
+    x[i] += normalised(a.norm, m, y[i], weight, bias);
+  }
 }
 
 // Threads for a row: whole warps, four elements a thread.
