@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import pickle
 import sys
+import traceback
 from dataclasses import replace
 
 import numpy as np
@@ -230,6 +231,7 @@ def test_auto_looks_a_prompt_s_cluster_up_once(tiny, built):
     tuning = tuned(tiny, built, -1.0, n_prompt=24)
     options = {"clusters": built, "embedder": remembering, "core": "auto", "tuning": tuning}
     with load(tiny, **options, refresh=4) as llm:
+        asked.clear()  # it was tried
         llm("the night again", max_tokens=20, temperature=0)
         assert llm.core_set.cluster is not None and llm.timings.replay_tokens > 0
         assert asked == ["the night again"]
@@ -263,6 +265,48 @@ def test_auto_loads_the_embedder_before_the_first_prompt_if_it_may_be_needed(
         load(tiny, clusters=built, core="auto", tuning=tuning)
 
 
+def short(texts) -> np.ndarray:
+    """An embedder of another dimension than `letters`."""
+    return letters(texts)[:, :5]
+
+
+def test_an_embedder_of_another_dimension_is_found_before_any_prompt(tiny, built):
+    wrong = (
+        "the embedder short makes vectors of 5 numbers, and these clusters are of 27; expected the "
+        "embedder that they were built with, letters, or clusters that were built with this one"
+    )
+    chosen = {"core": "auto", "tuning": tuned(tiny, built, -1.0)}
+    for options in ({"core": "similar"}, chosen):
+        with pytest.raises(ValueError, match=wrong) as error:
+            load(tiny, clusters=built, embedder=short, **options)
+        # Who keeps the exception does not keep the weights with it.
+        frames = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.tb)]
+        left = next(found for found in frames if isinstance(found, Llama))
+        with pytest.raises(RuntimeError, match="this Llama is closed"):
+            left.n_layer()
+        with load(tiny, clusters=built, embedder=letters, **options) as llm:
+            with pytest.raises(ValueError, match=wrong):
+                llm.set_clusters(built, short)
+            assert llm("the night again and again", max_tokens=1) and llm.clusters is built
+            assert llm.core_set.cluster is not None
+    # Where no cluster is looked up, there is no need of one, until there is.
+    with load(tiny, clusters=built, embedder=short, core="stable") as llm:
+        for _ in range(2):  # the second time it is tried again
+            with pytest.raises(ValueError, match=wrong):
+                llm.core = "similar"
+        assert llm.core.mode == "stable"
+        llm("the night", max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [(np.full((1, 27), np.nan), "made a NaN"), (np.ones(27), r"shape \(27,\) of 1 texts")],
+)
+def test_an_embedder_that_makes_no_vectors_is_found_before_any_prompt(tiny, built, made, message):
+    with pytest.raises(ValueError, match=message):
+        load(tiny, core="similar", clusters=built, embedder=lambda texts: made)
+
+
 def test_the_text_decides_however_the_prompt_is_given(tiny, built):
     asked = []
 
@@ -271,6 +315,7 @@ def test_the_text_decides_however_the_prompt_is_given(tiny, built):
         return letters(texts)
 
     with load(tiny, core="similar", clusters=built, embedder=remembering) as llm:
+        asked.clear()  # it was tried
         text = "the river rose"
         ids = llm.prompt_ids(text)
         llm(text, max_tokens=1)
@@ -409,7 +454,8 @@ def test_what_does_not_fit_is_refused_and_the_model_goes_on(tiny, built, tmp_pat
         llm.core = "similar"
         with pytest.raises(ValueError, match="there are none"):
             llm.set_clusters(None)
-        llm.set_clusters(built.for_any_model(), lambda texts: np.ones((len(texts), 4)))
+        sizes = [27, 4]  # on trial, then with the prompt
+        llm.set_clusters(built.for_any_model(), lambda texts: np.ones((len(texts), sizes.pop(0))))
         with pytest.raises(ValueError, match=r"shape \(4,\); these clusters have 27"):
             llm("the river", max_tokens=2)
         monkeypatch.setitem(sys.modules, "sentence_transformers", None)

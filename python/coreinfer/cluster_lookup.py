@@ -17,6 +17,8 @@ from .config import CoreConfig
 from .core_sets import CoreSet
 from .embedders import AnyEmbedder, Embedder, as_embedder
 
+_TRIAL = "A text."  # that an embedder is tried on before the first prompt
+
 
 def top_neurons(scores: np.ndarray, k: int) -> np.ndarray:
     """Ascending int32 indices of the k highest scores (n_ff,); ties to the lower index, 0 never."""
@@ -56,7 +58,7 @@ class ClusterLookup:
         What was built for the model.
     embedder : str, path, callable or None
         Instead of the one that the clusters name; see `coreinfer.embedders.as_embedder`. It is
-        loaded by `prepare`, or when it is first needed.
+        loaded and tried by `prepare`, or when it is first needed.
 
     Attributes
     ----------
@@ -72,11 +74,23 @@ class ClusterLookup:
         self._embed: Embedder | None = None
 
     def prepare(self) -> None:
-        """Load the embedder, if there is need of one; ImportError or ValueError if that fails."""
-        if self.clusters.by == "embedding" and self._embed is None:
-            self._embed = as_embedder(
-                self.clusters.embedder if self.embedder is None else self.embedder
+        """Load the embedder, if there is need of one, and try it; again after it has failed.
+
+        ImportError if it needs what is not installed, ValueError if it cannot be loaded or makes
+        no vectors, or vectors of another dimension than the clusters' centroids.
+        """
+        if self.clusters.by != "embedding" or self._embed is not None:
+            return
+        named = self.clusters.embedder
+        embed = as_embedder(named if self.embedder is None else self.embedder)
+        n_features = embed([_TRIAL]).shape[1]
+        if n_features != self.clusters.n_features:
+            raise ValueError(
+                f"the embedder {embed.name} makes vectors of {n_features} numbers, and these "
+                f"clusters are of {self.clusters.n_features}; expected the embedder that they were "
+                f"built with, {named}, or clusters that were built with this one"
             )
+        self._embed = embed
 
     def nearest(self, text: str, own: Sequence[np.ndarray] = ()) -> tuple[int, float]:
         """The cluster of a prompt and its cosine.

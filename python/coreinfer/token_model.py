@@ -74,9 +74,13 @@ class TokenModel:
         self._timings_before: dict[str, float] = {}
         self._reused = 0
         self._choice = CoreChoice(ModelFacts.of(self._engine), find_tuning, text_of)
-        self.set_clusters(clusters, embedder)
-        self.core = core
-        self.set_seed(config.seed)
+        try:
+            self.set_clusters(clusters, embedder)
+            self.core = core
+            self.set_seed(config.seed)
+        except BaseException:
+            self.close()  # whoever keeps the exception keeps this object, but not the weights
+            raise
 
     # --- what is open, and closing ---
 
