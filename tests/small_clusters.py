@@ -47,6 +47,13 @@ def make_clusters(**changes) -> Clusters:
     return Clusters(**{**values, **changes})
 
 
+def make_clusters_by_neurons() -> Clusters:
+    """Some for any model of 3 layers with 512 neurons; they need no embedder."""
+    scores = [np.ones((3, 512), np.float32)] * 3
+    return make_clusters(scores=scores, embedder="", by="neurons", beta=0.2, fingerprint=None,
+                         centroids=np.eye(3, 3 * 512))  # fmt: skip
+
+
 def make_prior(n_layer: int = 2, n_ff: int = 64, **changes) -> PatchPrior:
     rng = np.random.default_rng(2)
     values = {

@@ -170,6 +170,10 @@ def test_run_saves_core_sets_and_takes_them_back(tiny, tmp_path, capsys):
         (["-p", "x", "--core", "stable", "--refresh", "-1"], "--refresh is -1; expected an int"),
         (["-p", "x", "--core", "stable", "--refresh", "1.5"], "invalid int value: '1.5'"),
         (["-p", "x", "--core", "stable", "--core-file", "y"], "exclude each other"),
+        (
+            ["-p", "x", "--core", "exact", "--preset", "paper"],
+            "--preset: no effect without --core stable or similar",
+        ),
         (["-p", "x", "--save-core", "y"], "no core set without --core stable"),
         (["-p", "x", "--temp", "-1"], "--temp is -1.0; expected a number of at least 0"),
         (["-p", "x", "--ctx", "-5"], "--ctx is -5"),

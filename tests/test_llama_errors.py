@@ -15,7 +15,7 @@ import pytest
 from coreinfer import CoreConfig, GGUFError, Llama, _core
 from coreinfer.llama import ModelPathError
 from make_synthetic_model import make_tiny_model
-from small_clusters import make_clusters
+from small_clusters import make_clusters_by_neurons
 from tiny_llama import PROMPT, load, take
 
 
@@ -54,12 +54,6 @@ def test_bad_arguments_are_value_errors_that_leave_the_object_usable(llm, call, 
     assert len(take(2, llm.generate(PROMPT))) == 2
 
 
-def small_clusters():
-    scores = [np.ones((3, 512), np.float32)] * 3
-    return make_clusters(scores=scores, embedder="", by="neurons", beta=0.2, fingerprint=None,
-                         centroids=np.eye(3, 3 * 512))  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("core", "error"),
     [
@@ -75,7 +69,7 @@ def test_a_share_below_one_neuron_is_refused_and_the_setting_stays(tiny, llm, co
     with pytest.raises(ValueError, match=error):
         llm.core = CoreConfig(**core)
     with pytest.raises(ValueError, match=error):
-        load(tiny, core=CoreConfig(**core), clusters=small_clusters())
+        load(tiny, core=CoreConfig(**core), clusters=make_clusters_by_neurons())
     assert llm.core is before and len(take(2, llm.generate(PROMPT))) == 2
     llm.core = CoreConfig(mode="off", beta=1e-4)  # has no share
     llm.core = before

@@ -76,8 +76,11 @@ class Llama(TokenModel):
         For "similar": a file that `coreinfer cluster build` made with this model, or `Clusters`.
     embedder
         Instead of the one that the clusters name; see `coreinfer.embedders.as_embedder`.
-    beta, gamma, patch, refresh, max_kl
+    alpha, beta, gamma, blend, statistic, weighted, layers, first_layer
         Of the `CoreConfig`, for short: `Llama(..., core="similar", clusters=FILE, gamma=0.2)`.
+        None leaves what `core` and `preset` say; a ValueError where `core` does not look at it.
+    patch, prior, refresh, max_kl, max_drafts
+        The same of its other fields.
     tuning
         A file that `coreinfer tune` wrote; by default the one beside the model, if there is one.
     last_n_tokens_size
@@ -123,11 +126,19 @@ class Llama(TokenModel):
         preset: str | None = None,
         clusters: AnyClusters | None = None,
         embedder: AnyEmbedder | None = None,
+        alpha: float | None = None,
         beta: float | None = None,
+        statistic: str | None = None,
+        layers: str | tuple[int, int | None] | None = None,
+        first_layer: float | None = None,
         gamma: float | None = None,
-        patch: bool | int | None = None,
-        refresh: int | None = None,
+        blend: float | None = None,
         max_kl: float | None = None,
+        refresh: int | None = None,
+        max_drafts: int | None = None,
+        weighted: bool | None = None,
+        patch: bool | int | None = None,
+        prior: bool | None = None,
         tuning: str | os.PathLike[str] | Tuning | None = None,
         last_n_tokens_size: int = SamplingConfig.penalty_last_n,
         verbose: bool = True,
@@ -156,11 +167,19 @@ class Llama(TokenModel):
         self._penalty_last_n = SamplingConfig(penalty_last_n=last_n_tokens_size).penalty_last_n
         self.verbose = verbose
         shorts = {
+            "alpha": alpha,
             "beta": beta,
+            "statistic": statistic,
+            "layers": layers,
+            "first_layer": first_layer,
             "gamma": gamma,
-            "patch": patch,
-            "refresh": refresh,
+            "blend": blend,
             "max_kl": max_kl,
+            "refresh": refresh,
+            "max_drafts": max_drafts,
+            "weighted": weighted,
+            "patch": patch,
+            "prior": prior,
         }
         given = {name: value for name, value in shorts.items() if value is not None}
         if preset is not None:

@@ -46,10 +46,11 @@ def add_flags(
         text = (helps or {}).get(f.name, spec.help)
         if default_notes and f.name in default_notes:
             text += f" (default: {default_notes[f.name]})"
-        elif "default:" not in text and spec.kind != "bool":
+        elif "default:" not in text and (spec.kind != "bool" or f.default):
             text += f" (default: {'on' if f.default is True else f.default})"
         kind: dict[str, Any] = (
-            {"action": "store_true", "default": None}
+            # What is on by default has a flag that turns it off, too: --no-prior.
+            {"action": argparse.BooleanOptionalAction if f.default else "store_true"}
             if spec.kind == "bool"
             else {
                 "type": _TYPES[spec.kind],
@@ -58,7 +59,11 @@ def add_flags(
             }
         )
         parser.add_argument(
-            flag_of(f.name, spec), dest=f.name, help=text.replace("%", "%%"), **kind
+            flag_of(f.name, spec),
+            dest=f.name,
+            default=None,
+            help=text.replace("%", "%%"),
+            **kind,
         )
 
 

@@ -81,7 +81,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--preset",
         choices=CORE_PRESETS,
         help="settings of the paper, whatever the defaults are: --core stable --statistic count "
-        "--alpha 0.4 --beta 0.4 --gamma 0.4 --first-layer 1 --patch off; other flags change them",
+        "--alpha 0.4 --beta 0.4 --gamma 0.4 --blend 0 --first-layer 1 --patch off; other flags "
+        "change them",
     )
     core.add_argument("--core-file", metavar="FILE", help="decode with the core set in this file")
     core.add_argument("--save-core", metavar="FILE", help="save the core set that was used (.npz)")
@@ -141,6 +142,8 @@ def _core_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> C
         ]
         if idle:
             parser.error(f"{', '.join(idle)}: no effect without --core {' or '.join(wanted)}")
+    if args.preset and mode not in ("stable", "similar"):
+        parser.error("--preset: no effect without --core stable or similar")
     if args.core_file is not None and asked != "off":
         parser.error(f"--core-file and --core {mode} exclude each other")
     has_set = mode in ("stable", "similar") or args.core_file is not None
