@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -210,7 +211,7 @@ def test_a_command_is_needed(capsys):
         (["-p", "x", "--core-file", "/nonexistent/core.npz"], "No such file"),
         (
             ["-p", "x", "--core", "stable", "--save-core", "/nonexistent/core.npz"],
-            "cannot save the core set: No such file",
+            "cannot write /nonexistent/core.npz: there is no folder /nonexistent",
         ),
     ],
 )
@@ -230,11 +231,28 @@ def test_an_empty_prompt_is_an_error_from_everywhere(tiny, tmp_path, capsys, mon
         assert out == "" and "the prompt is empty" in err
 
 
-def test_the_answer_is_out_before_the_core_set_is_saved(tiny, tmp_path, capsys):
+def test_the_answer_is_out_before_the_core_set_is_saved(tiny, tmp_path, capsys, monkeypatch):
+    def full(_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(os, "fsync", full)
     argv = ["run", tiny, "-p", PROMPT, "--json", "-n", "2", "--core", "stable"]
-    assert main([*argv, "--save-core", str(tmp_path / "none" / "core.npz")]) == 1
+    assert main([*argv, "--save-core", str(tmp_path / "core.npz")]) == 1
     out, err = capsys.readouterr()
-    assert len(json.loads(out)["ids"]) == 2 and "cannot save the core set" in err
+    assert len(json.loads(out)["ids"]) == 2 and "cannot save the core set: the disk" in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_core_set_is_saved_over_nothing_that_was_read(tiny, tmp_path, capsys):
+    before = Path(tiny).read_bytes()
+    argv = ["run", tiny, "-n", "1", "--core", "stable", "-f", str(tmp_path / "prompt.txt")]
+    (tmp_path / "prompt.txt").write_text("the river")
+    for path in (tiny, tmp_path / "prompt.txt"):
+        assert main([*argv, "--save-core", str(path)]) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and "this command reads or writes it, too" in err
+    assert Path(tiny).read_bytes() == before
+    assert (tmp_path / "prompt.txt").read_text() == "the river"
 
 
 def test_a_prompt_that_is_not_utf8_is_an_error(tiny, capsys, monkeypatch):

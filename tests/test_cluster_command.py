@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,6 +137,15 @@ def test_data_that_is_not_texts_is_an_error_with_its_line(tiny, tmp_path, capsys
 def test_a_folder_that_is_not_there_is_said_before_the_work(tiny, data, tmp_path, capsys):
     assert build("no model at all", data, tmp_path / "none" / "c.npz") == 1
     assert "there is no folder" in capsys.readouterr().err
+
+
+def test_what_is_read_is_not_written_over(tiny, data, tmp_path, capsys):
+    (tmp_path / "link.npz").symlink_to(data)
+    before = [Path(path).read_bytes() for path in (tiny, data)]
+    for out in (tiny, data, tmp_path / "none" / ".." / "texts.jsonl", tmp_path / "link.npz"):
+        assert build(tiny, data, out, "--by", "neurons") == 1
+        assert "this command reads or writes it, too" in capsys.readouterr().err
+    assert [Path(path).read_bytes() for path in (tiny, data)] == before
 
 
 def test_ctrl_c_leaves_no_file(tiny, data, tmp_path, capsys, monkeypatch):

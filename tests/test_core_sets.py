@@ -244,6 +244,14 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["set.npz"]
 
 
+def test_a_device_or_pipe_is_never_replaced_by_a_file(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="cannot save the core set: expected a new file or a regular"):
+        make_set().save(path)
+    assert path.is_fifo() and os.listdir(tmp_path) == ["pipe"]
+
+
 def test_a_folder_that_is_not_there_is_an_oserror_that_says_what_failed(tmp_path):
     with pytest.raises(OSError, match="cannot save the core set"):
         make_set().save(tmp_path / "none" / "set.npz")

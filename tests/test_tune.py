@@ -97,6 +97,26 @@ def test_a_file_that_cannot_be_written_is_said_before_the_work(
     assert "it is a folder" in capsys.readouterr().err
 
 
+def test_what_is_read_or_written_is_not_written_over(model, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", sys)  # not needed to say this
+    monkeypatch.setattr(tune, "measure", lambda *_, **__: pytest.fail("measured"))
+    clusters, new = str(tmp_path / "c.npz"), str(tmp_path / "new")
+    given = ["tune", str(model), "--text", text, "--clusters", clusters]
+    beside = str(tuning_path(model))
+    for path in (str(model), text, clusters):
+        for flags in (["--out", path], ["--plot", path]):
+            assert main([*given, *flags]) == 1
+            assert f"cannot write {path}: this command reads" in capsys.readouterr().err
+    for flags in (["--out", new, "--plot", new], ["--plot", beside]):
+        monkeypatch.setattr(tune, "_figure", lambda: None)
+        assert main([*given, *flags]) == 1
+        assert f"cannot write {flags[-1]}: this command reads" in capsys.readouterr().err
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert main([*given, "--out", str(pipe)]) == 1
+    assert "it is no regular file" in capsys.readouterr().err
+
+
 def test_a_model_s_folder_that_may_not_be_written_to_is_said_before_the_work(
     model, text, monkeypatch, capsys
 ):

@@ -8,6 +8,7 @@ allocated, types, shapes and every header field.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -66,6 +67,9 @@ def write_replacing(
     Raises OSError that names the `noun` if the system refuses; the old file then stays.
     """
     path = Path(path)
+    if is_special(path):
+        reason = f"cannot save the {noun}: expected a new file or a regular one to replace"
+        raise OSError(errno.EEXIST, reason, str(path))
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
     try:
         file = open(temporary, "xb")
@@ -83,6 +87,11 @@ def write_replacing(
         kept = "; the file that was there is unchanged" if path.exists() else ""
         reason = f"cannot save the {noun}: {error.strerror or error}{kept}"
         raise OSError(error.errno, reason, str(path)) from error
+
+
+def is_special(path: Path) -> bool:
+    """Whether there is a folder, a device or a pipe: renaming a file over /dev/null removes it."""
+    return path.exists() and not path.is_file()
 
 
 def load(

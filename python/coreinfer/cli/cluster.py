@@ -128,7 +128,7 @@ def call_build(args: argparse.Namespace) -> int:
     load = options.make(args.parser, LoadConfig, options.given(args, LoadConfig))
     if args.by == "embedding" and args.beta is not None:
         args.parser.error("--beta: no effect without --by neurons")
-    out = options.writable(args.out)
+    out = options.writable(args.out, args.model, args.data)
     texts = read_texts(args.data, args.field, args.limit)
 
     from ..llama import Llama

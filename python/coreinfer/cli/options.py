@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..config import Checked, Spec
+from ..sidecar import is_special
 
 Config = TypeVar("Config", bound=Checked)
 
@@ -74,19 +75,30 @@ def read_stdin() -> bytes:
     return sys.stdin.buffer.read()
 
 
-def writable(path: str | os.PathLike[str]) -> Path:
-    """`path`, if a file can be put there; ValueError, said before the work and not after it."""
+def writable(path: str | os.PathLike[str], *others: str | os.PathLike[str] | None) -> Path:
+    """`path`, if a file can be put there that is none of the `others`, which are read or written.
+
+    ValueError otherwise, said before the work and not after it.
+    """
     out = Path(path)
     reason = None
-    if not out.parent.is_dir():
+    if any(other is not None and _same(out, other) for other in others):
+        reason = "this command reads or writes it, too; give another name"
+    elif not out.parent.is_dir():
         reason = f"there is no folder {out.parent}"
     elif out.is_dir():
         reason = "it is a folder"
+    elif is_special(out):
+        reason = "it is no regular file"
     elif not os.access(out.parent, os.W_OK):
         reason = f"the folder {out.parent} may not be written to"
     if reason is not None:
         raise ValueError(f"cannot write {out}: {reason}")
     return out
+
+
+def _same(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
+    return os.path.realpath(a) == os.path.realpath(b)
 
 
 def say(text: str) -> None:

@@ -106,6 +106,8 @@ def call(args: argparse.Namespace) -> int:
     if any(not stop for stop in args.stop):
         parser.error("--stop is empty; expected some text")
     prompt = _prompt(parser, args)
+    if args.save_core is not None:
+        options.writable(args.save_core, args.model, args.file, args.clusters, args.tuning)
 
     from ..core_sets import CoreSet
     from ..llama import Llama

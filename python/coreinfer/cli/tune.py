@@ -197,15 +197,16 @@ def call(args: argparse.Namespace) -> int:
             parser.error(f"{name} is {value}; expected at least 2")
     with open(args.text, "rb") as file:
         text = file.read()
+    read = (args.model, args.text, args.clusters)
     # What would lose an hour's measurement is said before it.
     if args.plot is not None:
-        options.writable(args.plot)
+        options.writable(args.plot, args.out, *read)
         _figure()
-    path = None if args.out is None else options.writable(args.out)
+    path = None if args.out is None else options.writable(args.out, *read)
     model = resolve(args.model)
     if path is None:
         try:
-            path = options.writable(tuning_path(model))
+            path = options.writable(tuning_path(model), args.plot, *read)
         except ValueError as error:
             raise ValueError(f"{error}; give --out a place of your own") from None
 
