@@ -237,6 +237,27 @@ def test_auto_looks_a_prompt_s_cluster_up_once(tiny, built):
         assert asked == ["the night again"]
 
 
+@pytest.mark.parametrize("kind", ["built", "by_neurons"])
+def test_auto_says_where_a_prompt_was_read_twice(tiny, kind, request):
+    clusters = request.getfixturevalue(kind)
+    tuning = tuned(tiny, clusters, -1.0)
+    near = tuning.rows[0]
+
+    def by_own(**changes) -> Tuning:  # for longer prompts, by the prompt's own neurons
+        config = CoreConfig(beta=0.9, prior=False, **changes)
+        own = replace(near, config=config, n_prompt=128, clusters="", cluster_similarity=None)
+        return replace(tuning, rows=(own, near))
+
+    options = {"clusters": clusters, "embedder": letters, "core": "auto"}
+    twice = "; the prompt was read twice, to rank neurons as the clusters do"
+    for table, again in ((tuning, ""), (by_own(), ""), (by_own(statistic="count"), twice)):
+        with load(tiny, **options, tuning=table) as llm:
+            llm("the night again and again", max_tokens=1)
+            assert llm.decision.config == near.config
+            assert llm.decision.reason.endswith("measured within KL 0.05" + again)
+            assert (llm.timings.replay_tokens > 0) == bool(again)
+
+
 def test_auto_loads_the_embedder_before_the_first_prompt_if_it_may_be_needed(
     tiny, built, monkeypatch
 ):

@@ -214,7 +214,11 @@ class CoreChoice:
         says, if that is known.
         """
         self._text, self._n_prompt = text, session.n_past
+        before = session.timings["replay_tokens"]
         self._choose(session)
+        if self.decision is not None and session.timings["replay_tokens"] > before:
+            again = f"{self.decision.reason}; the prompt was read twice, to rank neurons as the "
+            self.decision = replace(self.decision, reason=again + "clusters do")
 
     def _choose(self, session: _core.Session) -> None:
         if self._auto is not None:
