@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import pickle
+import shutil
 import sys
+import tempfile
 import traceback
 from dataclasses import replace
 
@@ -517,12 +519,14 @@ def test_a_pickled_model_keeps_its_clusters(tiny, built):
 @pytest.mark.parametrize(
     ("texts", "options", "message"),
     [
-        ([], {}, "0 texts to build clusters of"),
-        (["one"], {}, "1 texts to build clusters of; expected at least 2"),
+        ([], {}, "0 texts to cluster"),
+        (["one"], {}, "1 texts to cluster; expected at least 2"),
         (["word " * 500, "b"], {"by": "colour"}, "by is 'colour'"),  # before any text is read
         (TEXTS, {"statistic": "best"}, "statistic is 'best'"),
         (["word " * 500, "b"], {"by": "neurons", "beta": 1e-4}, "beta is 0.0001, which is less"),
-        (["word " * 500, "b"], {}, "exceed context window of 256"),
+        (["b", "word " * 500], {}, r"text 2 \('word word .*'\): .* exceed context window of 256"),
+        (["word " * 500, "b"], {"n_clusters": 2}, "n_clusters is 2; expected at most 1"),
+        (["word " * 500, "b"], {"random_state": -1}, "random_state is -1"),
         ([*TEXTS, "a" * 20], {"n_clusters": 3}, "has 1; expected at least 2"),
     ],
 )
@@ -530,6 +534,31 @@ def test_a_build_that_cannot_be_is_refused(tiny, texts, options, message):
     pytest.importorskip("sklearn")
     with load(tiny) as llm, pytest.raises(ValueError, match=message):
         build_clusters(llm, texts, **{"embedder": letters, **options})
+
+
+def test_a_text_that_does_not_fit_is_found_before_any_is_read(tiny, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(Llama, "neuron_scores", lambda *_, **__: pytest.fail("a text was read"))
+    with load(tiny) as llm, pytest.raises(ValueError, match="text 9 "):
+        build_clusters(llm, [*TEXTS, "word " * 500], embedder=letters)
+
+
+def test_a_build_without_room_for_its_scores_says_where_and_the_model_goes_on(tiny, monkeypatch):
+    pytest.importorskip("sklearn")
+    room = r"0\.0 MB of neuron scores.*No space left on device.*TMPDIR"
+    with load(tiny) as llm:
+        with monkeypatch.context() as full:
+            full.setattr("tempfile.TemporaryFile", lambda: open("/dev/full", "wb"))
+            with pytest.raises(OSError, match=room.replace("0\\.0", "0\\.[0-9]")):
+                build_clusters(llm, TEXTS, by="neurons")
+        small = shutil.disk_usage("/")._replace(free=1)
+        monkeypatch.setattr("shutil.disk_usage", lambda _: small)
+        with monkeypatch.context() as idle:
+            idle.setattr(Llama, "neuron_scores", lambda *_, **__: pytest.fail("a text was read"))
+            with pytest.raises(OSError, match="No space left on device") as error:
+                build_clusters(llm, TEXTS, by="neurons")
+        assert error.value.filename == tempfile.gettempdir()
+        assert llm("the night", max_tokens=1)["choices"]
 
 
 def test_a_patch_learns_from_the_texts_of_the_clusters_file(tiny, built):

@@ -7,12 +7,16 @@ learned as `Clusters`. Needs scikit-learn, which comes with the extra `similarit
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import inspect
 import operator
+import os
+import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -135,8 +139,7 @@ class SimilarityClusters:
         """
         unit = unit_rows(self._features(X), "the texts")
         n_texts = len(unit)
-        if n_texts < _MIN_TEXTS:
-            raise ValueError(f"{n_texts} text to cluster; expected at least {_MIN_TEXTS}")
+        self._check(n_texts)
         if np.ndim(scores) != 3 or len(scores) != n_texts:
             raise ValueError(
                 f"scores have shape {np.shape(scores)}; expected ({n_texts}, n_layer, n_ff), one "
@@ -176,6 +179,20 @@ class SimilarityClusters:
             )
         return unit_rows(features, "X") @ self.cluster_centers_.T
 
+    def _check(self, n_texts: int) -> None:
+        """ValueError where these parameters cannot cluster so many texts."""
+        if n_texts < _MIN_TEXTS:
+            raise ValueError(f"{n_texts} texts to cluster; expected at least {_MIN_TEXTS}")
+        most = n_texts // _MIN_TEXTS
+        if self.n_clusters != "auto" and self._whole("n_clusters") > most:
+            raise ValueError(
+                f"n_clusters is {self.n_clusters}; expected at most {most}, for there are "
+                f"{n_texts} texts and every cluster needs {_MIN_TEXTS}"
+            )
+        seed = self.random_state
+        if isinstance(seed, int) and not 0 <= seed < 1 << 32:  # NumPy's, which KMeans uses
+            raise ValueError(f"random_state is {seed}; expected 0 to 2**32 - 1")
+
     def _features(self, X: Any) -> np.ndarray:
         if len(X) and isinstance(X[0], str):
             if self.embedder is None:
@@ -192,8 +209,6 @@ class SimilarityClusters:
         self.silhouettes_: dict[int, float] = {}
         if self.n_clusters != "auto":
             n_clusters = self._whole("n_clusters")
-            if n_clusters > len(unit):
-                raise ValueError(f"n_clusters is {n_clusters}; there are {len(unit)} texts")
             centers = self._k_means(unit, points, n_clusters)
             sizes = _sizes(unit, centers)
             if len(centers) < n_clusters:
@@ -341,38 +356,36 @@ def build_clusters(
     if by not in FEATURES:
         raise ValueError(f"by is {by!r}; expected one of {', '.join(FEATURES)}")
     config = CoreConfig(statistic=statistic, alpha=alpha, weighted=weighted, beta=beta)
-    if len(texts) < _MIN_TEXTS:
-        raise ValueError(f"{len(texts)} texts to build clusters of; expected at least {_MIN_TEXTS}")
+    # What cannot be is said before the model has worked for an hour.
+    model = SimilarityClusters(n_clusters, random_state=random_state)
+    model._check(len(texts))
     if not 0 <= patch_rows <= MAX_ROWS:
         raise ValueError(f"patch_rows is {patch_rows}; expected 0 to {MAX_ROWS}")
     prior = PatchPriorBuilder(llm.n_layer(), patch_rows) if patch_rows else None
-    # What cannot be is said before the model has worked for an hour.
     _sklearn()
     if by == "neurons":
         config.check_fits(n_layer=llm.n_layer(), n_ff=llm.n_ff())
-    model = SimilarityClusters(n_clusters, random_state=random_state)
+    prompts = [_ids_of(llm, i, text, chat) for i, text in enumerate(texts)]
     embed = as_embedder(embedder) if by == "embedding" else None
     features = [] if embed is None else embed(texts)
-    with tempfile.TemporaryFile() as file:
-        shape = (len(texts), llm.n_layer(), llm.n_ff())
-        scores = np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
-        for i, text in enumerate(texts):
-            ids = (
-                llm.chat_prompt_ids([{"role": "user", "content": text}])
-                if chat
-                else llm.prompt_ids(text)
-            )
-            scores[i] = llm.neuron_scores(
+    with _scores_file(len(texts) * llm.n_layer() * llm.n_ff() * 4) as file:
+        for i, ids in enumerate(prompts):
+            scored = llm.neuron_scores(
                 ids,
                 statistic=config.statistic,
                 alpha=config.alpha,
                 weighted=config.weighted,
                 samples=0 if prior is None else _core.PATCH_SAMPLES,
             )
+            # Written, not mapped: where a disk is full, a page of a mapping kills the process.
+            file.write(scored.tobytes())
             if prior is not None:
                 _learn(prior, llm)
             if progress is not None:
                 progress(i + 1, len(texts))
+        file.flush()
+        shape = (len(texts), llm.n_layer(), llm.n_ff())
+        scores = np.memmap(file, dtype=np.float32, mode="r", shape=shape)
         if embed is None:
             features = np.stack([core_neurons(score, config.beta) for score in scores])
         model.fit(features, scores)
@@ -390,6 +403,33 @@ def build_clusters(
         fingerprint=llm.fingerprint,
         prior=None if prior is None else prior.build(llm.n_ff()),
     )
+
+
+def _ids_of(llm: Llama, i: int, text: str, chat: bool) -> np.ndarray:
+    try:
+        if chat:
+            return llm.chat_prompt_ids([{"role": "user", "content": text}])
+        return llm.prompt_ids(text)
+    except ValueError as error:
+        raise ValueError(f"text {i + 1} ({text[:40]!r}): {error}") from error
+
+
+@contextlib.contextmanager
+def _scores_file(n_bytes: int) -> Iterator[BinaryIO]:
+    """A temporary file for so many bytes; OSError that says where they were to go."""
+    try:
+        with tempfile.TemporaryFile() as file:
+            if n_bytes > shutil.disk_usage(tempfile.gettempdir()).free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            yield file
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        reason = (
+            f"{n_bytes / 1e6:.1f} MB of neuron scores need a place while clusters are built: "
+            f"{error.strerror}; free some, or set TMPDIR to another folder"
+        )
+        raise OSError(error.errno, reason, tempfile.gettempdir()) from error
 
 
 def _learn(prior: PatchPriorBuilder, llm: Llama) -> None:

@@ -175,9 +175,13 @@ def read_texts(path: str, field: str, limit: int | None = None) -> list[str]:
                 raise ValueError(f"{where}: not JSON: {error}") from error
             if not isinstance(row, dict) or field not in row:
                 names = ", ".join(row) if isinstance(row, dict) else "it is no object"
-                raise ValueError(f"{where}: there is no field {field!r} ({names})")
+                raise ValueError(f"{where}: there is no field {field!r} ({names:.200})")
             if not isinstance(row[field], str) or not row[field].strip():
                 raise ValueError(f"{where}: {field} is {row[field]!r:.80}; expected some text")
+            try:
+                row[field].encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{where}: {field} is no valid text: {error}") from error
             texts.append(row[field])
     if not texts:
         raise ValueError(f"{path}: the file holds no text")
