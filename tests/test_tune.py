@@ -140,6 +140,18 @@ def test_every_prompt_of_a_text_begins_as_a_text_does():
         cut(ids, 102, 1, bos=7)
 
 
+def test_what_leaves_no_room_for_an_answer_is_not_measured(model, text, capsys):
+    asked = ["tune", str(model), "--text", text, *SMALL[2:]]  # a context of 256 tokens
+    assert main([*asked, "--prompts", "251,256"]) == 1
+    error = "prompts of 251 tokens and answers of 6 do not fit the context of 256; expected shorter"
+    assert error in capsys.readouterr().err and not tuning_path(model).exists()
+    assert main([*asked, "--prompts", "250,251,9999"]) == 0
+    assert "prompts of 251, 9999 tokens were left out" in capsys.readouterr().err
+    assert {row.n_prompt for row in Tuning.load(tuning_path(model)).rows} == {250}
+    assert main([*asked, "--prompts", "250"]) == 0
+    assert "left out" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_tune_s_prompts_have_bos_where_the_tokenizer_adds_one(add_bos, text, tmp_path, monkeypatch):
     path = tmp_path / "m.gguf"

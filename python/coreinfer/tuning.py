@@ -319,13 +319,21 @@ def measure(
 ) -> Iterator[Row]:
     """One `Row` per setting and prompt length; `ids` are a text's, without the `bos` of a prompt.
 
+    Lengths that are longer than the text, or with the answer than the context, are left out;
+    ValueError if that is all of them.
+
     Every prompt is answered greedily by dense decoding; the answer is then forced through each
     setting's core neurons, as `score` does, and compared with dense position by position.
     """
     n_ids = ids.size + (bos is not None)
-    lengths = sorted({n for n in n_prompts if n <= n_ids})
+    room = llm.n_ctx() - n_answer
+    lengths = sorted({n for n in n_prompts if n <= min(n_ids, room)})
     if not lengths:
         cut(ids, min(n_prompts), 1, bos=bos)  # says how long the text must be
+        raise ValueError(
+            f"prompts of {min(n_prompts)} tokens and answers of {n_answer} do not fit the context "
+            f"of {llm.n_ctx()}; expected shorter ones, or a larger n_ctx"
+        )
     cuts = {n: cut(ids, n, n_texts, bos=bos) for n in lengths}
     total = sum(len(texts) for texts in cuts.values()) * len(configs)
     done = 0

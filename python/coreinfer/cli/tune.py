@@ -242,6 +242,12 @@ def call(args: argparse.Namespace) -> int:
         print(table(rows), flush=True)
     if args.plot is not None:
         draw(rows, allowed, args.plot)
+    left_out = sorted(set(args.prompts) - {row.n_prompt for row in rows})
+    if left_out:
+        options.say(
+            f"prompts of {', '.join(map(str, left_out))} tokens were left out: the text has fewer, "
+            f"or the context has no room for them and {args.n_answer} of the answer"
+        )
     digest = rows[-1].clusters
     own = tuning.choose(allowed, clusters=digest) or tuning.choose(allowed)
     options.say(_found(own, "prompt", allowed))
