@@ -117,6 +117,12 @@ def test_what_is_read_or_written_is_not_written_over(model, text, tmp_path, monk
     assert "it is no regular file" in capsys.readouterr().err
 
 
+def test_a_text_that_is_not_utf8_is_said_before_the_work(no_model, tmp_path, capsys):
+    (tmp_path / "text.txt").write_bytes("die Brücke ".encode("latin-1") * 99)
+    assert main(["tune", "model", "--text", str(tmp_path / "text.txt")]) == 1
+    assert "text.txt: not UTF-8: " in capsys.readouterr().err
+
+
 def test_a_model_s_folder_that_may_not_be_written_to_is_said_before_the_work(
     model, text, monkeypatch, capsys
 ):

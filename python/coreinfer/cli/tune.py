@@ -197,6 +197,10 @@ def call(args: argparse.Namespace) -> int:
             parser.error(f"{name} is {value}; expected at least 2")
     with open(args.text, "rb") as file:
         text = file.read()
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{args.text}: not UTF-8: {error}") from error
     read = (args.model, args.text, args.clusters)
     # What would lose an hour's measurement is said before it.
     if args.plot is not None:
