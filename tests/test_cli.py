@@ -176,6 +176,11 @@ def test_run_saves_core_sets_and_takes_them_back(tiny, tmp_path, capsys):
             "--preset: no effect without --core stable or similar",
         ),
         (["-p", "x", "--save-core", "y"], "no core set without --core stable"),
+        (["-p", "x", "--no-prior"], "--no-prior: no effect without --core stable or similar"),
+        (
+            ["-p", "x", "--core", "stable", "--tuning", "t"],
+            "--tuning: no effect without --core auto",
+        ),
         (["-p", "x", "--temp", "-1"], "--temp is -1.0; expected a number of at least 0"),
         (["-p", "x", "--ctx", "-5"], "--ctx is -5"),
         (["-p", "x", "--ctx", "9" * 20], "expected an integer in [0, 67108864]"),

@@ -12,6 +12,7 @@ import pytest
 
 from coreinfer import Clusters, Llama
 from coreinfer.cli import main, tune
+from coreinfer.embedders import DEFAULT_EMBEDDER
 from coreinfer.tuning import Tuning
 from small_clusters import RIVER, make_tiny_chat, write_texts
 
@@ -151,6 +152,11 @@ def test_what_is_read_is_not_written_over(tiny, data, tmp_path, capsys):
     assert [Path(path).read_bytes() for path in (tiny, data)] == before
 
 
+def test_without_a_name_the_default_embedder_is_loaded(tiny, data, tmp_path, sentence_transformers):
+    assert build(tiny, data, tmp_path / "c.npz", "--clusters", "2") == 0
+    assert sentence_transformers == [DEFAULT_EMBEDDER]
+
+
 def test_ctrl_c_leaves_no_file(tiny, data, tmp_path, capsys, monkeypatch):
     reads = []
 
@@ -185,6 +191,14 @@ def test_ctrl_c_leaves_no_file(tiny, data, tmp_path, capsys, monkeypatch):
         (
             "cluster build m --data d --field f --out o --by neurons --beta 2".split(),
             "--beta is 2.0; expected a number in (0, 1]",
+        ),
+        (
+            "cluster build m --data d --field f --out o --by neurons --embedder e".split(),
+            "--embedder: no effect without --by embedding",
+        ),
+        (
+            "cluster build m --data d --field f --out o --seed 4294967296".split(),
+            "--seed is 4294967296; expected an integer from 0 to 4294967295",
         ),
         ("run m -p x --core similar".split(), "--core similar needs --clusters FILE"),
         ("run m -p x --core off --clusters c".split(), "--clusters: no effect without --core"),

@@ -200,6 +200,24 @@ def test_every_axis_is_measured_with_every_other(model, text, capsys):
     assert {line.split("|")[4].strip() for line in lines} == {"all", "1:"}
 
 
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--betas", "0.5,2"], "--betas is 2.0; expected"),
+        (["--statistics", "best"], "--statistics is 'best'; expected"),
+        (["--first-layers", "0"], "--first-layers is 0.0; expected"),
+        (["--patches", "x"], "--patches is 'x'; expected"),
+        (["--clusters", "c", "--gammas", "nan"], "--gammas is nan; expected"),
+        (["--gammas", "0.5"], "--gammas: no effect without --clusters"),
+        (["--embedder", "e"], "--embedder: no effect without --clusters"),
+    ],
+)
+def test_wrong_usage_names_a_flag_that_there_is(flags, error, text, no_model, capsys):
+    with pytest.raises(SystemExit):
+        main(["tune", "model", "--text", text, *flags])
+    assert error in capsys.readouterr().err
+
+
 def test_a_weighting_that_is_neither_on_nor_off_is_a_usage_error(text, capsys):
     with pytest.raises(SystemExit):
         main(["tune", "model", "--text", text, "--weighted", "off,yes"])

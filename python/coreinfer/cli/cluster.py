@@ -77,9 +77,8 @@ def _add_build(actions: argparse._SubParsersAction) -> None:
     )
     group.add_argument(
         "--embedder",
-        default=DEFAULT_EMBEDDER,
         metavar="NAME|PATH",
-        help=options.EMBEDDER_HELP + " (default: %(default)s)",
+        help=f"{options.EMBEDDER_HELP} (default: {DEFAULT_EMBEDDER})",
     )
     group.add_argument(
         "--clusters",
@@ -124,10 +123,14 @@ def _count_or_auto(text: str) -> int | str:
 
 
 def call_build(args: argparse.Namespace) -> int:
+    if not 0 <= args.seed < 1 << 32:
+        args.parser.error(f"--seed is {args.seed}; expected an integer from 0 to {(1 << 32) - 1}")
     counting = options.make(args.parser, CoreConfig, options.given(args, CoreConfig))
     load = options.make(args.parser, LoadConfig, options.given(args, LoadConfig))
     if args.by == "embedding" and args.beta is not None:
         args.parser.error("--beta: no effect without --by neurons")
+    if args.by == "neurons" and args.embedder is not None:
+        args.parser.error("--embedder: no effect without --by embedding")
     out = options.writable(args.out, args.model, args.data)
     texts = read_texts(args.data, args.field, args.limit)
 
@@ -141,7 +144,7 @@ def call_build(args: argparse.Namespace) -> int:
                 llm,
                 texts,
                 by=args.by,
-                embedder=args.embedder,
+                embedder=DEFAULT_EMBEDDER if args.embedder is None else args.embedder,
                 n_clusters=args.clusters,
                 statistic=counting.statistic,
                 alpha=counting.alpha,

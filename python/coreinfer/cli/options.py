@@ -114,14 +114,21 @@ def given(args: argparse.Namespace, config: type[Checked]) -> dict[str, Any]:
 
 
 def make(
-    parser: argparse.ArgumentParser, config: type[Config], values: Mapping[str, Any]
+    parser: argparse.ArgumentParser,
+    config: type[Config],
+    values: Mapping[str, Any],
+    flags: Mapping[str, str] | None = None,
 ) -> Config:
-    """`config(**values)`; a value out of its range is a usage error that names the flag."""
+    """`config(**values)`; a value out of its range is a usage error that names the flag.
+
+    `flags` has those of fields whose flag is another one here.
+    """
     try:
         return config(**values)
     except ValueError as error:
         message = str(error)
         for f in dataclasses.fields(config):
             if message.startswith(f"{f.name} is "):
-                message = flag_of(f.name, f.metadata["spec"]) + message[len(f.name) :]
+                flag = (flags or {}).get(f.name) or flag_of(f.name, f.metadata["spec"])
+                message = flag + message[len(f.name) :]
         parser.error(message)

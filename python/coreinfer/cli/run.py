@@ -140,7 +140,9 @@ def _core_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> C
     mode = values.setdefault("mode", preset.get("mode", DEFAULT_CORE_MODE))
     for wanted, names in FIELDS_OF_MODES.items():
         idle = [
-            f"--{name.replace('_', '-')}" for name in names if name in values and mode not in wanted
+            f"--{'no-' if values[name] is False else ''}{name.replace('_', '-')}"
+            for name in names
+            if name in values and mode not in wanted
         ]
         if idle:
             parser.error(f"{', '.join(idle)}: no effect without --core {' or '.join(wanted)}")
@@ -157,6 +159,8 @@ def _core_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> C
         parser.error("--clusters: no effect without --core similar, stable or auto")
     if mode not in ("similar", "auto") and args.embedder:
         parser.error("--embedder: no effect without --core similar or auto")
+    if mode != "auto" and args.tuning:
+        parser.error("--tuning: no effect without --core auto")
     return options.make(parser, CoreConfig, {**preset, **values})
 
 

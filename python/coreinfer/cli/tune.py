@@ -37,6 +37,13 @@ _LOADING = (
     "vram_limit",
     "f32_activations",
 )
+_LISTS = {  # the flags of fields that take a list here
+    "beta": "--betas",
+    "statistic": "--statistics",
+    "first_layer": "--first-layers",
+    "patch": "--patches",
+    "gamma": "--gammas",
+}
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -103,7 +110,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--gammas",
         type=_list_of(float),
-        default=BETAS,
         metavar="G,G",
         help="shares of a cluster's neurons to measure (default: 0.2,0.4,0.6,0.8,0.9)",
     )
@@ -172,6 +178,7 @@ def call(args: argparse.Namespace) -> int:
                 "first_layer": first_layer,
                 "patch": patch,
             },
+            _LISTS,
         )
         for statistic, weighted, layers, first_layer, patch, beta in product(
             args.statistics,
@@ -188,9 +195,15 @@ def call(args: argparse.Namespace) -> int:
                 parser,
                 CoreConfig,
                 {"mode": "similar", "gamma": gamma, "first_layer": first_layer, "patch": patch},
+                _LISTS,
             )
-            for first_layer, patch, gamma in product(args.first_layers, args.patches, args.gammas)
+            for first_layer, patch, gamma in product(
+                args.first_layers, args.patches, args.gammas or BETAS
+            )
         ]
+    elif args.gammas is not None or args.embedder is not None:
+        idle = "--gammas" if args.gammas is not None else "--embedder"
+        parser.error(f"{idle}: no effect without --clusters")
     prompts = [("--prompts", n) for n in args.prompts]
     for name, value in (("--texts", args.texts), ("-n", args.n_answer), *prompts):
         if value < 2:
