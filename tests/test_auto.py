@@ -241,8 +241,9 @@ def test_a_tuning_of_another_model_or_a_damaged_one_is_refused_whoever_gives_it(
     path = tmp_path / "t.json"
     other = Tuning(1, (row(0.9, 48, 0.01, stability=0.0),))
     other.save(path)
-    for given in (other, path, str(path)):
-        with pytest.raises(ValueError, match="belongs to another model file; run `coreinfer tune`"):
+    for given, where in ((other, "^"), (path, f"^{path}: "), (str(path), f"^{path}: ")):
+        error = f"{where}the tuning file belongs to another model file; run `coreinfer tune` with"
+        with pytest.raises(ValueError, match=error):
             Llama(str(tiny), verbose=False, tuning=given)
         with Llama(str(tiny), verbose=False, tuning=given, core="stable") as llm:  # has no use
             with pytest.raises(ValueError, match="belongs to another model file"):

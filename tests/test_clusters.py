@@ -179,6 +179,11 @@ def test_every_prefix_and_many_mutations_are_refused_or_read_cleanly(tmp_path):
             pass
 
 
+def test_what_is_no_npz_file_is_not_read_to_its_end():
+    with pytest.raises(ValueError, match="/dev/zero: .*another kind of file, or was cut short"):
+        Clusters.load("/dev/zero")
+
+
 def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path, monkeypatch):
     path = tmp_path / "c.npz"
     make_clusters().save(path)

@@ -172,7 +172,7 @@ class Clusters:
         if found != (n_layer, n_ff):
             raise ValueError(
                 f"the clusters are for a model of {found[0]} layers with {found[1]} neurons; "
-                f"this one has {n_layer} layers with {n_ff}"
+                f"this one has {n_layer} layers with {n_ff}: build them with this model"
             )
         if self.prior is not None and self.prior.n_embd != n_embd:
             raise ValueError(

@@ -26,6 +26,7 @@ MAX_LAYERS = 4096
 MAX_FF = 1 << 24
 MAX_CLUSTERS = 1 << 16
 _MAX_HEADER_BYTES = 1 << 20
+_ZIP_MARK = b"PK"  # an .npz file begins so
 
 Value = TypeVar("Value")
 
@@ -99,11 +100,20 @@ def load(
 ) -> Value:
     """`read(archive)` of a file of at most `max_bytes`; whatever is wrong in it is a ValueError."""
     with open(path, "rb") as file:
-        data = file.read(max_bytes + 1)
+        # Not all of a model, or of a device without an end, that was given by mistake.
+        data = file.read(len(_ZIP_MARK))
+        if data == _ZIP_MARK:
+            data += file.read(max_bytes + 1 - len(data))
     try:
         if len(data) > max_bytes:
             raise ValueError(f"it has more than {max_bytes} bytes")
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        try:
+            archive = zipfile.ZipFile(io.BytesIO(data))
+        except zipfile.BadZipFile:
+            raise ValueError(
+                "it is another kind of file, or was cut short: make it again"
+            ) from None
+        with archive:
             return read(Archive(archive))
     except _DAMAGE as error:
         raise ValueError(f"{os.fspath(path)}: not a valid {noun}: {error}") from error

@@ -273,7 +273,11 @@ def tuning_of(
         return find_tuning(model_path, fingerprint)
     tuning = given if isinstance(given, Tuning) else Tuning.load(given)
     if tuning.fingerprint != fingerprint:
-        raise ValueError("the tuning file belongs to another model file; run `coreinfer tune`")
+        where = "" if isinstance(given, Tuning) else f"{os.fspath(given)}: "
+        raise ValueError(
+            f"{where}the tuning file belongs to another model file; run `coreinfer tune` with this "
+            "one"
+        )
     return tuning
 
 
