@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -239,6 +240,22 @@ def test_a_name_is_a_folder_a_package_with_a_model_or_a_name_on_the_hub(
     assert sentence_transformers == [str(model), str(model), "someone/some-model"]
     with pytest.raises(ValueError, match=r"embedder is 'unknown'.*\(no such model\)"):
         as_embedder("unknown")
+
+
+@pytest.mark.parametrize("name", ["none", "/none", "~none", "texts.txt"])
+def test_a_path_that_is_no_folder_is_not_asked_for_elsewhere(
+    name, tmp_path, monkeypatch, sentence_transformers
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.txt").touch()
+    given = Path(name) if name == "none" else name
+    with pytest.raises(ValueError, match=f"embedder is '{name}', which is no folder; expected"):
+        as_embedder(given)
+    assert sentence_transformers == []
+    (tmp_path / "folder").mkdir()
+    as_embedder("./folder")
+    as_embedder(tmp_path / "folder")
+    assert sentence_transformers == ["./folder", str(tmp_path / "folder")]
 
 
 def test_a_real_embedder_tells_topics_apart(monkeypatch):

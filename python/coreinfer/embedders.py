@@ -73,7 +73,17 @@ def as_embedder(given: AnyEmbedder | Embedder) -> Embedder:
     if not isinstance(given, (str, os.PathLike)) or not os.fspath(given):
         raise ValueError(f"embedder is {given!r}; expected a name, a folder or a callable")
     name = os.fsdecode(given)
+    if os.path.isfile(name) or (_is_path(given) and not os.path.isdir(name)):
+        raise ValueError(
+            f"embedder is {name!r}, which is no folder; expected one that sentence-transformers "
+            "saved, an installed package that carries one, or a name on Hugging Face"
+        )
     return Embedder(name, _sentence_transformer(name))
+
+
+def _is_path(given: str | os.PathLike[str]) -> bool:
+    """Whether this can be no name on Hugging Face, which is not asked for it then."""
+    return isinstance(given, os.PathLike) or given.startswith((os.sep, ".", "~"))
 
 
 def _sentence_transformer(name: str) -> Callable[[Sequence[str]], Any]:
