@@ -76,11 +76,9 @@ class Llama(TokenModel):
         For "similar": a file that `coreinfer cluster build` made with this model, or `Clusters`.
     embedder
         Instead of the one that the clusters name; see `coreinfer.embedders.as_embedder`.
-    alpha, beta, gamma, blend, statistic, weighted, layers, first_layer
-        Of the `CoreConfig`, for short: `Llama(..., core="similar", clusters=FILE, gamma=0.2)`.
-        None leaves what `core` and `preset` say; a ValueError where `core` does not look at it.
-    patch, prior, refresh, max_kl, max_drafts
-        The same of its other fields.
+    alpha, beta, ..., patch, prior
+        Fields of the `CoreConfig`, for short: `Llama(..., core="stable", beta=0.2)`. None leaves
+        what `core` and `preset` say; a ValueError where `core` does not look at it.
     tuning
         A file that `coreinfer tune` wrote; by default the one beside the model, if there is one.
     last_n_tokens_size
