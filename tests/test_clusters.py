@@ -14,6 +14,7 @@ from coreinfer import (
     CoreConfig,
 )
 from coreinfer.cluster_lookup import ClusterLookup, blend_scores, core_neurons, top_neurons
+from coreinfer.tuning import Tuning
 from sidecar_bytes import header_npy, npy, rewrite
 from small_clusters import letters, make_clusters, make_prior
 
@@ -182,6 +183,14 @@ def test_every_prefix_and_many_mutations_are_refused_or_read_cleanly(tmp_path):
 def test_what_is_no_npz_file_is_not_read_to_its_end():
     with pytest.raises(ValueError, match="/dev/zero: .*another kind of file, or was cut short"):
         Clusters.load("/dev/zero")
+
+
+def test_a_number_is_no_path_but_an_open_file_s():
+    for load in (Clusters.load, Tuning.load):
+        number = os.open(os.devnull, os.O_RDONLY)
+        with pytest.raises(TypeError, match="not int"):
+            load(number)
+        os.close(number)  # it still is one
 
 
 def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import warnings
 
+import numpy as np
 import pytest
 
 from coreinfer import config, foreign
@@ -20,6 +21,8 @@ from coreinfer.config import CoreConfig, LoadConfig, SamplingConfig, cache_type,
         (lambda: CoreConfig(beta=1.01), r"beta is 1.01; expected a number in \(0, 1\]"),
         (lambda: CoreConfig(beta="0.4x"), "beta is '0.4x'"),
         (lambda: CoreConfig(beta=float("nan")), "beta is nan"),
+        (lambda: CoreConfig(beta=10**400), "beta is 1000"),
+        (lambda: CoreConfig(statistic=np.array(["flock", "sum"])), "statistic is array"),
         (lambda: CoreConfig(statistic="sum"), "statistic is 'sum'; expected one of count,"),
         (lambda: CoreConfig(layers=(3, 3)), "layers is"),
         (lambda: CoreConfig(layers=(-1, 3)), "layers is"),

@@ -522,6 +522,9 @@ def test_a_pickled_model_keeps_its_clusters(tiny, built):
         ([], {}, "0 texts to cluster"),
         (["one"], {}, "1 texts to cluster; expected at least 2"),
         (["word " * 500, "b"], {"by": "colour"}, "by is 'colour'"),  # before any text is read
+        ("one text", {}, "texts is 'one text'; expected a sequence of texts"),
+        (["word " * 500, "b"], {"patch_rows": 1.5}, "patch_rows is 1.5; expected an integer"),
+        (["b", 5], {}, r"text 2 \(5\): prompt is int64"),
         (TEXTS, {"statistic": "best"}, "statistic is 'best'"),
         (["word " * 500, "b"], {"by": "neurons", "beta": 1e-4}, "beta is 0.0001, which is less"),
         (["b", "word " * 500], {}, r"text 2 \('word word .*'\): .* exceed context window of 256"),
@@ -588,7 +591,7 @@ def test_a_patch_learns_from_the_texts_of_the_clusters_file(tiny, built):
 
 def test_no_prior_is_built_where_none_is_wanted(tiny):
     with load(tiny) as llm:
-        with pytest.raises(ValueError, match="patch_rows is -1; expected 0 to"):
+        with pytest.raises(ValueError, match="patch_rows is -1; expected an integer"):
             build_clusters(llm, TEXTS, embedder=letters, patch_rows=-1)
         clusters = build_clusters(
             llm, TEXTS, embedder=letters, n_clusters=1, patch_rows=0, random_state=0

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from coreinfer import Llama
+from coreinfer import CoreConfig, Llama
 from coreinfer.cli import main, tune
-from coreinfer.tuning import Tuning, cut, tuning_path
+from coreinfer.tuning import Tuning, cut, measure, tuning_path
 from make_synthetic_model import make_tiny_model
 from measure_similarity import cut_prompts
 
@@ -156,6 +156,22 @@ def test_what_leaves_no_room_for_an_answer_is_not_measured(model, text, capsys):
     assert {row.n_prompt for row in Tuning.load(tuning_path(model)).rows} == {250}
     assert main([*asked, "--prompts", "250"]) == 0
     assert "left out" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "error"),
+    [
+        ({"n_answer": 1}, "n_answer is 1; expected at least 2"),
+        ({"n_texts": 0}, "n_texts is 0; expected at least 1"),
+        ({"n_prompts": (8, 0)}, "n_prompts is 0; expected at least 1"),
+        ({"n_prompts": ()}, "n_prompts is 0; expected at least 1"),
+        ({"configs": [CoreConfig(mode="exact")]}, "mode is 'exact'; expected stable or similar"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(model, asked, error):
+    ids = np.arange(100, dtype=np.int32)
+    with Llama(str(model), verbose=False) as llm, pytest.raises(ValueError, match=error):
+        next(measure(llm, ids, **{"configs": [CoreConfig()], "n_prompts": (8,), **asked}))
 
 
 @pytest.mark.parametrize("add_bos", [True, False])

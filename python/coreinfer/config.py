@@ -90,7 +90,7 @@ def _checked(name: str, value: Any, spec: Spec) -> Any:
     if value is None and spec.optional:
         return None
     if spec.choices:
-        if value not in spec.choices:
+        if not isinstance(value, str) or value not in spec.choices:
             raise _wrong(name, value, spec.expected())
         return value
     if spec.kind == "bool":
@@ -109,7 +109,7 @@ def _checked(name: str, value: Any, spec: Spec) -> Any:
         if isinstance(value, bool):
             raise TypeError
         number = operator.index(value) if spec.kind == "int" else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise _wrong(name, value, spec.expected()) from None
     too_low = spec.low is not None and (number <= spec.low if spec.low_open else number < spec.low)
     too_high = spec.high is not None and number > spec.high

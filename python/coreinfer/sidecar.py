@@ -99,7 +99,7 @@ def load(
     path: str | os.PathLike[str], noun: str, read: Callable[[Archive], Value], *, max_bytes: int
 ) -> Value:
     """`read(archive)` of a file of at most `max_bytes`; whatever is wrong in it is a ValueError."""
-    with open(path, "rb") as file:
+    with open(os.fspath(path), "rb") as file:  # not a number, which is an open file's
         # Not all of a model, or of a device without an end, that was given by mistake.
         data = file.read(len(_ZIP_MARK))
         if data == _ZIP_MARK:

@@ -12,6 +12,7 @@ import errno
 import inspect
 import operator
 import os
+import reprlib
 import shutil
 import tempfile
 import warnings
@@ -190,8 +191,9 @@ class SimilarityClusters:
                 f"{n_texts} texts and every cluster needs {_MIN_TEXTS}"
             )
         seed = self.random_state
-        if isinstance(seed, int) and not 0 <= seed < 1 << 32:  # NumPy's, which KMeans uses
-            raise ValueError(f"random_state is {seed}; expected 0 to 2**32 - 1")
+        whole = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)
+        if seed is not None and not (whole and 0 <= seed < 1 << 32):  # NumPy's own range
+            raise ValueError(f"random_state is {seed!r}; expected None or 0 to 2**32 - 1")
 
     def _features(self, X: Any) -> np.ndarray:
         if len(X) and isinstance(X[0], str):
@@ -356,11 +358,13 @@ def build_clusters(
     if by not in FEATURES:
         raise ValueError(f"by is {by!r}; expected one of {', '.join(FEATURES)}")
     config = CoreConfig(statistic=statistic, alpha=alpha, weighted=weighted, beta=beta)
+    if isinstance(texts, (str, bytes)):
+        raise ValueError(f"texts is {texts[:40]!r}; expected a sequence of texts, not one")
     # What cannot be is said before the model has worked for an hour.
     model = SimilarityClusters(n_clusters, random_state=random_state)
     model._check(len(texts))
-    if not 0 <= patch_rows <= MAX_ROWS:
-        raise ValueError(f"patch_rows is {patch_rows}; expected 0 to {MAX_ROWS}")
+    if not isinstance(patch_rows, int) or not 0 <= patch_rows <= MAX_ROWS:
+        raise ValueError(f"patch_rows is {patch_rows!r}; expected an integer from 0 to {MAX_ROWS}")
     prior = PatchPriorBuilder(llm.n_layer(), patch_rows) if patch_rows else None
     _sklearn()
     if by == "neurons":
@@ -411,7 +415,7 @@ def _ids_of(llm: Llama, i: int, text: str, chat: bool) -> np.ndarray:
             return llm.chat_prompt_ids([{"role": "user", "content": text}])
         return llm.prompt_ids(text)
     except ValueError as error:
-        raise ValueError(f"text {i + 1} ({text[:40]!r}): {error}") from error
+        raise ValueError(f"text {i + 1} ({reprlib.repr(text)}): {error}") from error
 
 
 @contextlib.contextmanager

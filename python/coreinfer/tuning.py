@@ -184,7 +184,7 @@ class Tuning:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tuning:
         """Read a tuning file; ValueError that says what is wrong with it."""
-        with open(path, "rb") as file:
+        with open(os.fspath(path), "rb") as file:  # not a number, which is an open file's
             data = file.read(_MAX_FILE_BYTES + 1)
         try:
             if len(data) > _MAX_FILE_BYTES:
@@ -329,6 +329,16 @@ def measure(
     Every prompt is answered greedily by dense decoding; the answer is then forced through each
     setting's core neurons, as `score` does, and compared with dense position by position.
     """
+    for name, least, values in (
+        ("n_prompts", 1, n_prompts),
+        ("n_texts", 1, [n_texts]),
+        ("n_answer", 2, [n_answer]),  # the first token's distribution is the prompt's own
+    ):
+        if min(values, default=0) < least:
+            raise ValueError(f"{name} is {min(values, default=0)}; expected at least {least}")
+    for config in configs:
+        if config.mode not in ("stable", "similar"):
+            raise ValueError(f"mode is {config.mode!r}; expected stable or similar")
     n_ids = ids.size + (bos is not None)
     room = llm.n_ctx() - n_answer
     lengths = sorted({n for n in n_prompts if n <= min(n_ids, room)})
