@@ -170,6 +170,9 @@ class Session {
   std::optional<PassingCompact> passing_;  // of the last prompt, where it was gathered on the way
   std::vector<float> logits_;              // of the last position; empty: none
   std::unique_ptr<Speculation> speculation_;  // in exact mode
+  struct {
+    KeptActivations seen, kept;
+  } spare_rows_;  // of the last speculation
   Timings timings_;
 };
 

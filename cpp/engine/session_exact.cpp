@@ -43,6 +43,10 @@ void check(const ExactSpec& spec) {
 void Session::set_exact(const std::optional<ExactSpec>& spec) {
   forget_expected();
   if (!spec) {
+    // Fresh pages would take a twentieth of the next short answer's time of a small model.
+    if (speculation_ && !engine_->memory().limited()) {
+      spare_rows_ = {std::move(speculation_->seen), std::move(speculation_->kept)};
+    }
     speculation_.reset();
     return;
   }
@@ -61,6 +65,8 @@ void Session::set_exact(const std::optional<ExactSpec>& spec) {
     with_rows.counts += static_cast<uint64_t>(c.n_layer * kExactSamples * c.n_ff) * sizeof(float);
     engine_->memory().check_session(with_rows);
     speculation_ = std::make_unique<Speculation>();
+    speculation_->seen = std::move(spare_rows_.seen);
+    speculation_->kept = std::move(spare_rows_.kept);
   }
   speculation_->spec = *spec;
 }
