@@ -324,12 +324,12 @@ def test_identity_and_speed_are_measured_prompt_by_prompt(tmp_path, capsys, monk
     monkeypatch.setattr(sys, "argv", argv.split())
     measure_exact.main()
     cells = [c.strip() for c in capsys.readouterr().out.splitlines()[-1].split("|")[1:-1]]
-    assert cells[0] == "3 of 3" and float(cells[1]) > 0 and 0 < float(cells[2]) <= 1e3
+    assert cells[0] == "3 of 3" and float(cells[1]) > 0 and 0 < float(cells[3]) <= 1e3
     monkeypatch.setattr(sys, "argv", [*argv.split(), "--drafts", "3", "--beta", "1"])
     measure_exact.main()
     cells = [c.strip() for c in capsys.readouterr().out.splitlines()[-1].split("|")[1:-1]]
     # Drafts of all neurons come true; of the fifth verification two were asked for.
-    assert (cells[0], cells[4]) == ("3 of 3", "3.80")
+    assert (cells[0], cells[5]) == ("3 of 3", "3.80")
     text = tmp_path / "text.txt"
     text.write_text("the river rose high in the night " * 9)
     monkeypatch.setattr(sys, "argv", argv.replace(str(data), str(text)).split())
@@ -341,9 +341,14 @@ def test_identity_and_speed_are_measured_prompt_by_prompt(tmp_path, capsys, monk
     monkeypatch.setattr(sys, "argv", [*argv.split(), "--skip", "99"])
     with pytest.raises(SystemExit, match="--skip 99 leaves no prompt"):
         measure_exact.main()
-    monkeypatch.setattr(measure_exact, "answer", lambda llm, core, *_: Answer([core.beta], 1.0))
+    seconds = iter([2.0, 1.0, 4.0, 4.0, 8.0, 1.0])  # of three pairs, every other one exact first
+
+    def fake(llm, core, *_):
+        return Answer([core.beta], next(seconds))
+
+    monkeypatch.setattr(measure_exact, "answer", fake)
     argv += " --beta 0.3"
     monkeypatch.setattr(sys, "argv", argv.split())
     with pytest.raises(SystemExit, match="gave different ids"):
         measure_exact.main()
-    assert "| 0 of 3 | 1.000 | 1.000 | none made | – |" in capsys.readouterr().out
+    assert "| 0 of 3 | 2.333 | 2.000 | 1.000 | none made | – |" in capsys.readouterr().out
