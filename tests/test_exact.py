@@ -11,6 +11,7 @@ import pytest
 from coreinfer._core.testing import DraftPace, text_drafts
 
 import measure_exact
+import measure_start
 from coreinfer import CoreConfig, Llama, _core
 from make_synthetic_model import make_tiny_model
 from measure_exact import Answer
@@ -218,6 +219,56 @@ def test_refresh_reads_the_answer_again_dense(tmp_path):
     dense = Llama(str(path), core="off", verbose=False, n_batch=16)
     dense.eval(prompt + taken[:24])
     assert llm._session.n_dense == len(prompt) + 24
+
+
+@pytest.mark.parametrize("patch", [False, 8])
+def test_an_answer_may_begin_dense_and_choose_by_its_beginning(tmp_path, patch):
+    path = tmp_path / "tiny.gguf"
+    make_tiny_model(path, "llama", "Q8_0")
+    core = CoreConfig(beta=0.3, start=12, patch=patch)
+    with Llama(str(path), core=core, verbose=False) as llm:
+        prompt = llm.prompt_ids("ab" * 20)
+        chosen, taken = [], []
+        for token in itertools.islice(llm.generate(prompt, temp=0), 20):
+            chosen.append(llm.core_set)
+            taken.append(token)
+        # Twelve tokens are in the cache before the thirteenth is drawn, and were read again once.
+        assert chosen[:12] == [None] * 12 and llm.timings.replay_tokens == 12
+        assert chosen[12] is not None and chosen[12].n_tokens == prompt.size + 12
+        assert llm.core_set.patch_rank == int(patch)
+        scores = llm.score(prompt, taken)
+        short = llm.score(prompt, taken[:12])
+        assert llm.core_set is None
+        np.testing.assert_array_equal(short, scores[:12])
+        assert scores.argmax(axis=1).tolist() == taken
+
+        llm.core = "off"
+        dense = llm.score(prompt, taken)
+        np.testing.assert_array_equal(dense[:13], scores[:13])
+        llm.core = replace(core, start=0)
+        later = llm.score(np.concatenate([prompt, np.array(taken[:12], np.int32)]), taken[12:])
+        np.testing.assert_allclose(later, scores[12:], atol=1e-4)
+        assert np.abs(dense[13:] - scores[13:]).max() > 1e-3
+
+
+def test_what_a_dense_beginning_buys_is_measured_on_the_same_tokens(tmp_path, capsys, monkeypatch):
+    model, data = tmp_path / "tiny.gguf", tmp_path / "texts.jsonl"
+    make_tiny_model(model, "llama", "Q8_0")
+    write_texts(data, "text")
+    argv = f"measure_start {model} --data {data} --prompts 2 --length 12 --tokens 6 --starts 4 8"
+    monkeypatch.setattr(sys, "argv", [*argv.split(), "--betas", "0.3", "1", "--temp", "0.8"])
+    measure_start.main()
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[4:]]
+    assert [row[0].split(",")[0].strip() for row in rows] == ["N = 4"] * 2 + ["N = 8"] * 2
+    for cells in rows:
+        kl = [float(cell.split()[0]) for cell in cells[1:]]
+        if "β = 1 " in cells[0]:  # all neurons
+            assert max(kl) < 1e-3 and all(cell.endswith(", 1.00 ") for cell in cells[1:4])
+        else:
+            assert min(kl[:3]) > 0 and kl[3] == pytest.approx(kl[2] - kl[1], abs=0.002)
+    monkeypatch.setattr(sys, "argv", [*argv.split(), "--starts", "0"])
+    with pytest.raises(SystemExit, match="--starts must be 1 or more"):
+        measure_start.main()
 
 
 def test_measured_refresh_is_what_a_generation_does(tmp_path):

@@ -289,6 +289,15 @@ def test_the_limit_that_a_message_asks_for_is_enough_and_is_kept(model, core):
     assert peak <= 1.04 * needed * MIB  # pages of libraries that are touched later are not planned
 
 
+def test_an_answer_cannot_begin_dense_where_the_dense_weights_are_not(model):
+    limit = _core.memory()["rss"] + 160 * MIB
+    given = {"core": "stable", "beta": 0.1, "patch": False, "n_ctx": 64, "n_batch": 16}
+    with Llama(model, memory_limit=limit, verbose=False, **given) as llm:
+        with pytest.raises(ValueError, match="start is 4, but the memory limit does not hold"):
+            llm.core = CoreConfig(start=4)
+        assert len(list(zip(range(3), llm.generate("word", temp=0), strict=False))) == 3
+
+
 @pytest.mark.parametrize(
     ("core", "share"),
     [

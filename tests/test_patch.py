@@ -412,7 +412,7 @@ def test_a_set_with_a_wrong_patch_cannot_be_made(changes):
 def test_the_paper_s_settings_have_a_name_and_hang_on_no_default():
     pinned = {"mode": "stable", "alpha": 0.4, "beta": 0.4, "gamma": 0.4, "statistic": "count"}
     pinned |= {"weighted": False, "patch": 0, "prior": False, "layers": None, "first_layer": 1.0}
-    pinned |= {"blend": 0.0, "refresh": None}
+    pinned |= {"blend": 0.0, "start": 0, "refresh": None}
     looked_at = {name for modes, names in FIELDS_OF_MODES.items() for name in names
                  if {"stable", "similar"} & set(modes)}  # fmt: skip
     assert set(pinned) == looked_at | {"mode"}

@@ -24,6 +24,7 @@ CHANGED = {
     "gamma": (0.25, "similar", "--gamma 0.25 --clusters c"),
     "blend": (0.25, "similar", "--blend 0.25 --clusters c"),
     "max_kl": (0.25, "auto", "--max-kl 0.25"),
+    "start": (8, "similar", "--start 8 --clusters c"),
     "refresh": (8, "auto", "--refresh 8"),
     "max_drafts": (3, "exact", "--max-drafts 3"),
     "weighted": (True, "stable", "--weighted"),

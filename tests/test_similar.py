@@ -423,6 +423,17 @@ def test_refresh_blends_what_was_generated_into_the_cluster(tiny, kind, blend, r
         assert not found[prompt.size + 16][0].same_neurons(first)
 
 
+def test_an_answer_may_begin_dense_with_clusters_too(tiny, built):
+    core = CoreConfig(mode="similar", gamma=0.25, blend=0.5, start=6, patch=False)
+    with load(tiny, core=core, clusters=built, embedder=letters) as llm:
+        prompt = llm.prompt_ids("the night again")
+        chosen = []
+        for _ in itertools.islice(llm.generate(prompt, temp=0), 9):
+            chosen.append(llm.core_set)
+        assert chosen[:6] == [None] * 6 and chosen[6].cluster is not None
+        assert {core_set.n_tokens for core_set in chosen[6:]} == {prompt.size + 6}
+
+
 def test_a_refresh_of_a_cluster_s_neurons_is_fresh_for_the_next_text(tiny, built):
     options = {"clusters": built, "embedder": letters, "core": "similar", "gamma": 0.25}
     with load(tiny, **options, refresh=4) as llm:

@@ -23,7 +23,7 @@ FIELDS_OF_MODES = {
     ("stable", "similar", "auto"): ("refresh",),
     ("exact", "auto"): ("max_drafts",),
     ("stable", "exact"): ("alpha", "beta", "statistic", "weighted"),
-    ("stable", "similar"): ("patch", "prior"),
+    ("stable", "similar"): ("patch", "prior", "start"),
     ("similar",): ("gamma", "blend"),
     ("stable", "similar", "exact"): ("layers", "first_layer"),
 }
@@ -271,6 +271,15 @@ class CoreConfig(Checked):
         "float",
         low=0,
     )
+    start: int = parameter(
+        0,
+        "tokens of the answer that the dense weights decode, before the neurons are chosen by the "
+        "prompt and by them",
+        "int",
+        low=0,
+        high=1 << 26,
+        metavar="N",
+    )
     refresh: int | None = parameter(
         None,
         "read every N generated tokens again, dense, and choose the neurons anew, of a cluster's "
@@ -318,6 +327,7 @@ class CoreConfig(Checked):
             patch=False,
             prior=False,
             blend=0.0,
+            start=0,
             refresh=None,
             layers=None,
             first_layer=1.0,

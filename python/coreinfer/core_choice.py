@@ -91,6 +91,7 @@ class CoreChoice:
         self._prior: _core.PatchPrior | None = None
         self._text: str | None = None  # what the present prompt says, if it was said
         self._n_prompt = 0
+        self._waits = False  # for the answer's first tokens, which are decoded dense
         self._nearest: tuple[int, float] | None = None  # its cluster, once that was looked up
         self.decision: Decision | None = None
         self.stability: float | None = None
@@ -117,6 +118,11 @@ class CoreChoice:
         else:
             config = CoreConfig.of(core)
             config.check_fits(n_layer=self._model.n_layer, n_ff=self._model.n_ff)
+            if config.start and not self._model.ffn_resident:
+                raise ValueError(
+                    f"start is {config.start}, but the memory limit does not hold the dense "
+                    "weights, which an answer would begin with; expected 0, or a higher limit"
+                )
             if config.mode == "similar":
                 _prepare(self._lookup, config)
             elif config.mode == "auto":
@@ -205,7 +211,8 @@ class CoreChoice:
 
     def expected(self) -> dict[str, Any]:
         """The share that `choose` will select, as a prefill's keyword arguments, if it is known."""
-        return self._share(self._active) if self._active.mode == "stable" else {}
+        known = self._active.mode == "stable" and not self._active.start
+        return self._share(self._active) if known else {}
 
     def choose(self, session: _core.Session, text: str | None = None) -> None:
         """Select from the prompt's statistics or by its cluster, compact, and fit the patch.
@@ -220,7 +227,13 @@ class CoreChoice:
             again = f"{self.decision.reason}; the prompt was read twice, to rank neurons as the "
             self.decision = replace(self.decision, reason=again + "clusters do")
 
+    @property
+    def n_dense(self) -> int:
+        """Tokens that an answer begins with before neurons are chosen, once its prompt is read."""
+        return self._active.start if self._waits else 0
+
     def _choose(self, session: _core.Session) -> None:
+        self._waits = False
         if self._auto is not None:
             self._decide(session, self._auto)
         core = self._active
@@ -236,6 +249,10 @@ class CoreChoice:
             return
         session.replay(**self.counted())  # no work after a prefill
         self.stability = self._stability_of(session)
+        if session.n_past - self._n_prompt < core.start:
+            self._waits = True
+            self._decode_with(session, None)
+            return
         if core.mode == "stable":
             self._decode_with(session, self._stable_core(session, core))
         else:
@@ -248,6 +265,7 @@ class CoreChoice:
     def restore(self, session: _core.Session, chosen: CoreSet | None) -> None:
         """The text in the cache is decoded with these neurons, or dense: nothing is to decide."""
         self.begin()
+        self._waits = False
         self.decision, self.stability = None, None if chosen is None else chosen.stability
         session.end_exact()
         self._decode_with(session, chosen)
@@ -264,6 +282,8 @@ class CoreChoice:
             # The text was too short or not stable.
             if session.n_past >= decision.until:
                 self._choose(session)
+        if self._waits and session.n_past - self._n_prompt >= self._active.start:
+            self._choose(session)
         if self._config.refresh is not None and self._active.mode in ("stable", "similar"):
             if session.n_past - session.n_dense >= self._config.refresh:
                 session.replay(**self.counted())

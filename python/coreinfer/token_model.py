@@ -478,7 +478,13 @@ class TokenModel:
             self._choice.choose(session, text)
             if continuation.size == 0:
                 return np.zeros((0, self.n_vocab()), dtype=np.float32)
-            return session.score(continuation)
+            begin = continuation[: self._choice.n_dense]
+            if begin.size in (0, continuation.size):
+                return session.score(continuation)
+            rows = session.score(begin)
+            session.decode(int(begin[-1]))
+            self._choice.grown(session)
+            return np.concatenate([rows, session.score(continuation[begin.size :])])
 
     def prompt_logprobs(self, ids: Tokens, n_top: int) -> list[tuple[float, TopLogprobs]]:
         """ln p of every id but the first, and the `n_top` likeliest in its place, read dense.

@@ -296,7 +296,7 @@ def summary(facts: dict[str, Any]) -> str:
     if facts["drafting"] is not None:
         lines.append(f"drafts   {_drafts(t, facts['drafting'])}")
     if t["replay_tokens"]:
-        lines.append(f"refresh  {t['replay_tokens']} tokens, {t['replay_seconds']:.2f} s")
+        lines.append(f"replay   {t['replay_tokens']} tokens, {t['replay_seconds']:.2f} s")
     lines += [
         f"decode   {t['decode_tokens']} tokens, {t['decode_tokens_per_second']:.1f} tok/s, "
         f"{t['decode_gb_per_second']:.1f} GB/s",
