@@ -26,6 +26,18 @@ def test_temperature_zero_takes_the_likeliest_and_the_lower_of_equals():
     assert sampler.sample(np.array([1, 5, 5, 2], np.float32)) == 1
 
 
+@pytest.mark.parametrize("n", [1, 17, 1023, 1024, 1025, 4099])
+def test_temperature_zero_takes_the_first_of_the_largest_wherever_it_is(n):
+    sampler = _core.Sampler(temperature=0.0)
+    rng = np.random.default_rng(n)
+    for most in (1, 3, 1000, 10**6):  # from all equal to hardly any
+        logits = rng.integers(-most, 1, n).astype(np.float32)
+        assert sampler.sample(logits) == np.argmax(logits)
+        logits[rng.integers(n)] = np.nan
+        with pytest.raises(ArithmeticError, match="NaN"):
+            sampler.sample(logits)
+
+
 def test_draws_follow_the_distribution():
     p = [0.5, 0.25, 0.125, 0.125]
     # Four standard errors of a share over 4000 draws are 0.032.

@@ -14,8 +14,33 @@ void expect(bool ok, const char* name, double value, const char* expected) {
   if (!ok) throw_error(ErrorKind::kValue, "%s is %g, expected %s", name, value, expected);
 }
 
+// The first of the largest, NaN aside. In lanes: by itself each comparison waits for the one before
+// it, which took 91 us of a vocabulary of 152,000, while a GPU waits for the token.
 int32_t arg_max(std::span<const float> logits) {
-  return static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
+  constexpr size_t kLanes = 16, kBlock = 64 * kLanes;
+  float top = logits[0];
+  size_t start = 0, at = 0;  // of the block with the largest; of what is left
+  for (; at + kBlock <= logits.size(); at += kBlock) {
+    const float* const block = logits.data() + at;
+    float most[kLanes];
+    std::copy_n(block, kLanes, most);
+    for (size_t i = kLanes; i < kBlock; i += kLanes) {
+      for (size_t j = 0; j < kLanes; ++j) {
+        most[j] = most[j] < block[i + j] ? block[i + j] : most[j];
+      }
+    }
+    const float of_block = *std::max_element(most, most + kLanes);
+    if (of_block > top) {
+      top = of_block;
+      start = at;
+    }
+  }
+  const auto rest = std::max_element(logits.begin() + static_cast<ptrdiff_t>(at), logits.end());
+  if (rest != logits.end() && *rest > top) {
+    return static_cast<int32_t>(rest - logits.begin());
+  }
+  const auto found = std::find(logits.begin() + static_cast<ptrdiff_t>(start), logits.end(), top);
+  return found == logits.end() ? 0 : static_cast<int32_t>(found - logits.begin());
 }
 
 // Probabilities of candidates, in their order, computed in double.
