@@ -140,7 +140,7 @@ Context::Context(int device, size_t limit) : Context(device) {
 
 Context::~Context() {
   if (stream_ != nullptr) {
-    cudaSetDevice(device_);
+    use_device();
     cudaStreamSynchronize(stream_);
   }
   if (load_stream_ != nullptr) cudaStreamSynchronize(load_stream_);
@@ -193,6 +193,7 @@ void* Context::take(size_t bytes, const char* what) {
                 what, mib(taken), mib(used_), mib(limit_));
   }
   void* p = nullptr;
+  use_device();
   cudaError_t status = cudaMalloc(&p, bytes);
   if (status == cudaErrorMemoryAllocation && !spare_.empty()) {
     cudaGetLastError();
@@ -334,6 +335,7 @@ cudaGraphExec_t Context::capture_list() {
 }
 
 void Context::flush() {
+  use_device();
   if (!positions_.empty()) {
     const size_t n = positions_.size() * sizeof(int32_t);
     COREINFER_CUDA_CHECK(cudaEventSynchronize(positions_sent_));
@@ -414,11 +416,15 @@ EventPtr Context::end_load() {
 }
 
 void Context::await(const Event& event) {
+  use_device();
   COREINFER_CUDA_CHECK(cudaStreamWaitEvent(stream_, event.get(), 0));
   after_kernel_ = false;
 }
 
-void Context::finish_loads() { COREINFER_CUDA_CHECK(cudaStreamSynchronize(load_stream_)); }
+void Context::finish_loads() {
+  use_device();
+  COREINFER_CUDA_CHECK(cudaStreamSynchronize(load_stream_));
+}
 
 void Context::copy_out(void* host, const void* device, size_t n) {
   flush();

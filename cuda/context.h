@@ -43,11 +43,11 @@ class Context {
   Context& operator=(const Context&) = delete;
 
   const cudaDeviceProp& properties() const { return properties_; }
-  // Held by who uses the context, and makes its device that of the thread. A thread may hold
-  // several: memory is given back by who uses the context, too.
+  // Held by who uses the context. A thread may hold several: memory is given back by who uses the
+  // context, too.
   class Lock {
    public:
-    explicit Lock(Context& context) : lock_(context.mutex_) { cudaSetDevice(context.device_); }
+    explicit Lock(Context& context) : lock_(context.mutex_) {}
 
    private:
     std::lock_guard<std::recursive_mutex> lock_;
@@ -62,6 +62,10 @@ class Context {
   void release(void* p, size_t bytes) noexcept;
   size_t peak() const { return peak_; }  // of all that was taken from the device at one time
   size_t limit() const { return limit_; }
+
+  // Makes the context's device that of the thread, as all below do that ask the runtime for
+  // something; what only adds to the list does not.
+  void use_device() const { cudaSetDevice(device_); }
 
   // Whether the launches that follow wait in the list; changing to false flushes.
   void defer(bool deferred);

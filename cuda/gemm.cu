@@ -151,6 +151,7 @@ Gemm::Gemm(const ContextPtr& context, std::unique_ptr<Calls> calls, std::string 
     : context_(context), calls_(std::move(calls)), library_(std::move(library)) {}
 
 void Gemm::start() {
+  context_->use_device();
   check(calls_->create(&handle_), "cublasCreate");
   check(calls_->set_stream(handle_, context_->stream_for_copy()), "cublasSetStream");
   workspace_ = Memory(context_, kWorkspace, "cuBLAS workspace");
@@ -164,7 +165,8 @@ void Gemm::start() {
 size_t Gemm::own_memory() { return kWorkspace + kTile; }
 
 Gemm::~Gemm() {
-  const Context::Lock lock(*context_);  // in whatever thread, of the handle's device
+  const Context::Lock lock(*context_);
+  context_->use_device();  // in whatever thread
   if (handle_ != nullptr) calls_->destroy(handle_);
 }
 

@@ -383,6 +383,37 @@ def test_sessions_of_one_engine_in_two_threads_do_not_disturb_each_other(target,
         np.testing.assert_array_equal(rows, alone)
 
 
+def test_whatever_thread_computes_does_so_on_the_engines_device(target, models, monkeypatch):  # noqa: F811
+    if target != "host":
+        pytest.skip("the host runtime can claim a second device, and counts calls")
+    import threading
+
+    monkeypatch.setenv("CUDA_HOST_DEVICES", "2")
+    monkeypatch.setenv("COREINFER_CUBLAS_LIBRARY", str(cublas_library()))
+    calls_on = ctypes.CDLL(os.environ["COREINFER_CUDA_LIBRARY"]).cuda_host_calls_on
+    calls_on.restype = ctypes.c_long
+    before = [calls_on(device) for device in range(2)]
+    path = models("llama", "Q4_0")
+    held: list = [on_gpu(path, main_gpu=1)]
+
+    def turns(*steps: Callable[[], object]) -> None:
+        for step in steps:  # each in a thread whose device is the first
+            thread = threading.Thread(target=step)
+            thread.start()
+            thread.join()
+
+    turns(
+        lambda: held.append(_core.Session(held[0], n_ctx=64)),
+        lambda: held[1].prefill(tokens_of(18, 320), statistic="flock"),
+        lambda: held[1].set_core(held[1].select(beta=0.3)),
+        *[lambda: held[1].decode(1)] * 3,
+        lambda: held[1].load_state(held[1].save_state()),
+        lambda: held.append(_core.Session(held[0], n_ctx=32)),
+        lambda: held.clear(),
+    )
+    assert calls_on(0) == before[0] and calls_on(1) > before[1]
+
+
 def test_the_bench_measures_on_a_gpu_and_says_which(target, models):  # noqa: F811
     command = [str(binary_path()), "-m", models("llama", "Q4_0"), "-ngl", "99", "-o", "json"]
     command += ["-p", "8", "-n", "3", "-r", "1", "--core", "stable"]

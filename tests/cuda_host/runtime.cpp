@@ -39,6 +39,8 @@ std::mutex sizes_mutex;
 std::map<void*, size_t> sizes;
 std::atomic<long> copies{0};
 std::atomic<long> alive{0};  // streams, events, graphs and memory
+thread_local int current_device = 0;
+std::atomic<long> calls_on[2];
 std::atomic<long> graph_launches{0}, kernel_launches{0}, overlapping_launches{0}, allocations{0};
 
 void carry_out(QueuedStream& stream, uint64_t until) {
@@ -61,6 +63,7 @@ void carry_out_all(CudaHostStream* stream) {
 }
 
 cudaError_t issue(cudaStream_t to, Step step) {
+  ++calls_on[current_device];
   const std::lock_guard lock(queues_mutex);
   auto* stream = static_cast<QueuedStream*>(to);
   if (stream->capturing != nullptr) {
@@ -110,7 +113,12 @@ cudaError_t cudaGetDeviceCount(int* n) {
   const bool too_old = given("CUDA_HOST_DRIVER", kRuntime) / 1000 < kRuntime / 1000;
   return too_old ? cudaErrorInsufficientDriver : cudaSuccess;
 }
-cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaSetDevice(int device) { return current_device = device, cudaSuccess; }
+// For tests: how many calls were made while the thread's device was that one; they would make a
+// context on it.
+extern "C" __attribute__((visibility("default"))) long cuda_host_calls_on(int device) {
+  return calls_on[device];
+}
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   *p = {"host threads in turn", 9, 0, 2, device_memory()};
   return cudaSuccess;
@@ -132,6 +140,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
 // Ends where a page that nobody may touch begins, so that a kernel that runs over is caught.
 namespace {
 cudaError_t take(void** p, size_t bytes) {
+  ++calls_on[current_device];
   const size_t size = (bytes + 15) / 16 * 16;
   const size_t pages = (size + kPage - 1) / kPage * kPage;
   void* const memory =
@@ -152,6 +161,7 @@ cudaError_t cudaMalloc(void** p, size_t bytes) {
   return fits ? take(p, bytes) : cudaErrorMemoryAllocation;
 }
 cudaError_t cudaFree(void* p) {
+  ++calls_on[current_device];
   if (p == nullptr) return cudaSuccess;
   {
     const std::lock_guard lock(queues_mutex);
@@ -192,6 +202,7 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t n, cudaStream_t s) {
   return issue(s, [=] { std::memset(to, value, n); });
 }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* to, unsigned) {
+  ++calls_on[current_device];
   const std::lock_guard lock(queues_mutex);
   auto* stream = new QueuedStream;
   stream->finish = carry_out_all;
@@ -207,25 +218,32 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return delete static_cast<QueuedStream*>(stream), cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  ++calls_on[current_device];
   return carry_out_all(stream), cudaSuccess;
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   return issue(stream, [point = *event] { carry_out(point); });
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  ++calls_on[current_device];
   ++alive;
   return *event = new CudaHostEvent, cudaSuccess;
 }
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  ++calls_on[current_device];
   --alive;
   return delete event, cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t on) {
+  ++calls_on[current_device];
   const std::lock_guard lock(queues_mutex);
   auto* stream = static_cast<QueuedStream*>(on);
   return *event = {stream, stream->issued}, cudaSuccess;
 }
-cudaError_t cudaEventSynchronize(cudaEvent_t event) { return carry_out(*event), cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  ++calls_on[current_device];
+  return carry_out(*event), cudaSuccess;
+}
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   return static_cast<QueuedStream*>(stream)->capturing = new CudaHostGraph, cudaSuccess;
@@ -260,6 +278,7 @@ extern "C" __attribute__((visibility("default"))) long cuda_host_allocations() {
   return allocations;
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+  ++calls_on[current_device];
   ++graph_launches;
   for (const Step& step : exec->steps) issue(stream, step);
   return cudaSuccess;
