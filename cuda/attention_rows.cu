@@ -1,7 +1,9 @@
 // Has not run on a device yet; the tests run it on the host (tests/cuda_host).
 #include <algorithm>
 
+#include "attention_rope.h"
 #include "attention_spans.h"
+#include "prepare_chunk.h"
 
 namespace coreinfer::cuda {
 namespace {
@@ -125,21 +127,179 @@ __device__ __forceinline__ void add_values(const AttentionArgs& a, const unsigne
   }
 }
 
-// grid: (spans, key-value heads, each as many times as its query heads make groups, rows)
+// Whether this block is the last of `n` that come here, so that what the others have written is
+// there for it to read, in L2: with __ldcg. *arrived is zero before the first and after the last.
+__device__ bool is_last_of(int64_t n, int32_t* arrived) {
+  __shared__ int last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(arrived, 1) == n - 1 ? 1 : 0;
+    if (last != 0) *arrived = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  return last != 0;
+}
+
+// From the partials of spans [start, last] to out, the spans in order: what is added in which order
+// follows from the row's own spans alone. Shared memory: factors (kGroup, kSpan), totals (kGroup),
+// merged (kGroup, head_dim).
 template <int kGroup>
-__global__ void __launch_bounds__(kThreads) span_kernel(COREINFER_PARAMETER AttentionArgs a) {
+__device__ void merge_heads(const AttentionArgs& a, int64_t row, int head, int n_group,
+                            int64_t start, int64_t last, float* factors, float* totals,
+                            float* merged) {
+  constexpr int kHeads = divide_up(kGroup, kWarps);  // whose factors a warp makes
+  const int dim = a.head_dim;
+  const int64_t step = dim + 2, head_step = a.n_spans * step;
+  const float* const parts = partial_of(a, row, head, 0);
+  const int tid = static_cast<int>(threadIdx.x);
+  const int warp = tid / kWarp, lane = tid % kWarp;
+  float largest[kHeads], total[kHeads];
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) {
+    largest[h] = __int_as_float(static_cast<int>(0xff800000u));
+    total[h] = 0.0f;
+    const int g = warp + h * kWarps;
+    if (g >= n_group) break;
+    for (int64_t s = start + lane; s <= last; s += kWarp) {
+      const float m = __ldcg(parts + g * head_step + s * step + dim);
+      largest[h] = m > largest[h] ? m : largest[h];
+    }
+    largest[h] = warp_max(largest[h]);
+  }
+  const int pairs = dim / 2, n_pairs = n_group * pairs;  // a thread's: tid, tid + kThreads, ...
+  float2 sum[kGroup];
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) sum[i] = {0.0f, 0.0f};
+  for (int64_t first = start; first <= last; first += kSpan) {
+    const int n = static_cast<int>(last + 1 - first < kSpan ? last + 1 - first : kSpan);
+    __syncthreads();  // factors may still be read
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      const int g = warp + h * kWarps;
+      if (g >= n_group) break;
+      for (int i = lane; i < n; i += kWarp) {
+        const float* const of_span = parts + g * head_step + (first + i) * step + dim;
+        const float factor = expf(__ldcg(of_span) - largest[h]);
+        total[h] = fmaf(__ldcg(of_span + 1), factor, total[h]);
+        factors[g * kSpan + i] = factor;
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const int pair = tid + i * kThreads;
+      if (pair >= n_pairs) break;
+      const int g = pair / pairs;
+      const float* const from = parts + g * head_step + first * step + 2 * (pair % pairs);
+#pragma unroll 8
+      for (int s = 0; s < n; ++s) {
+        const float2 v = __ldcg(reinterpret_cast<const float2*>(from + s * step));
+        sum[i].x = fmaf(v.x, factors[g * kSpan + s], sum[i].x);
+        sum[i].y = fmaf(v.y, factors[g * kSpan + s], sum[i].y);
+      }
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) {
+    const int g = warp + h * kWarps;
+    if (g >= n_group) break;
+    total[h] = warp_sum(total[h]);
+    if (lane == 0) totals[g] = total[h];
+  }
+  __syncthreads();
+  float* const out = a.out + row * a.out_stride + static_cast<int64_t>(head) * dim;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    const int pair = tid + i * kThreads;
+    if (pair >= n_pairs) break;
+    const float of_head = totals[pair / pairs];
+    merged[2 * pair] = out[2 * pair] = sum[i].x / of_head;
+    merged[2 * pair + 1] = out[2 * pair + 1] = sum[i].y / of_head;
+  }
+  if (a.prepared.codes == nullptr) return;
+  __syncthreads();
+  const int n_chunks = n_group * dim / kChunk;
+  const int64_t before = static_cast<int64_t>(head) * dim / kChunk;
+  for (int first = 0; first < n_chunks; first += kThreads / kLanesPerChunk) {
+    const int chunk = first + tid / kLanesPerChunk, of_chunk = tid % kLanesPerChunk;
+    float v[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      v[j] = chunk < n_chunks ? merged[chunk * kChunk + 4 * of_chunk + j] : 0.0f;
+    }
+    store_chunk(a.prepared, row, before + chunk, of_chunk, v, chunk < n_chunks);
+  }
+}
+
+struct RowsArgs {
+  AttentionArgs attention;
+  RopeArgs rope;
+};
+
+// Brings the batch's rows [first, end) of a key-value head into the cache and the n_group query
+// heads from `head` on into `q`, (n_group, head_dim), in their form for scores; the row at
+// `position` is `row`. Shared memory: turns, (1 + kWarps, head_dim / 2), of which the first row is
+// there; scratch (kWarps, head_dim).
+__device__ __forceinline__ void turn_and_store(const AttentionArgs& a, const RopeArgs& rope,
+                                               int64_t row, int64_t position, int kv_head, int head,
+                                               int n_group, int64_t first, int64_t end, float* q,
+                                               float2* turns, float* scratch) {
+  const int dim = a.head_dim;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  float2* const others = turns + (1 + warp) * (dim / 2);
+  const int64_t n_tasks = n_group + (end > first ? 2 * (end - first) : 0);
+#pragma unroll 1
+  for (int64_t task = warp; task < n_tasks; task += kWarps) {  // a warp's
+    const bool query = task < n_group;
+    const bool value = !query && (task - n_group) % 2 != 0;
+    const int64_t other = query ? row : first + (task - n_group) / 2;
+    const int64_t at = position - row + other;
+    const float* const from = query   ? a.q + row * a.q_stride + (head + task) * dim
+                              : value ? rope.v + other * rope.v_stride + kv_head * dim
+                                      : rope.k + other * rope.k_stride + kv_head * dim;
+    float* const x = query ? q + task * dim : scratch + warp * dim;
+    load_head(from, dim, x);
+    if (!value) {
+      if (other != row) {
+#pragma unroll 1
+        for (int i = lane; i < rope.pairs; i += kWarp) others[i] = turn_of(rope, at, i);
+        __syncwarp();
+      }
+      turn_head(rope, query ? rope.q_norm : rope.k_norm, other == row ? turns : others, x);
+    }
+    if (query) {
+      for (int i = lane; i < dim; i += kWarp) x[i] *= a.scale;
+    } else {
+      store_row(value ? a.values : a.keys, kv_head, dim, at, x);
+    }
+    __syncwarp();
+  }
+  __syncthreads();
+}
+
+// A block makes those keys and values of the batch that its span has, and reads no others of them:
+// several may write the same bytes to the cache. The block that is the last of a row and its heads
+// merges their spans.
+// grid: (spans, parts: key-value heads, each as many times as its query heads make groups, rows)
+template <int kGroup>
+__global__ void __launch_bounds__(kThreads) span_kernel(COREINFER_PARAMETER RowsArgs args) {
   let_next_start();
+  const AttentionArgs& a = args.attention;
   COREINFER_DYNAMIC_SHARED(memory);
   const int dim = a.head_dim;
-  auto* q = reinterpret_cast<float*>(memory);  // (kGroup, dim)
-  float* weights = q + kGroup * dim;           // (kGroup, kSpan)
-  float* sums = weights + kGroup * kSpan;      // (kWarps, dim), a group at a time
+  auto* q = reinterpret_cast<float*>(memory);                    // (kGroup, dim)
+  float* weights = q + kGroup * dim;                             // (kGroup, kSpan)
+  float* sums = weights + kGroup * kSpan;                        // (kWarps, dim), a group at a time
+  auto* turns = reinterpret_cast<float2*>(sums + kWarps * dim);  // (1 + kWarps, dim / 2)
   const int64_t span = blockIdx.x;
   const int64_t row = blockIdx.z;
   const int heads_each = a.n_head / a.n_head_kv;
   const int groups = divide_up(heads_each, kGroup);
-  const int kv_head = static_cast<int>(blockIdx.y) / groups;
-  const int part = static_cast<int>(blockIdx.y) % groups;
+  const int kv_head = (a.first_part + static_cast<int>(blockIdx.y)) / groups;
+  const int part = (a.first_part + static_cast<int>(blockIdx.y)) % groups;
   const int head = kv_head * heads_each + part * kGroup;
   const int rest = heads_each - part * kGroup;
   const int n_group = rest < kGroup ? rest : kGroup;
@@ -147,18 +307,23 @@ __global__ void __launch_bounds__(kThreads) span_kernel(COREINFER_PARAMETER Atte
   const int64_t first = span * kSpan;
   int begin, end;
   visible(position, a.window, span, &begin, &end);
+  const int tid = static_cast<int>(threadIdx.x);
   if (begin < end) {
     prefetch_rows(a.keys, kv_head, dim, first + begin, end - begin);
     prefetch_rows(a.values, kv_head, dim, first + begin, end - begin);
+#pragma unroll 1
+    for (int i = tid; i < args.rope.pairs; i += kThreads) {
+      turns[i] = turn_of(args.rope, position, i);
+    }
   }
   wait_for_previous();
   if (begin >= end) return;
-
-  const int tid = static_cast<int>(threadIdx.x);
-  for (int i = tid; i < n_group * dim; i += kThreads) {
-    q[i] = a.q[row * a.q_stride + static_cast<int64_t>(head) * dim + i] * a.scale;
-  }
   __syncthreads();
+
+  // Rows of the batch that this span has.
+  const int64_t before = first + begin - (position - row);
+  turn_and_store(a, args.rope, row, position, kv_head, head, n_group, before > 0 ? before : 0,
+                 first + end - (position - row), q, turns, sums);
   const unsigned char* keys = a.keys.data + kv_head * a.keys.head_stride;
   with_element(a.keys.element, [&](auto element) {
     score<kGroup, decltype(element)::value>(a, keys, first, begin, end, n_group, q, weights);
@@ -241,47 +406,86 @@ __global__ void __launch_bounds__(kThreads) span_kernel(COREINFER_PARAMETER Atte
     }
     __syncthreads();
   }
+
+  const int64_t oldest = a.window == 0 ? 0 : position + 1 - a.window;
+  const int64_t start = oldest > 0 ? oldest / kSpan : 0, last = position / kSpan;
+  if (is_last_of(last + 1 - start, a.arrived + row * gridDim.y + blockIdx.y)) {
+    merge_heads<kGroup>(a, row, head, n_group, start, last, weights, sums, q);
+  }
 }
 
 template <int kGroup>
-void launch_spans(Context& context, const AttentionArgs& a) {
-  const int groups = divide_up(a.n_head / a.n_head_kv, kGroup);
+void launch_spans(Context& context, const RowsArgs& args, int64_t n_parts) {
+  const AttentionArgs& a = args.attention;
   const auto dim = static_cast<size_t>(a.head_dim);
-  const size_t shared = (kGroup * (dim + kSpan) + kWarps * dim) * sizeof(float);
+  const size_t shared = (kGroup * (dim + kSpan) + (2 * kWarps + 1) * dim) * sizeof(float);
   context.launch(span_kernel<kGroup>,
-                 dim3(static_cast<unsigned>(a.n_spans), static_cast<unsigned>(a.n_head_kv * groups),
+                 dim3(static_cast<unsigned>(a.n_spans), static_cast<unsigned>(n_parts),
                       static_cast<unsigned>(a.n_rows)),
-                 dim3(kThreads), shared, a);
+                 dim3(kThreads), shared, args);
+}
+
+// How the query heads of key-value heads are cut into parts.
+struct Parts {
+  explicit Parts(const AttentionSpec& spec)
+      : heads_each(spec.n_head / spec.n_head_kv),
+        size(heads_each == 1   ? 1
+             : heads_each <= 4 ? 4
+                               : kMaxGroup),
+        each(divide_up(heads_each, size)),
+        n(each * spec.n_head_kv) {}
+  int64_t first_head(int64_t part) const { return part / each * heads_each + part % each * size; }
+
+  int64_t heads_each, size, each, n;
+};
+
+size_t partial_bytes(const AttentionSpec& spec, int64_t n_heads, int64_t n_spans) {
+  return static_cast<size_t>(n_heads * n_spans * (spec.head_dim + 2)) * sizeof(float);
 }
 
 }  // namespace
 
 size_t partial_bytes_of_rows(const AttentionSpec& spec, int64_t n_rows, int64_t n_spans) {
-  const auto bytes = [&](int64_t n) {
-    return static_cast<size_t>(partial_floats(spec, n, n_spans)) * sizeof(float);
-  };
-  return std::max(bytes(1), std::min(bytes(n_rows), kPartialBytes));
+  const size_t part = partial_bytes(spec, std::min(Parts(spec).size, spec.n_head), n_spans);
+  return std::max(part,
+                  std::min(partial_bytes(spec, n_rows * spec.n_head, n_spans), kPartialBytes));
 }
 
 void attend_rows(Context& context, const AttentionSpec& spec, const AttentionCall& c) {
-  AttentionArgs a = arguments(spec, c);
-  const int64_t group = spec.n_head / spec.n_head_kv;
-  // As many rows at a time as the partials have room for.
-  const size_t row_bytes = partial_bytes_of_rows(spec, 1, c.n_spans);
-  const auto most = static_cast<int64_t>(std::max<size_t>(kPartialBytes / row_bytes, 1));
+  RowsArgs args{arguments(spec, c), rope_arguments(spec, c)};
+  AttentionArgs& a = args.attention;
+  const Parts parts(spec);
+  // As many rows at a time as the partials have room for, or as many parts of one.
+  const auto room_for = [&](int64_t n_heads) {
+    return static_cast<int64_t>(kPartialBytes / partial_bytes(spec, n_heads, c.n_spans));
+  };
+  const int64_t rows_at_once = std::max<int64_t>(room_for(spec.n_head), 1);
+  const int64_t parts_at_once =
+      room_for(spec.n_head) > 0 ? parts.n : std::max<int64_t>(room_for(parts.size), 1);
   for (int64_t row = 0; row < c.q.n; row += a.n_rows) {
-    a.n_rows = std::min(most, c.q.n - row);
+    a.n_rows = std::min(rows_at_once, c.q.n - row);
     a.first = c.first + row;
     a.q = c.q.data + row * c.q.stride;
     a.out = c.out.data + row * c.out.stride;
-    if (group == 1) {
-      launch_spans<1>(context, a);
-    } else if (group <= 4) {
-      launch_spans<4>(context, a);
-    } else {
-      launch_spans<kMaxGroup>(context, a);
+    args.rope.k = c.k.data + row * c.k.stride;
+    args.rope.v = c.v.data + row * c.v.stride;
+    if (c.prepared.codes != nullptr) {
+      a.prepared.codes = c.prepared.codes + row * c.prepared.codes_stride;
+      a.prepared.chunks = c.prepared.chunks + row * c.prepared.chunks_stride;
     }
-    merge_spans(context, a);
+    for (int64_t part = 0; part < parts.n; part += parts_at_once) {
+      const int64_t n = std::min(parts_at_once, parts.n - part);
+      a.first_part = static_cast<int32_t>(part);
+      a.first_head = static_cast<int32_t>(parts.first_head(part));
+      a.n_partial_heads = static_cast<int32_t>(parts.first_head(part + n)) - a.first_head;
+      if (parts.size == 1) {
+        launch_spans<1>(context, args, n);
+      } else if (parts.size == 4) {
+        launch_spans<4>(context, args, n);
+      } else {
+        launch_spans<kMaxGroup>(context, args, n);
+      }
+    }
   }
 }
 

@@ -74,11 +74,13 @@ AttentionArgs arguments(const AttentionSpec& spec, const AttentionCall& c) {
   a.span = c.span;
   a.n_spans = c.n_spans;
   a.partials = c.partials;
+  a.arrived = c.arrived;
   a.out = c.out.data;
   a.out_stride = c.out.stride;
+  a.prepared = c.prepared;
   a.scale = spec.scale;
   a.softcap = spec.softcap;
-  a.n_head = static_cast<int32_t>(spec.n_head);
+  a.n_head = a.n_partial_heads = static_cast<int32_t>(spec.n_head);
   a.n_head_kv = static_cast<int32_t>(spec.n_head_kv);
   a.head_dim = static_cast<int32_t>(spec.head_dim);
   return a;

@@ -17,15 +17,19 @@ struct AttentionArgs {
   int64_t window;
   int64_t span, n_spans;  // positions of a span, and how many the grid covers
   float* partials;        // (row, head, span): head_dim sums, then maximum, then sum of weights
+  int32_t* arrived;       // attend_rows: (row, heads of a block), spans that are done
   float* out;
   int64_t out_stride;
+  PreparedRows prepared;  // attend_rows: codes of out, too, where not null
   float scale, softcap;
   int32_t n_head, n_head_kv, head_dim;
-  int32_t unused;
+  // attend_rows takes heads in parts of what a block does: the launch's first part, and heads from
+  // the first one on of those that have partials.
+  int32_t first_part, first_head, n_partial_heads;
 };
 AttentionArgs arguments(const AttentionSpec& spec, const AttentionCall& call);
 
-// From the partials to out, the spans of a row in order.
+// From the partials of attend_tiles to out, the spans of a row in order.
 void merge_spans(Context& context, const AttentionArgs& args);
 
 __device__ __forceinline__ int64_t first_position(const AttentionArgs& a) {
@@ -34,7 +38,8 @@ __device__ __forceinline__ int64_t first_position(const AttentionArgs& a) {
 
 __device__ __forceinline__ float* partial_of(const AttentionArgs& a, int64_t row, int head,
                                              int64_t span) {
-  return a.partials + ((row * a.n_head + head) * a.n_spans + span) * (a.head_dim + 2);
+  const int64_t place = row * a.n_partial_heads + head - a.first_head;
+  return a.partials + (place * a.n_spans + span) * (a.head_dim + 2);
 }
 
 // Eight elements of a row of the cache as they lie there.

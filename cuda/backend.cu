@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <utility>
 
 #include "attention.h"
 #include "backend.h"
@@ -50,6 +51,10 @@ const CudaWeight& cuda_weight(const Weight& weight) {
   return static_cast<const CudaWeight&>(weight);
 }
 
+bool same(const Norm& a, const Norm& b) {
+  return a.weight == b.weight && a.bias == b.bias && a.kind == b.kind && a.eps == b.eps;
+}
+
 constexpr int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
 
 void check_attend(const AttentionSpec& spec, const KvSpec& kv, Rows q, Rows k, Rows v,
@@ -85,6 +90,18 @@ void check_attend(const AttentionSpec& spec, const KvSpec& kv, Rows q, Rows k, R
 }
 
 }  // namespace
+
+// The lock of an operation on rows, and what the one before it left.
+class CudaBackend::Operation {
+ public:
+  explicit Operation(CudaBackend& backend)
+      : lock_(*backend.context_), ready_(std::exchange(backend.ready_, {})) {}
+  const Ready& ready() const { return ready_; }
+
+ private:
+  const Context::Lock lock_;
+  const Ready ready_;
+};
 
 CudaBackend::CudaBackend(const CudaOptions& options)
     : options_(options), context_(std::make_shared<Context>(options.device, options.memory_limit)) {
@@ -144,13 +161,13 @@ void CudaBackend::read(const float* from, float* to_host, int64_t n) {
 }
 
 void CudaBackend::write(const float* from_host, float* to, int64_t n) {
-  const Context::Lock lock(*context_);
+  const Operation operation(*this);
   if (n > 0) context_->copy_in(to, from_host, static_cast<size_t>(n) * sizeof(float));
 }
 
 void CudaBackend::copy(Rows from, Rows to) {
   check_same_shape("copy", from, to);
-  const Context::Lock lock(*context_);
+  const Operation operation(*this);
   if (from.n < 1 || from.width < 1) return;
   const auto bytes = [](int64_t floats) { return static_cast<size_t>(floats) * sizeof(float); };
   COREINFER_CUDA_CHECK(cudaMemcpy2DAsync(to.data, bytes(to.stride), from.data, bytes(from.stride),
@@ -198,6 +215,16 @@ const float* CudaBackend::frequencies(const std::shared_ptr<const std::vector<fl
   return memory.as<float>();
 }
 
+// Counters of blocks; kernels leave them zero.
+int32_t* CudaBackend::zeros(size_t n) {
+  const size_t bytes = n * sizeof(int32_t);
+  if (zeros_.size() < bytes) {
+    zeros_.ensure(context_, bytes, "counters");
+    context_->clear(zeros_.as<void>(), bytes);
+  }
+  return zeros_.as<int32_t>();
+}
+
 // ---- Rows
 
 void CudaBackend::embed(std::span<const int32_t> tokens, const Mat& table, float scale,
@@ -215,7 +242,7 @@ void CudaBackend::embed(std::span<const int32_t> tokens, const Mat& table, float
                 static_cast<long long>(first_position + n - 1),
                 static_cast<long long>(positions.rows));
   }
-  const Context::Lock lock(*context_);
+  const Operation operation(*this);
   if (n == 0) return;
   // Rows as the file has them, tokens first: the tables themselves stay in host memory.
   const size_t row = table.stride();
@@ -242,7 +269,7 @@ void CudaBackend::embed(std::span<const int32_t> tokens, const Mat& table, float
 void CudaBackend::norm(Rows x, const Norm& norm, Rows out) {
   check_same_shape("norm", x, out);
   check_norm("norm", norm, x.width);
-  const Context::Lock lock(*context_);
+  const Operation operation(*this);
   if (x.n == 0) return;
   context_->defer(x.n <= kExactRows);
   PreparedRows to{};
@@ -251,13 +278,19 @@ void CudaBackend::norm(Rows x, const Norm& norm, Rows out) {
   prepare_rows(*context_, x, norm, nullptr, x.width, to);
 }
 
-void CudaBackend::add(Rows x, Rows y, const Norm& norm) {
+void CudaBackend::add(Rows x, Rows y, const Norm& norm, const Norm& next) {
   check_same_shape("add", x, y);
   check_norm("add", norm, y.width);
-  const Context::Lock lock(*context_);
+  const Operation operation(*this);
   if (x.n == 0) return;
   context_->defer(x.n <= kExactRows);
-  add_rows(*context_, x, y, norm);
+  PreparedRows prepared{};
+  if (x.n <= kExactRows && next.weight) {
+    check_norm("add", next, x.width);
+    prepared = room_for_ready(normed_, x.width, true, !options_.f32_activations);
+    ready_ = {x, prepared, next};
+  }
+  add_rows(*context_, x, y, norm, next, prepared);
 }
 
 // ---- Matrices
@@ -265,7 +298,8 @@ void CudaBackend::add(Rows x, Rows y, const Norm& norm) {
 // Every form that the weights of an operation want of its input, in the scratch memory.
 class CudaBackend::Inputs {
  public:
-  Inputs(CudaBackend& backend, Rows x, const Norm& norm) : backend_(backend), x_(x), norm_(norm) {}
+  Inputs(CudaBackend& backend, Rows x, const Norm& norm, const Ready& ready)
+      : backend_(backend), x_(x), norm_(norm), ready_(ready) {}
 
   bool floats(const CudaWeight& w) const {
     return !w.quantized() || backend_.options_.f32_activations;
@@ -315,6 +349,10 @@ class CudaBackend::Inputs {
         r.values_stride = x_.stride;
         continue;
       }
+      if (is_ready(f)) {
+        r = ready_.prepared;
+        continue;
+      }
       if (f.values) r.values = reinterpret_cast<float*>(base + places[i].values);
       if (f.codes) {
         r.codes = reinterpret_cast<int8_t*>(base + places[i].codes);
@@ -349,9 +387,18 @@ class CudaBackend::Inputs {
            reinterpret_cast<uintptr_t>(x_.data) % 16 == 0;
   }
 
+  bool is_ready(const Form& f) const {
+    const Rows& r = ready_.rows;
+    return f.columns == nullptr && r.data == x_.data && r.n == x_.n && r.width == x_.width &&
+           r.stride == x_.stride && same(norm_, ready_.norm) &&
+           (!f.values || ready_.prepared.values != nullptr) &&
+           (!f.codes || ready_.prepared.codes != nullptr);
+  }
+
   CudaBackend& backend_;
   Rows x_;
   const Norm& norm_;
+  const Ready ready_;
   Form forms_[kMaxForms];
   int n_forms_ = 0;
 };
@@ -375,8 +422,31 @@ const float* CudaBackend::dense_values(Rows x, const Norm& norm, int64_t* stride
   return to.values;
 }
 
-void CudaBackend::exact_linear(Rows x, const Norm& norm, std::span<const Linear> linears) {
-  Inputs inputs(*this, x, norm);
+// For kExactRows rows, padded to whole chunks.
+PreparedRows CudaBackend::room_for_ready(Memory& memory, int64_t width, bool values, bool codes) {
+  width = round_up(width, kChunk);
+  const auto n = static_cast<size_t>(kExactRows * width);
+  memory.ensure(
+      context_,
+      (values ? n * sizeof(float) : 0) + (codes ? n + n / kChunk * sizeof(ChunkInput) : 0), "rows");
+  auto* at = memory.as<unsigned char>();
+  PreparedRows r{};
+  r.values_stride = r.codes_stride = width;
+  r.chunks_stride = width / kChunk;
+  if (values) {
+    r.values = reinterpret_cast<float*>(at);
+    at += n * sizeof(float);
+  }
+  if (codes) {
+    r.codes = reinterpret_cast<int8_t*>(at);
+    r.chunks = reinterpret_cast<ChunkInput*>(at + n);
+  }
+  return r;
+}
+
+void CudaBackend::exact_linear(Rows x, const Norm& norm, std::span<const Linear> linears,
+                               const Ready& ready) {
+  Inputs inputs(*this, x, norm, ready);
   for (const Linear& l : linears) inputs.want(cuda_weight(*l.weight));
   inputs.prepare();
   // One launch for neighbours that are alike.
@@ -404,11 +474,11 @@ void CudaBackend::exact_linear(Rows x, const Norm& norm, std::span<const Linear>
 
 void CudaBackend::linear(Rows x, const Norm& norm, std::span<const Linear> linears) {
   check_norm("linear", norm, x.width);
-  const Context::Lock lock(*context_);
+  const Operation operation(*this);
   if (x.n == 0) return;
   if (x.n <= kExactRows) {
     context_->defer(true);
-    return exact_linear(x, norm, linears);
+    return exact_linear(x, norm, linears, operation.ready());
   }
   context_->defer(false);
   if (std::all_of(linears.begin(), linears.end(),
@@ -435,7 +505,7 @@ void CudaBackend::linear(Rows x, const Norm& norm, std::span<const Linear> linea
 }
 
 void CudaBackend::exact_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Activation act,
-                               Rows h, Rows act_gate) {
+                               Rows h, Rows act_gate, const Ready& ready) {
   const CudaWeight& up = cuda_weight(*ffn.up);
   const CudaWeight* gate = ffn.gate ? &cuda_weight(*ffn.gate) : nullptr;
   const float* bias = ffn.up_bias ? ffn.up_bias->data() : nullptr;
@@ -444,17 +514,26 @@ void CudaBackend::exact_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, 
     hidden_.ensure(context_, static_cast<size_t>(kExactRows * h.width) * sizeof(float), "hidden");
     const Rows g{hidden_.as<float>(), x.n, h.width, h.width};
     const Linear both[] = {{&up, ffn.up_bias.get(), h, false}, {gate, nullptr, g, false}};
-    exact_linear(x, norm, both);
+    exact_linear(x, norm, both, ready);
     return activate_rows(*context_, epilogue_of(act), h, g.data, g.stride, act_gate.data,
                          act_gate.stride);
   }
-  Inputs inputs(*this, x, norm);
+  Inputs inputs(*this, x, norm, ready);
   inputs.want(up);
   if (gate != nullptr) inputs.want(*gate);
   inputs.prepare();
   MatvecArgs a{};
   a.x = inputs.of(up);
   a.n_rows = static_cast<int32_t>(x.n);
+  // Padded, where there is room, for a matrix of floats that comes next: core neurons are of any
+  // number.
+  const int64_t padded = round_up(h.width, kChunk);
+  if (h.stride >= padded && h.stride % 4 == 0 && reinterpret_cast<uintptr_t>(h.data) % 16 == 0) {
+    a.zeros = static_cast<int32_t>(padded - h.width);
+    ready_ = {h, {}, {}};
+    ready_.prepared.values = h.data;
+    ready_.prepared.values_stride = h.stride;
+  }
   a.epilogue = epilogue_of(act);
   a.jobs[a.n_jobs++] = {up.view(), bias, h.data, h.stride, 0, 0};
   if (gate != nullptr) a.jobs[a.n_jobs++] = {gate->view(), nullptr, nullptr, 0, 0, 0};
@@ -466,11 +545,11 @@ void CudaBackend::exact_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, 
 void CudaBackend::ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Activation act,
                              Rows h, Rows act_gate) {
   check_norm("ffn_hidden", norm, x.width);
-  const Context::Lock lock(*context_);
+  const Operation operation(*this);
   if (x.n == 0) return;
   if (x.n <= kExactRows) {
     context_->defer(true);
-    return exact_hidden(x, norm, ffn, act, h, act_gate);
+    return exact_hidden(x, norm, ffn, act, h, act_gate, operation.ready());
   }
   context_->defer(false);
   if (gemm_ != nullptr) {
@@ -504,7 +583,7 @@ void CudaBackend::ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Ac
 void CudaBackend::attend(const AttentionSpec& spec, Rows q, Rows k, Rows v, KvCache& cache,
                          int64_t layer, int64_t first, Rows out) {
   check_attend(spec, cache.spec(), q, k, v, layer, first, out);
-  const Context::Lock lock(*context_);
+  const Operation operation(*this);
   if (q.n < 1) return;
   const auto& kv = static_cast<const CudaKvCache&>(cache);
   const bool exact = q.n <= kExactRows;
@@ -520,13 +599,17 @@ void CudaBackend::attend(const AttentionSpec& spec, Rows q, Rows k, Rows v, KvCa
     // for the whole context, so that nothing grows while tokens are decoded.
     partials_.ensure(context_, partial_bytes_of_rows(spec, kExactRows, most), "attention");
     call.partials = partials_.as<float>();
+    call.arrived = zeros(static_cast<size_t>(kExactRows * spec.n_head));
+    // Most probably for a quantised matrix; a chunk may not lie across heads.
+    if (!options_.f32_activations && spec.head_dim % kChunk == 0) {
+      call.prepared = room_for_ready(attended_, out.width, false, true);
+    }
   }
   call.position = context_->position(first);
   call.first = call.position != nullptr ? 0 : first;
   call.q = q;
   call.k = k;
   call.v = v;
-  rope_and_store(*context_, spec, call);
   const auto spans_for = [&](int64_t end) { return divide_up<int64_t>(end, kSpan); };
   if (exact) {
     // Powers of two, so that a step's launches change rarely.
@@ -534,8 +617,11 @@ void CudaBackend::attend(const AttentionSpec& spec, Rows q, Rows k, Rows v, KvCa
     call.n_spans = std::min(most, static_cast<int64_t>(std::bit_ceil(wanted)));
     call.out = out;
     call.span = kSpan;
-    return attend_rows(*context_, spec, call);
+    attend_rows(*context_, spec, call);
+    if (call.prepared.codes != nullptr) ready_ = {out, call.prepared, {}};
+    return;
   }
+  rope_and_store(*context_, spec, call);
   call.out = out;
   choose_spans(*context_, spec, q.n, first + q.n, &call);
   if (call.n_spans > 1) {

@@ -39,7 +39,7 @@ class CudaBackend final : public Backend {
                   Rows act_gate) override;
   void attend(const AttentionSpec& spec, Rows q, Rows k, Rows v, KvCache& cache, int64_t layer,
               int64_t first, Rows out) override;
-  void add(Rows x, Rows y, const Norm& norm) override;
+  void add(Rows x, Rows y, const Norm& norm, const Norm& next) override;
 
   void accumulate(Statistic statistic, double alpha, Rows h, float* scores,
                   std::span<const ScoreMark> marks, int64_t first_row, float* bad) override;
@@ -49,12 +49,23 @@ class CudaBackend final : public Backend {
  private:
   // Rows prepared for weights of one kind of input; made at most once an operation.
   class Inputs;
+  // What an operation left beside its rows for a matrix that they go into next; whatever comes
+  // between may change them.
+  struct Ready {
+    Rows rows;  // no data: nothing
+    PreparedRows prepared;
+    Norm norm;  // after which
+  };
+  class Operation;
 
   std::shared_ptr<const CudaWeight> resident(const Mat& mat);
   const float* frequencies(const std::shared_ptr<const std::vector<float>>& host);
-  void exact_linear(Rows x, const Norm& norm, std::span<const Linear> linears);
+  int32_t* zeros(size_t n);
+  PreparedRows room_for_ready(Memory& memory, int64_t width, bool values, bool codes);
+  void exact_linear(Rows x, const Norm& norm, std::span<const Linear> linears,
+                    const Ready& ready = {});
   void exact_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Activation act, Rows h,
-                    Rows act_gate);
+                    Rows act_gate, const Ready& ready = {});
   size_t own_memory() const;
   void check_limit() const;
   bool can_multiply(const Weight& weight) const;
@@ -68,8 +79,10 @@ class CudaBackend final : public Backend {
   std::map<const void*, std::weak_ptr<const CudaWeight>> loaded_;
   // By address; the key keeps the address its own.
   std::map<std::shared_ptr<const std::vector<float>>, Memory> frequencies_;
+  Ready ready_{};
   // Grown at first use and kept.
-  Memory inputs_, hidden_, partials_, choices_, raw_, token_rows_, selected_;
+  Memory inputs_, attended_, normed_, hidden_, partials_, zeros_, choices_, raw_, token_rows_,
+      selected_;
 };
 
 }  // namespace coreinfer::cuda

@@ -399,6 +399,12 @@ void Context::copy_in(void* device, const void* host, size_t n) {
   after_kernel_ = false;
 }
 
+void Context::clear(void* device, size_t n) {
+  use_device();
+  COREINFER_CUDA_CHECK(cudaMemsetAsync(device, 0, n, stream_));
+  after_kernel_ = false;
+}
+
 cudaStream_t Context::begin_load() {
   flush();  // so that the device computes while the host copies
   COREINFER_CUDA_CHECK(cudaStreamWaitEvent(load_stream_, released_, 0));

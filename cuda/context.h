@@ -108,6 +108,9 @@ class Context {
     after_kernel_ = false;
   }
 
+  // Zeros, before what waits in the list.
+  void clear(void* device, size_t n);
+
   // For work put on the stream by others: flush first, and tell that the last work is no kernel.
   cudaStream_t stream_for_copy() {
     flush();

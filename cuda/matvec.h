@@ -36,7 +36,7 @@ struct MatvecArgs {
   int32_t n_jobs;
   int32_t n_rows;
   Epilogue epilogue;
-  int32_t unused;
+  int32_t zeros;  // put behind a hidden row, less than 32
 };
 
 // All jobs have the format of jobs[0]. floats: read x.values and not x.codes.

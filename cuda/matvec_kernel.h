@@ -334,6 +334,10 @@ __global__ void __launch_bounds__(kMatvecWarps* kWarp)
   const float bias = finishes && job.bias != nullptr ? job.bias[row_here] : 0.0f;
   wait_for_previous();
   const int n_rows = kRows == 1 ? 1 : a.n_rows;
+  if (hidden && warp == 0 && lane < a.zeros) {
+    float* to = job.out + job.w.rows + lane;
+    for (int r = 0; r < n_rows; ++r) to[r * job.out_stride] = 0.0f;
+  }
   for (int first = 0; first < n_rows; first += kRows) {
     const int n = n_rows - first < kRows ? n_rows - first : kRows;
     const bool again = first > 0;

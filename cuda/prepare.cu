@@ -1,10 +1,9 @@
 // Has not run on a device yet; the tests run it on the host (tests/cuda_host).
-#include "prepare.h"
+#include "prepare_chunk.h"
 
 namespace coreinfer::cuda {
 namespace {
 
-constexpr int kLanesPerChunk = 8;  // four elements each
 constexpr int kMaxThreads = 1024;
 
 struct NormArgs {
@@ -70,31 +69,12 @@ __device__ float normalised(const NormArgs& norm, Moments m, float x, float weig
   return norm.bias != nullptr ? v + bias : v;
 }
 
-struct PrepareArgs {
-  const float* x;
-  int64_t stride;
-  int64_t width;
-  NormArgs norm;
-  const int32_t* columns;
-  int64_t n_columns;
-  PreparedRows out;
-};
-
-// Larger of two, NaN if one is: it must show in the result and not vanish in the codes.
-__device__ float larger(float a, float b) { return !(a <= b) ? a : b != b ? b : (a > b ? a : b); }
-
-// grid: (rows, parts of a row)
-__global__ void __launch_bounds__(kMaxThreads) prepare(COREINFER_PARAMETER PrepareArgs a) {
-  let_next_start();
-  prefetch_norm(a.norm, a.width);
-  wait_for_previous();
-  const int64_t row = blockIdx.x;
-  const float* x = a.x + row * a.stride;
-  const Moments m = moments_of(a.norm, x, a.width);
-  const int64_t n_chunks = divide_up<int64_t>(a.n_columns, kChunk);
-  const int64_t n_groups = static_cast<int64_t>(gridDim.y) * blockDim.x / kLanesPerChunk;
-  const int64_t group =
-      (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) / kLanesPerChunk;
+// Columns of row `row`, in chunks: this thread's is `group`, and every n_groups-th after it.
+__device__ __forceinline__ void prepare_columns(const NormArgs& norm, Moments m, const float* x,
+                                                int64_t width, const int32_t* columns,
+                                                int64_t n_columns, const PreparedRows& out,
+                                                int64_t row, int64_t group, int64_t n_groups) {
+  const int64_t n_chunks = divide_up<int64_t>(n_columns, kChunk);
   const int lane = static_cast<int>(threadIdx.x) % kLanesPerChunk;
   // All lanes of a warp make the same number of turns.
 #pragma unroll 1
@@ -107,61 +87,53 @@ __global__ void __launch_bounds__(kMaxThreads) prepare(COREINFER_PARAMETER Prepa
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       from[j] = column + j;
-      if (column + j >= a.n_columns) {
+      if (column + j >= n_columns) {
         from[j] = -1;
-      } else if (a.columns != nullptr) {
-        from[j] = a.columns[column + j];
+      } else if (columns != nullptr) {
+        from[j] = columns[column + j];
       }
-      if (from[j] >= a.width) from[j] = -1;
+      if (from[j] >= width) from[j] = -1;
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if (from[j] < 0) continue;
       v[j] = x[from[j]];
-      if (a.norm.weight != nullptr) weight[j] = a.norm.weight[from[j]];
-      if (a.norm.bias != nullptr) bias[j] = a.norm.bias[from[j]];
+      if (norm.weight != nullptr) weight[j] = norm.weight[from[j]];
+      if (norm.bias != nullptr) bias[j] = norm.bias[from[j]];
     }
-    float largest = 0.0f;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      if (from[j] >= 0) v[j] = normalised(a.norm, m, v[j], weight[j], bias[j]);
-      if (a.out.values != nullptr && column + j < a.n_columns) {
-        const_cast<float*>(a.out.values)[row * a.out.values_stride + column + j] = v[j];
+      if (from[j] >= 0) v[j] = normalised(norm, m, v[j], weight[j], bias[j]);
+      if (out.values != nullptr && column + j < n_columns) {
+        const_cast<float*>(out.values)[row * out.values_stride + column + j] = v[j];
       }
-      largest = larger(fabsf(v[j]), largest);
     }
-    if (a.out.codes == nullptr) continue;
-    // Four lanes are a half chunk.
-    largest = larger(__shfl_xor_sync(kAllLanes, largest, 1), largest);
-    largest = larger(__shfl_xor_sync(kAllLanes, largest, 2), largest);
-    const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-    unsigned word = 0;
-    int sum = 0;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float scaled = v[j] * inverse;
-      const int code = scaled == scaled ? __float2int_rn(scaled) : 0;
-      word |= (static_cast<unsigned>(code) & 0xffu) << (8 * j);
-      sum += code;
-    }
-    sum += __shfl_xor_sync(kAllLanes, sum, 1);
-    sum += __shfl_xor_sync(kAllLanes, sum, 2);
-    const int other = __shfl_xor_sync(kAllLanes, sum, 4);
-    const float other_largest = __shfl_xor_sync(kAllLanes, largest, 4);
-    if (chunk >= n_chunks) continue;
-    constexpr int kHalf = kLanesPerChunk / 2;
-    const int64_t half = lane / kHalf * (a.out.codes_stride / 8);
-    const_cast<unsigned*>(reinterpret_cast<const unsigned*>(
-        a.out.codes + row * a.out.codes_stride))[half + chunk * kHalf + lane % kHalf] = word;
-    if (lane == 0) {
-      const float scale = largest / 127.0f, other_scale = other_largest / 127.0f;
-      const_cast<ChunkInput*>(a.out.chunks)[row * a.out.chunks_stride + chunk] = {
-          {scale, other_scale},
-          static_cast<int32_t>((static_cast<unsigned>(sum) & 0xffffu) | static_cast<unsigned>(other)
-                                                                            << 16),
-          scale * static_cast<float>(sum) + other_scale * static_cast<float>(other)};
-    }
+    if (out.codes != nullptr) store_chunk(out, row, chunk, lane, v, chunk < n_chunks);
   }
+}
+
+struct PrepareArgs {
+  const float* x;
+  int64_t stride;
+  int64_t width;
+  NormArgs norm;
+  const int32_t* columns;
+  int64_t n_columns;
+  PreparedRows out;
+};
+
+// grid: (rows, parts of a row)
+__global__ void __launch_bounds__(kMaxThreads) prepare(COREINFER_PARAMETER PrepareArgs a) {
+  let_next_start();
+  prefetch_norm(a.norm, a.width);
+  wait_for_previous();
+  const int64_t row = blockIdx.x;
+  const float* x = a.x + row * a.stride;
+  const Moments m = moments_of(a.norm, x, a.width);
+  const int64_t thread = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
+  prepare_columns(a.norm, m, x, a.width, a.columns, a.n_columns, a.out, row,
+                  thread / kLanesPerChunk,
+                  static_cast<int64_t>(gridDim.y) * blockDim.x / kLanesPerChunk);
 }
 
 struct AddArgs {
@@ -171,11 +143,15 @@ struct AddArgs {
   int64_t y_stride;
   int64_t width;
   NormArgs norm;
+  NormArgs next;
+  PreparedRows out;
 };
 
+// grid: (rows)
 __global__ void __launch_bounds__(kMaxThreads) add_normalised(COREINFER_PARAMETER AddArgs a) {
   let_next_start();
   prefetch_norm(a.norm, a.width);
+  if (a.out.values != nullptr) prefetch_norm(a.next, a.width);
   wait_for_previous();
   float* x = a.x + static_cast<int64_t>(blockIdx.x) * a.x_stride;
   const float* y = a.y + static_cast<int64_t>(blockIdx.x) * a.y_stride;
@@ -185,6 +161,11 @@ __global__ void __launch_bounds__(kMaxThreads) add_normalised(COREINFER_PARAMETE
     const float bias = a.norm.bias != nullptr ? a.norm.bias[i] : 0.0f;
     x[i] += normalised(a.norm, m, y[i], weight, bias);
   }
+  if (a.out.values == nullptr) return;
+  const Moments of_sum = moments_of(a.next, x, a.width);  // of this thread's own elements
+  __syncthreads();
+  prepare_columns(a.next, of_sum, x, a.width, nullptr, divide_up<int64_t>(a.width, kChunk) * kChunk,
+                  a.out, blockIdx.x, threadIdx.x / kLanesPerChunk, blockDim.x / kLanesPerChunk);
 }
 
 // Threads for a row: whole warps, four elements a thread.
@@ -206,9 +187,11 @@ void prepare_rows(Context& context, Rows x, const Norm& norm, const int32_t* col
                  {x.data, x.stride, x.width, norm_args(norm), columns, n_columns, out});
 }
 
-void add_rows(Context& context, Rows x, Rows y, const Norm& norm) {
-  context.launch(add_normalised, dim3(static_cast<unsigned>(x.n)), dim3(threads_for(x.width)), 0,
-                 {x.data, x.stride, y.data, y.stride, x.width, norm_args(norm)});
+void add_rows(Context& context, Rows x, Rows y, const Norm& norm, const Norm& next,
+              const PreparedRows& out) {
+  context.launch(
+      add_normalised, dim3(static_cast<unsigned>(x.n)), dim3(threads_for(x.width)), 0,
+      {x.data, x.stride, y.data, y.stride, x.width, norm_args(norm), norm_args(next), out});
 }
 
 }  // namespace coreinfer::cuda

@@ -33,7 +33,8 @@ struct PreparedRows {
 void prepare_rows(Context& context, Rows x, const Norm& norm, const int32_t* columns,
                   int64_t n_columns, const PreparedRows& out);
 
-// x += norm(y)
-void add_rows(Context& context, Rows x, Rows y, const Norm& norm);
+// x += norm(y); where `out` has room, x normalised by `next` goes there, padded to whole chunks.
+void add_rows(Context& context, Rows x, Rows y, const Norm& norm, const Norm& next,
+              const PreparedRows& out);
 
 }  // namespace coreinfer::cuda

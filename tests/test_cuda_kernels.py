@@ -506,12 +506,78 @@ def test_many_spans_are_merged(cuda, cpu, dim):
         np.testing.assert_allclose(*results, atol=2e-5)
 
 
-def test_sums_over_a_long_context_stay_within_their_memory(cuda, cpu):
-    """64 heads of 256 over 32768 positions: 16 MiB of partial sums a row, so 3 rows at a time."""
-    n_ctx, n_head, dim, n = 32768, 64, 256, 7
-    caches = [(b, b.cache("f16", "f16", 1, n_ctx, 1, dim)) for b in (cuda, cpu)]
+@pytest.mark.parametrize(
+    ("n_head", "n_head_kv", "head_dim"), [(2, 2, 64), (6, 2, 32), (5, 1, 80), (16, 2, 256)]
+)
+@pytest.mark.parametrize("kv", ["f16", "q8_0"])
+def test_attentions_bits_depend_neither_on_other_rows_nor_on_the_order_of_blocks(
+    target,  # noqa: F811
+    cuda,
+    monkeypatch,
+    n_head,
+    n_head_kv,
+    head_dim,
+    kv,
+):
+    """Over a border of spans; what a row leaves in the cache is the same, too."""
+    if head_dim % 32 != 0:
+        kv = "f16"
+    n, first, n_ctx = 9, 252, 300
+    start = cuda.cache(kv, kv, 1, n_ctx, n_head_kv, head_dim)
+    rows = (normal(first, h * head_dim, seed=h) for h in (n_head, n_head_kv, n_head_kv))
+    cuda.attend(start, 0, 0, *rows, rope="halves")
+    state = start.save(first)
+    q, k, v = (
+        normal(n, h * head_dim, seed=100 + i) for i, h in enumerate((n_head, n_head_kv, n_head_kv))
+    )
+    norm = np.abs(normal(head_dim))
+    for options in ({"rope": "interleaved"}, {"rope": "halves", "head_norm": norm, "window": 130}):
+        results = []
+        for step, backwards in [(n, False), (1, False), (4, False), (n, target == "host")]:
+            if backwards:
+                monkeypatch.setenv("CUDA_HOST_BACKWARDS", "1")
+            cache = cuda.cache(kv, kv, 1, n_ctx, n_head_kv, head_dim)
+            cache.restore(state, first)
+            out = [
+                cuda.attend(
+                    cache,
+                    0,
+                    first + i,
+                    q[i : i + step],
+                    k[i : i + step],
+                    v[i : i + step],
+                    **options,
+                )
+                for i in range(0, n, step)
+            ]
+            results.append((np.concatenate(out), cache.save(first + n)))
+            monkeypatch.delenv("CUDA_HOST_BACKWARDS", raising=False)
+        for got, saved in results[1:]:
+            np.testing.assert_array_equal(got, results[0][0])
+            assert saved == results[0][1]
+
+
+def test_rows_that_follow_attention_in_its_memory_are_read_anew(cuda, f32):
+    """Attention leaves codes of its result for the next matrix, which may get other rows."""
+    data, w = stored("Q8_0", 24, 64)
+    weight = cuda.load("Q8_0", data, 24, 64)
+    cache = cuda.cache("f16", "f16", 1, 64, 1, 32)
+    for i in range(4):
+        cuda.attend(cache, 0, i, normal(1, 64), normal(1, 32), normal(1, 32))
+        x = normal(1, 64, seed=i)  # where one of the freed buffers was
+        (got,) = cuda.linear(x, [weight])
+        assert_product(got, x if f32 else rounded_to_8_bits(x), w)
+
+
+@pytest.mark.parametrize(
+    ("n_ctx", "n_head_kv", "n"), [(32768, 1, 7), (160_000, 1, 2), (160_000, 2, 1)]
+)
+def test_sums_over_a_long_context_stay_within_their_memory(cuda, cpu, n_ctx, n_head_kv, n):
+    """Up to 60 heads of 256: 16 MiB of partial sums a row, so 4 rows at a time, or above 64 MiB."""
+    n_head, dim = 60, 256
+    caches = [(b, b.cache("q8_0", "q8_0", 1, n_ctx, n_head_kv, dim)) for b in (cuda, cpu)]
     q = normal(n, n_head * dim)
-    k, v = (normal(n, dim, seed=s) for s in (1, 2))
+    k, v = (normal(n, n_head_kv * dim, seed=s) for s in (1, 2))
     before = cuda.device_peak
     got, expected = (b.attend(c, 0, n_ctx - n, q, k, v, window=1) for b, c in caches)
     np.testing.assert_array_equal(got, expected)

@@ -241,15 +241,17 @@ class Backend {
   // Every output of `linears` from one shared, normalised input.
   virtual void linear(Rows x, const Norm& norm, std::span<const Linear> linears) = 0;
   // h = act(G x') * (U x') with a gate, act(U x' + bias) without; x' = norm(x). Where act_gate.data
-  // is given it receives act(G x') too (count_gate; without a gate the same as h).
+  // is given it receives act(G x') too (count_gate; without a gate the same as h). What lies
+  // between the rows of h may be overwritten.
   virtual void ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Activation act, Rows h,
                           Rows act_gate) = 0;
   // Head norms and rope on q and k, k and v stored at positions [first, first + n), then each row's
   // attention over all positions up to its own. q, k and v are overwritten.
   virtual void attend(const AttentionSpec& spec, Rows q, Rows k, Rows v, KvCache& cache,
                       int64_t layer, int64_t first, Rows out) = 0;
-  // x += norm(y) (norm.weight null: x += y).
-  virtual void add(Rows x, Rows y, const Norm& norm) = 0;
+  // x += norm(y) (norm.weight null: x += y). The operation after it may want x normalised by
+  // `next`: a backend may prepare for that.
+  virtual void add(Rows x, Rows y, const Norm& norm, const Norm& next) = 0;
 
   // ---- neurons
   // Adds each row's score vector to scores (h.width floats). Rows are added in order, so the sum

@@ -122,7 +122,7 @@ void CpuBackend::norm(Rows x, const Norm& norm, Rows out) {
   });
 }
 
-void CpuBackend::add(Rows x, Rows y, const Norm& norm) {
+void CpuBackend::add(Rows x, Rows y, const Norm& norm, const Norm& /*next*/) {
   check_same_shape("add", x, y);
   check_norm("add", norm, y.width);
   const std::lock_guard<std::mutex> lock(mutex_);

@@ -67,7 +67,7 @@ class CpuBackend final : public Backend {
                   Rows act_gate) override;
   void attend(const AttentionSpec& spec, Rows q, Rows k, Rows v, KvCache& cache, int64_t layer,
               int64_t first, Rows out) override;
-  void add(Rows x, Rows y, const Norm& norm) override;
+  void add(Rows x, Rows y, const Norm& norm, const Norm& next) override;
 
   void accumulate(Statistic statistic, double alpha, Rows h, float* scores,
                   std::span<const ScoreMark> marks, int64_t first_row, float* bad) override;

@@ -129,7 +129,9 @@ class SplitBackend final : public Backend {
     cpu_->embed(tokens, table, scale, positions, first_position, out);
   }
   void norm(Rows x, const Norm& norm, Rows out) override { cpu_->norm(x, norm, out); }
-  void add(Rows x, Rows y, const Norm& norm) override { cpu_->add(x, y, norm); }
+  void add(Rows x, Rows y, const Norm& norm, const Norm& next) override {
+    cpu_->add(x, y, norm, next);
+  }
 
   void linear(Rows x, const Norm& norm, std::span<const Linear> linears) override {
     std::vector<Linear> here, there;

@@ -7,6 +7,12 @@
 #include "base/error.h"
 
 namespace coreinfer {
+namespace {
+
+// From one hidden row to the next, so that a row can be padded with zeros.
+int64_t hidden_stride(int64_t n_ff) { return (n_ff + 31) / 32 * 32; }
+
+}  // namespace
 
 Transformer::Transformer(Backend& backend, const ModelConfig& config, const ModelWeights& weights,
                          int64_t max_rows)
@@ -17,15 +23,15 @@ Transformer::Transformer(Backend& backend, const ModelConfig& config, const Mode
   v_ = backend.allocate(max_rows * config.n_embd_kv());
   attended_ = backend.allocate(max_rows * config.n_embd_q());
   if (config.post_norm != Presence::kNever) block_ = backend.allocate(max_rows * config.n_embd);
-  hidden_ = backend.allocate(max_rows * config.n_ff);
+  hidden_ = backend.allocate(max_rows * hidden_stride(config.n_ff));
   device_logits_ = backend.allocate(std::min(max_rows, kExactRows) * config.n_vocab);
 }
 
 uint64_t Transformer::workspace_bytes(const ModelConfig& config, int64_t max_rows) {
   const int64_t embd = config.n_embd, q = config.n_embd_q(), kv = config.n_embd_kv();
   // As allocated above, and act_gate_.
-  const int64_t own =
-      (config.post_norm != Presence::kNever ? 2 : 1) * embd + 2 * (q + kv) + 2 * config.n_ff;
+  const int64_t own = (config.post_norm != Presence::kNever ? 2 : 1) * embd + 2 * (q + kv) +
+                      hidden_stride(config.n_ff) + config.n_ff;
   // The widest input in another form, at most as floats; queries as floats and as pairs of bf16.
   const int64_t backend = std::max({embd, q, config.n_ff}) + 2 * q;
   const int64_t logits = 2 * std::min(max_rows, kExactRows) * config.n_vocab;  // and on the host
@@ -99,7 +105,7 @@ void Transformer::attention(const LayerWeights& w, int64_t layer, int64_t first,
     const Rows block = block_->rows(x.n, config_.n_embd);
     const Linear o[] = {{w.o.get(), w.o_bias.get(), block, false}};
     backend_.linear(attended, Norm{}, o);
-    backend_.add(x, block, w.attn_post_norm);
+    backend_.add(x, block, w.attn_post_norm, w.ffn_norm);
   } else {
     const Linear o[] = {{w.o.get(), w.o_bias.get(), x, true}};
     backend_.linear(attended, Norm{}, o);
@@ -108,7 +114,7 @@ void Transformer::attention(const LayerWeights& w, int64_t layer, int64_t first,
 
 void Transformer::feed_forward(const LayerWeights& w, const FfnWeights& ffn, int64_t layer, Rows x,
                                const Batch& batch) {
-  Rows hidden = hidden_->rows(x.n, ffn.n_ff());
+  Rows hidden{hidden_->data(), x.n, ffn.n_ff(), hidden_stride(ffn.n_ff())};
   Rows act_gate;
   NeuronCounts* const counts = batch.counts;
   const bool of_gate = counts != nullptr && counts->spec().statistic == Statistic::kCountGate;
@@ -131,7 +137,10 @@ void Transformer::feed_forward(const LayerWeights& w, const FfnWeights& ffn, int
   const Rows block = block_->rows(x.n, config_.n_embd);
   down(ffn, hidden, block, false);
   if (batch.samples != nullptr) batch.samples->add(layer, hidden, block);
-  backend_.add(x, block, w.ffn_post_norm);
+  const auto next = static_cast<size_t>(layer + 1);
+  backend_.add(
+      x, block, w.ffn_post_norm,
+      next < weights_.layers.size() ? weights_.layers[next].attn_norm : weights_.output_norm);
 }
 
 // out = down(hidden), with the low-rank part where the layer has one.

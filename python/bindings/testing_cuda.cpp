@@ -93,7 +93,7 @@ class AnyBackend {
 
   Array<float> add(Matrix x, Matrix y, std::optional<FloatVector> weight, float eps) {
     const Block a = block(x), b = block(y);
-    backend_->add(a.rows, b.rows, weight ? make_norm(*weight, {}, eps) : Norm{});
+    backend_->add(a.rows, b.rows, weight ? make_norm(*weight, {}, eps) : Norm{}, Norm{});
     return array(a.rows);
   }
 

@@ -224,7 +224,7 @@ class TestVectorBackend {
     BufferPtr to = buffer(x), from = buffer(y);
     backend_.add(to->rows(static_cast<int64_t>(x.shape(0)), width(x)),
                  from->rows(static_cast<int64_t>(y.shape(0)), width(y)),
-                 make_norm(weight, std::nullopt, false, eps));
+                 make_norm(weight, std::nullopt, false, eps), Norm{});
     return array(*to, x);
   }
 

@@ -143,19 +143,21 @@ void run(void (*thunk)(const void*, const void*), const void* kernel, const void
   the_kernel = kernel;
   the_args = args;
   std::memset(shared_memory, 0xff, shared);  // NaN to whoever reads before writing
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        for (size_t i = 0; i < n; ++i) {
-          Fiber& f = *fibers[i];
-          f.position = {dim3(static_cast<unsigned>(i)), dim3(x, y, z), block, grid};
-          f.operations = 0;
-          f.slots = warps[i / 32].slots;
-          f.state = State::kReady;
-        }
-        run_block(n);
-      }
+  // CUDA_HOST_BACKWARDS: the last block first; kernels may not mind.
+  const bool backwards = std::getenv("CUDA_HOST_BACKWARDS") != nullptr;
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  for (uint64_t turn = 0; turn < blocks; ++turn) {
+    const uint64_t b = backwards ? blocks - 1 - turn : turn;
+    const dim3 at(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+                  static_cast<unsigned>(b / grid.x / grid.y));
+    for (size_t i = 0; i < n; ++i) {
+      Fiber& f = *fibers[i];
+      f.position = {dim3(static_cast<unsigned>(i)), at, block, grid};
+      f.operations = 0;
+      f.slots = warps[i / 32].slots;
+      f.state = State::kReady;
     }
+    run_block(n);
   }
 }
 

@@ -77,6 +77,7 @@ T from_bits(uint64_t bits) {
 #define gridDim (cuda_host::here->grid_dim)
 
 inline void __syncthreads() { cuda_host::block_barrier(); }
+inline void __threadfence() {}
 inline void __syncwarp(unsigned = 0xffffffffu) { cuda_host::exchange(0); }
 
 template <typename T>
@@ -148,6 +149,10 @@ T __ldg(const T* p) {
 }
 template <typename T>
 T __ldcs(const T* p) {
+  return *p;
+}
+template <typename T>
+T __ldcg(const T* p) {
   return *p;
 }
 
