@@ -189,6 +189,19 @@ def test_hidden_rows_equal_the_cpu(cuda, cpu, f32, activation, types, n):
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=300 * EPS * scale)
 
 
+@pytest.mark.parametrize("types", [("F16", "F16"), ("Q8_0", "F32"), ("Q4_0", "BF16")])
+@pytest.mark.parametrize("n", [1, 6])
+def test_what_lies_behind_hidden_rows_is_not_read(cuda, cpu, types, n):
+    """Core neurons are of any number, and a matrix of floats is read 16 bytes at a time."""
+    n_ff, n_embd = 37, 64
+    x = rounded_to_8_bits(normal(n, n_embd) * 0.1).astype(np.float32)
+    shapes = [(types[0], n_ff, n_embd)] * 2 + [(types[1], n_embd, n_ff)]
+    made = [(t, stored(t, *shape, seed=i)[0], *shape) for i, (t, *shape) in enumerate(shapes)]
+    got, expected = (b.feed_forward(x, *(b.load(*m) for m in made)) for b in (cuda, cpu))
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=300 * EPS * scale)
+
+
 @pytest.mark.parametrize(
     ("type_name", "cols"), [(t, 512) for t in TENSOR_TYPES] + [("F16", 33), ("BF16", 33)]
 )

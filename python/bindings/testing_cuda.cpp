@@ -134,6 +134,24 @@ class AnyBackend {
     return {array(hr), array(ar)};
   }
 
+  // down(silu(gate x) * (up x)), NaN behind the rows between as another text might have left it.
+  Array<float> feed_forward(Matrix x, const AnyWeight& gate, const AnyWeight& up,
+                            const AnyWeight& down) {
+    const Block in = block(x);
+    FfnWeights ffn;
+    ffn.gate = gate.weight;
+    ffn.up = up.weight;
+    const int64_t n = in.rows.n, width = ffn.n_ff(), stride = (width + 31) / 32 * 32;
+    const std::vector<float> nan(static_cast<size_t>(n * stride), std::nanf(""));
+    const Block room = block(nan.data(), n, stride);
+    const Rows hidden{room.rows.data, n, width, stride};
+    const Block out = block(nan.data(), n, down.weight->rows());
+    backend_->ffn_hidden(in.rows, Norm{}, ffn, Activation::kSilu, hidden, Rows{});
+    const Linear linears[] = {{down.weight.get(), nullptr, out.rows, false}};
+    backend_->linear(hidden, Norm{}, linears);
+    return array(out.rows);
+  }
+
   AnyCompact compact(std::optional<AnyWeight> gate, const AnyWeight& up, const AnyWeight& down,
                      const std::vector<int32_t>& neurons, std::optional<FloatVector> up_bias) {
     CompactSource s;
@@ -300,6 +318,8 @@ void bind_testing_cuda(nb::module_& testing) {
            nb::arg("accumulate") = false)
       .def("ffn_hidden", &AnyBackend::ffn_hidden, nb::arg("x"), nb::arg("gate").none(),
            nb::arg("up"), nb::arg("activation"), nb::arg("up_bias") = nb::none())
+      .def("feed_forward", &AnyBackend::feed_forward, nb::arg("x"), nb::arg("gate"), nb::arg("up"),
+           nb::arg("down"))
       .def("compact", &AnyBackend::compact, nb::arg("gate").none(), nb::arg("up"), nb::arg("down"),
            nb::arg("neurons"), nb::arg("up_bias") = nb::none())
       .def("accumulate", &AnyBackend::accumulate, nb::arg("statistic"), nb::arg("alpha"),
