@@ -80,6 +80,18 @@ def test_run_streams_the_text_and_summarises_on_stderr(tiny, capsys):
     )
 
 
+def test_run_says_where_the_answer_ended_before_neurons_were_chosen(tiny, capsys, tmp_path):
+    path = tmp_path / "core.npz"
+    argv = ["run", tiny, "-p", PROMPT, "--raw", "--core", "stable", "--start", "6", *GREEDY]
+    assert main([*argv, "-n", "6"]) == 0
+    assert "all (dense: the answer ended within --start 6)" in capsys.readouterr().err
+    assert main([*argv, "-n", "6", "--save-core", str(path)]) == 1
+    out, err = capsys.readouterr()
+    assert out and "nothing was saved" in err and not path.exists()
+    assert main([*argv, "-n", "9", "--save-core", str(path)]) == 0
+    assert "kept" in capsys.readouterr().err and path.exists()
+
+
 def test_run_says_where_drafts_do_not_pay(tiny, capsys):
     """So small a model's core step costs what a dense one does."""
     argv = ["run", tiny, "-p", PROMPT, "--raw", "--json", "-n", "60", *GREEDY]

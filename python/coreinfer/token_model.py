@@ -462,8 +462,8 @@ class TokenModel:
         """Log-probabilities of a continuation, computed as a generation would compute them.
 
         The prompt is read dense and chooses the core set; the continuation runs through the decode
-        weights, so this measures what decoding with core neurons does. `text` is that of
-        `generate_ids`.
+        weights, so this measures what decoding with core neurons does. With `start` its first
+        tokens run through the dense weights, as an answer's do. `text` is that of `generate_ids`.
 
         Returns
         -------
@@ -511,7 +511,10 @@ class TokenModel:
     # --- state ---
 
     def save_state(self) -> LlamaState:
-        """The cache, its statistics and the core set, for `load_state`."""
+        """The cache, its statistics and the core set, for `load_state`.
+
+        A generation that goes on from there chooses the core set anew, by the text so far.
+        """
         with self._computing() as session:
             blob = session.save_state()
             return LlamaState(

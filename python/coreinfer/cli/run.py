@@ -128,8 +128,14 @@ def call(args: argparse.Namespace) -> int:
         facts = _facts(llm, result)
         print(json.dumps(facts, ensure_ascii=False) if args.json else "", flush=True)
         options.say(summary(facts))
-        if args.save_core is not None and llm.core_set is not None:
-            llm.core_set.save(args.save_core)  # last: the answer is out, whatever the disk says
+        # Last: the answer is out, whatever the disk says.
+        if args.save_core is not None:
+            if llm.core_set is None:
+                raise ValueError(
+                    f"--save-core: nothing was saved, since no neurons were chosen: the answer "
+                    f"ended within --start {facts['start']}"
+                )
+            llm.core_set.save(args.save_core)
     return 0
 
 
@@ -218,6 +224,7 @@ def _facts(llm: Llama, stream: TextStream) -> dict[str, Any]:
         "prompt_tokens": timings.reused_tokens + timings.prefill_tokens,
         "backend": {"name": backend.name, "isa": backend.isa, "n_threads": backend.n_threads},
         "core": _core_facts(llm),
+        "start": llm.core.start if isinstance(llm.core, CoreConfig) else 0,
         "stability": llm.stability,
         "auto": _auto_facts(llm),
         "clusters": None if llm.clusters is None else llm.clusters.n_clusters,
@@ -276,7 +283,8 @@ def summary(facts: dict[str, Any]) -> str:
     if facts["auto"] is not None:
         lines.append(f"auto     {facts['auto']['mode']}: {facts['auto']['reason']}")
     if core is None:
-        lines.append(f"neurons  all (dense), {dense:.1f} MB of weights a token")
+        why = f": the answer ended within --start {facts['start']}" if facts["start"] else ""
+        lines.append(f"neurons  all (dense{why}), {dense:.1f} MB of weights a token")
     else:
         lines.append(
             f"neurons  {sum(core['sizes'])} of {core['n_ff'] * len(core['sizes'])} kept "
