@@ -236,6 +236,10 @@ def test_an_answer_may_begin_dense_and_choose_by_its_beginning(tmp_path, patch):
         assert chosen[:12] == [None] * 12 and llm.timings.replay_tokens == 12
         assert chosen[12] is not None and chosen[12].n_tokens == prompt.size + 12
         assert llm.core_set.patch_rank == int(patch)
+        t = llm.timings  # of 19 tokens in the cache
+        assert t.decode_bytes == 12 * t.dense_weight_bytes + 7 * t.decode_weight_bytes
+        assert t.decode_weight_bytes < t.dense_weight_bytes
+        assert t.decode_gb_per_second == pytest.approx(t.decode_bytes / t.decode_seconds / 1e9)
         scores = llm.score(prompt, taken)
         short = llm.score(prompt, taken[:12])
         assert llm.core_set is None

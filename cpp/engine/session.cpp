@@ -389,6 +389,7 @@ void Session::run_decode(std::span<const int32_t> tokens, WantLogits want,
     logits_.assign(last.begin(), last.end());
   }
   timings_.decode_tokens += static_cast<int64_t>(tokens.size());
+  timings_.decode_bytes += tokens.size() * decode_weight_bytes();
   timings_.decode_seconds += seconds_since(start);
 }
 

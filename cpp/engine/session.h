@@ -34,6 +34,7 @@ struct Timings {
   double compact_seconds = 0.0;  // of set_core; what was gathered on the way is in the prefill's
   double patch_seconds = 0.0;
   int64_t decode_tokens = 0;
+  uint64_t decode_bytes = 0;  // of the weights that these would have read one by one
   double decode_seconds = 0.0;
   // Of exact mode, inside decode_seconds: drafts made, those that were right, and verifications.
   int64_t drafted_tokens = 0;

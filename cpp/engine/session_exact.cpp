@@ -97,6 +97,7 @@ void Session::decode_exact(int32_t token, const Sampler* sampler) {
     engine_->file().check_unchanged();
   }
   ++timings_.decode_tokens;
+  timings_.decode_bytes += decode_weight_bytes();
   timings_.decode_seconds += seconds_since(start);
 }
 

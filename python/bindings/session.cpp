@@ -161,6 +161,7 @@ nb::dict timings_dict(const Session& s) {
   d["compact_bytes"] = s.compact_bytes();
   d["compact_source_bytes"] = s.compact_source_bytes();
   d["decode_tokens"] = t.decode_tokens;
+  d["decode_bytes"] = t.decode_bytes;
   d["decode_seconds"] = t.decode_seconds;
   d["drafted_tokens"] = t.drafted_tokens;
   d["accepted_tokens"] = t.accepted_tokens;

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Timings:
-    """What the last call cost. Seconds are wall time; bytes are weights that one step reads.
+    """What the last call cost. Seconds are wall time; bytes are weights that one step reads, in
+    `decode_bytes` all steps together, dense ones among them.
 
     Prefill seconds include counting; selection, compaction and the patch come after it and before
     the first decoded token, so they belong to the time to first token of a generation with core
@@ -29,6 +30,7 @@ class Timings:
     patch_seconds: float = 0.0
     patch_bytes: int = 0
     decode_tokens: int = 0
+    decode_bytes: int = 0
     decode_seconds: float = 0.0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
@@ -62,8 +64,8 @@ class Timings:
 
     @property
     def decode_gb_per_second(self) -> float:
-        """Weight bytes that decoding read a second, in 10^9 bytes."""
-        return self.decode_weight_bytes * self.decode_tokens_per_second / 1e9
+        """Weight bytes that decoding one by one would read a second, in 10^9 bytes; 0 for none."""
+        return self.decode_bytes / self.decode_seconds / 1e9 if self.decode_seconds > 0 else 0.0
 
     def as_dict(self) -> dict[str, float | None]:
         """Fields and rates, ready for JSON."""
@@ -85,6 +87,7 @@ COUNTERS = {
     "compact_seconds": float,
     "patch_seconds": float,
     "decode_tokens": int,
+    "decode_bytes": int,
     "decode_seconds": float,
     "drafted_tokens": int,
     "accepted_tokens": int,
