@@ -70,6 +70,9 @@ class CoreChoice:
         The present text's.
     core_set : CoreSet or None
         What decodes the present text; None if it is decoded dense.
+    n_dense : int
+        Tokens that the present answer begins with, dense, before neurons are chosen; 0 once they
+        are.
     lookup_seconds : dict of str to float
         What looking the present text's cluster up took, by the names of `Timings`.
     """
@@ -91,11 +94,11 @@ class CoreChoice:
         self._prior: _core.PatchPrior | None = None
         self._text: str | None = None  # what the present prompt says, if it was said
         self._n_prompt = 0
-        self._waits = False  # for the answer's first tokens, which are decoded dense
         self._nearest: tuple[int, float] | None = None  # its cluster, once that was looked up
         self.decision: Decision | None = None
         self.stability: float | None = None
         self.core_set: CoreSet | None = None
+        self.n_dense = 0
         self.lookup_seconds: dict[str, float] = {}
 
     # --- settings ---
@@ -186,6 +189,7 @@ class CoreChoice:
     def begin(self) -> None:
         """Another text is about to be read."""
         self.lookup_seconds = {}
+        self.n_dense = 0
         self._text = self._nearest = None
         self._active = self._config if self._auto is None else self._auto.counting
 
@@ -227,13 +231,8 @@ class CoreChoice:
             again = f"{self.decision.reason}; the prompt was read twice, to rank neurons as the "
             self.decision = replace(self.decision, reason=again + "clusters do")
 
-    @property
-    def n_dense(self) -> int:
-        """Tokens that an answer begins with before neurons are chosen, once its prompt is read."""
-        return self._active.start if self._waits else 0
-
     def _choose(self, session: _core.Session) -> None:
-        self._waits = False
+        self.n_dense = 0
         if self._auto is not None:
             self._decide(session, self._auto)
         core = self._active
@@ -250,7 +249,7 @@ class CoreChoice:
         session.replay(**self.counted())  # no work after a prefill
         self.stability = self._stability_of(session)
         if session.n_past - self._n_prompt < core.start:
-            self._waits = True
+            self.n_dense = core.start
             self._decode_with(session, None)
             return
         if core.mode == "stable":
@@ -265,7 +264,6 @@ class CoreChoice:
     def restore(self, session: _core.Session, chosen: CoreSet | None) -> None:
         """The text in the cache is decoded with these neurons, or dense: nothing is to decide."""
         self.begin()
-        self._waits = False
         self.decision, self.stability = None, None if chosen is None else chosen.stability
         session.end_exact()
         self._decode_with(session, chosen)
@@ -282,7 +280,7 @@ class CoreChoice:
             # The text was too short or not stable.
             if session.n_past >= decision.until:
                 self._choose(session)
-        if self._waits and session.n_past - self._n_prompt >= self._active.start:
+        if self.n_dense and session.n_past - self._n_prompt >= self.n_dense:
             self._choose(session)
         if self._config.refresh is not None and self._active.mode in ("stable", "similar"):
             if session.n_past - session.n_dense >= self._config.refresh:
