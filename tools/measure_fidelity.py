@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from coreinfer import _core
-from coreinfer.tuning import divergence
+from coreinfer.tuning import agreement, divergence
 
 STATISTICS = ("count", "count_gate", "count_abs", "flock")
 
@@ -34,11 +34,6 @@ def kl20(top20: list, log_q: np.ndarray) -> float:
     rest_p = np.clip(1 - p.sum(axis=1), 1e-12, None)
     rest_q = np.clip(1 - q.sum(axis=1), 1e-12, None)
     return float(((p * (log_p - picked)).sum(axis=1) + rest_p * np.log(rest_p / rest_q)).mean())
-
-
-def agreement(a: np.ndarray, b: np.ndarray) -> float:
-    """Share of rows of (n, n_vocab) whose largest entry is at the same place."""
-    return float((a.argmax(axis=1) == b.argmax(axis=1)).mean())
 
 
 class Fidelity:

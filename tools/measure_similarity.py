@@ -25,7 +25,7 @@ from typing import TypeVar
 import numpy as np
 
 from coreinfer import Clusters, CoreConfig, Llama
-from coreinfer.tuning import cut, divergence
+from coreinfer.tuning import agreement, cut, divergence
 
 Way = TypeVar("Way", bound=Hashable)
 
@@ -89,8 +89,7 @@ def compare(
     """Per way of choosing neurons: (n_prompts, 2), KL to dense and agreement with dense."""
     found: dict[Way, list[tuple[float, float]]] = {name: [] for name in cores}
     for name, dense, got in scored(llm, prompts, cores, n_continue):
-        same = (got.argmax(axis=1) == dense.argmax(axis=1)).mean()
-        found[name].append((divergence(dense, got).mean(), same))
+        found[name].append((divergence(dense, got).mean(), agreement(dense, got)))
     return {name: np.array(rows) for name, rows in found.items()}
 
 

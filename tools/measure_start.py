@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from coreinfer import CoreConfig, Llama
-from coreinfer.tuning import divergence
+from coreinfer.tuning import agreement, divergence
 from measure_similarity import difference, read_prompts, summary
 
 WAYS = ("no patch", "patch", "chosen after N")
@@ -48,8 +48,7 @@ def measure(
                 chosen = start if way == WAYS[2] else 0
                 llm.core = CoreConfig(beta=beta, patch=way != WAYS[0], start=chosen)
                 got = llm.score(prompt, text[: start + n_tokens])[rows]
-                same = (got.argmax(axis=1) == dense[rows].argmax(axis=1)).mean()
-                figures = (divergence(dense[rows], got).mean(), same)
+                figures = (divergence(dense[rows], got).mean(), agreement(dense[rows], got))
                 found.setdefault((start, beta, way), []).append(figures)
     return {key: np.array(rows) for key, rows in found.items()}
 

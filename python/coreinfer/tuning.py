@@ -310,6 +310,11 @@ def divergence(dense: np.ndarray, got: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def agreement(dense: np.ndarray, got: np.ndarray) -> float:
+    """Share of rows of (n, n_vocab) whose largest entry is at the same place."""
+    return float((got.argmax(axis=1) == dense.argmax(axis=1)).mean())
+
+
 def measure(
     llm: TokenModel,
     ids: np.ndarray,
@@ -361,7 +366,7 @@ def measure(
                 llm.core = config
                 got = llm.score(text, answer)[1:]
                 kl = float(divergence(dense, got).mean())
-                same = float((got.argmax(axis=1) == dense.argmax(axis=1)).mean())
+                same = agreement(dense, got)
                 timings = llm.timings
                 share = timings.decode_weight_bytes / timings.dense_weight_bytes
                 stability = llm.core_set.stability or 0.0
