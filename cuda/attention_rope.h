@@ -73,14 +73,21 @@ __device__ __forceinline__ void turn_head(const RopeArgs& a, const HeadNorm& nor
   __syncwarp();
 }
 
-// A head's elements from `x` to `to` by one warp: all are read before the first is written.
-__device__ __forceinline__ void load_head(const float* x, int head_dim, float* to) {
+// This lane's elements of a head, every kWarp-th, and zeros behind them: under way together.
+__device__ __forceinline__ void head_values(const float* x, int64_t head_dim,
+                                            float (&values)[kHeadTurns]) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  float values[kHeadTurns];
 #pragma unroll
   for (int t = 0; t < kHeadTurns; ++t) {
     values[t] = t * kWarp + lane < head_dim ? x[t * kWarp + lane] : 0.0f;
   }
+}
+
+// A head's elements from `x` to `to` by one warp.
+__device__ __forceinline__ void load_head(const float* x, int head_dim, float* to) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  float values[kHeadTurns];
+  head_values(x, head_dim, values);
 #pragma unroll
   for (int t = 0; t < kHeadTurns; ++t) {
     if (t * kWarp + lane < head_dim) to[t * kWarp + lane] = values[t];
@@ -95,10 +102,7 @@ __device__ __forceinline__ void store_row(const KvPlane& plane, int head, int64_
   unsigned char* base = plane.data + head * plane.head_stride;
   const int64_t start = position * head_dim;
   float values[kHeadTurns];
-#pragma unroll
-  for (int t = 0; t < kHeadTurns; ++t) {
-    values[t] = t * kWarp + lane < head_dim ? x[t * kWarp + lane] : 0.0f;
-  }
+  head_values(x, head_dim, values);
 #pragma unroll
   for (int t = 0; t < kHeadTurns; ++t) {
     if (t * kWarp >= head_dim) break;

@@ -30,6 +30,18 @@ __device__ __forceinline__ float activated(Epilogue activation, float x) {
 
 // ---- What is under way
 
+// A warp's chunks from `begin` on are one a lane. A lane past the end takes the last one again: it
+// is not `here`, and what it makes of that is not taken.
+struct LaneChunk {
+  int chunk;
+  bool here;
+};
+__device__ __forceinline__ LaneChunk chunk_of_lane(int begin, int n_chunks) {
+  const int chunk = begin + static_cast<int>(threadIdx.x) % kWarp;
+  const bool here = chunk < n_chunks;
+  return {here ? chunk : n_chunks - 1, here};
+}
+
 // Chunks of a row (of float types: 16 bytes) that a lane loads before it uses the first.
 __host__ __device__ constexpr int loads_ahead(Codes c, int rows) {
   return c == Codes::k8 || c == Codes::k6 || (rows > 1 && !is_float(c)) ? 2 : 4;
@@ -40,15 +52,13 @@ struct Ahead {
   RawCodes codes[kLoads][kPair];
   RawScales scales[kLoads][kPair];
 
-  // A warp's chunks from `at` on. Lanes past the end load the last one again: what they make of it
-  // is not taken. Picked columns: scales come by the step.
+  // A warp's chunks from `at` on. Picked columns: scales come by the step.
   __device__ __forceinline__ void load(const WeightRow (&w)[kPair], int n_chunks, int at) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
     for (int u = 0; u < kLoads; ++u) {
       const int begin = at + u * kWarp;
       if (begin >= n_chunks) break;
-      const int chunk = begin + lane < n_chunks ? begin + lane : n_chunks - 1;
+      const int chunk = chunk_of_lane(begin, n_chunks).chunk;
 #pragma unroll
       for (int k = 0; k < kPair; ++k) {
         load_codes<kFormat.codes>(w[k], chunk, &codes[u][k]);
@@ -86,15 +96,13 @@ __device__ __forceinline__ void dot_floats(const WeightRow (&w)[kPair], int n_ch
                                            const PreparedRows& x, int n, bool again,
                                            float (&sum)[kPair][kRows]) {
   constexpr int kElements = float_step(kFormat.codes);
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
   for (int at = 0; at < n_chunks; at += kWarp * kLoads) {
     if (at > 0 || again) ahead.load(w, n_chunks, at);
 #pragma unroll
     for (int u = 0; u < kLoads; ++u) {
       const int begin = at + u * kWarp;
       if (begin >= n_chunks) break;
-      const bool here = begin + lane < n_chunks;
-      const int chunk = here ? begin + lane : n_chunks - 1;
+      const auto [chunk, here] = chunk_of_lane(begin, n_chunks);
       float values[kPair][kElements];
 #pragma unroll
       for (int k = 0; k < kPair; ++k) {
@@ -218,15 +226,13 @@ __device__ __forceinline__ void dot_codes(const WeightRow (&w)[kPair], const uin
                                           int n_chunks, Ahead<kFormat, kPicked, kLoads>& ahead,
                                           const PreparedRows& x, int n, bool again,
                                           float (&sum)[kPair][kRows]) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
   for (int at = 0; at < n_chunks; at += kWarp * kLoads) {
     if (at > 0 || again) ahead.load(w, n_chunks, at);
 #pragma unroll
     for (int u = 0; u < kLoads; ++u) {
       const int begin = at + u * kWarp;
       if (begin >= n_chunks) break;
-      const bool here = begin + lane < n_chunks;
-      const int chunk = here ? begin + lane : n_chunks - 1;
+      const auto [chunk, here] = chunk_of_lane(begin, n_chunks);
       unsigned q[kPair][8];
       ChunkScales scales[kPair];
       StepScale step_scales[kPair][8];
