@@ -47,24 +47,29 @@ constexpr bool signed_codes() {
 }
 
 // Codes times activations of steps in pairs, for one token: a line of 64 bytes holds two steps, its
-// low halves rows 0 to 7 of both, its high halves rows 8 to 15. Each half has a sum of its own;
-// they are folded into that of 16 rows at the end.
+// low halves rows 0 to 7 of both, its high halves rows 8 to 15. A byte as it stands is its low code
+// and 16 times its high one, and so is a sum of bytes times activations: the sum of the high codes
+// is what is left of it, without a shift and a mask for every line. Codes that are looked up have
+// to be taken apart. At the end the sums are folded into that of 16 rows.
 template <DType kType, int S>
 inline void add_step_pairs(const std::byte* const (&codes)[S], int n_pairs, const int8_t* x,
                            Ints (&sum)[S][1]) {
-  __m512i low[S], high[S];
+  constexpr bool kLookup = packed_format(kType).lookup;
+  __m512i low[S], high[S];  // without lookup: of whole bytes
   for (int s = 0; s < S; ++s) low[s] = high[s] = _mm512_setzero_si512();
   for (int i = 0; i < n_pairs; ++i) {
     const int8_t* const eight = x + i * 2 * kStepCols;
     const __m512i activations = _mm512_mask_broadcastd_epi32(
         _mm512_broadcastd_epi32(_mm_loadu_si32(eight)), 0xff00, _mm_loadu_si32(eight + 4));
     for (int s = 0; s < S; ++s) {
-      const CodesPair pair = load_codes_pair<kType>(codes[s] + i * 64);
+      const __m512i bytes = _mm512_loadu_si512(codes[s] + i * 64);
+      const CodesPair pair = kLookup ? looked_up(bytes) : CodesPair{low_codes(bytes), bytes};
       low[s] = _mm512_dpbusd_epi32(low[s], pair.low, activations);
       high[s] = _mm512_dpbusd_epi32(high[s], pair.high, activations);
     }
   }
   for (int s = 0; s < S; ++s) {
+    if constexpr (!kLookup) high[s] = _mm512_srai_epi32(_mm512_sub_epi32(high[s], low[s]), 4);
     const __m512i first_steps = _mm512_shuffle_i64x2(low[s], high[s], 0x44);
     const __m512i second_steps = _mm512_shuffle_i64x2(low[s], high[s], 0xee);
     sum[s][0] = _mm512_add_epi32(sum[s][0], _mm512_add_epi32(first_steps, second_steps));
