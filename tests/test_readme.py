@@ -1,4 +1,6 @@
-"""The README's commands are commands: their programs are there and know every flag."""
+"""The commands of README.md and tools/FIGURES.md are commands: their programs are there and know
+every flag. The pages' links lead somewhere.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,32 @@ import pytest
 from coreinfer.bench import binary_path
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMAND = re.compile(r"`((?:python tools/\w+\.py|coreinfer-bench|coreinfer [a-z]+)\b[^`]*)`")
+OURS = r"(?:python tools/\w+\.py|coreinfer-bench|coreinfer [a-z]+)\b"
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`([^`]+)`")
 FLAG = re.compile(r"(?<![^\s\[])--?[a-zA-Z][\w-]*")
-PAGE = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-COMMANDS = sorted(set(COMMAND.findall(PAGE)))
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "tools/FIGURES.md")
+}
+
+
+def lines_of(script: str) -> list[str]:
+    """A shell script's commands, without comments."""
+    joined = re.sub(r"\\\n\s*", "", script)
+    return [part.strip() for part in re.split(r"\n|&&", re.sub(r"\s#.*", "", joined))]
+
+
+def code_of(page: str) -> list[str]:
+    """What stands in a page's shell blocks, command by command, and in its code spans."""
+    blocks = [line for kind, text in BLOCK.findall(page) if kind == "sh" for line in lines_of(text)]
+    return blocks + INLINE.findall(" ".join(BLOCK.sub("", page).split()))
+
+
+CODE = [(name, code) for name, page in PAGES.items() for code in code_of(page)]
+COMMANDS = sorted({pair for pair in CODE if re.match(OURS, pair[1])})
+# Flags that a sentence names alone.
+ALONE = sorted({pair for pair in CODE if pair[1].startswith("--")})
 
 
 @cache
@@ -41,12 +65,45 @@ def program_of(command: str) -> tuple[str, ...]:
     return sys.executable, "-m", "coreinfer", *words[1 : 1 + actions]
 
 
-def test_the_readme_has_commands():
-    programs = {program_of(command)[-1] for command in COMMANDS}
-    assert {"tools/measure_fidelity.py", "tools/compare_llama_cpp.py", "tune"} <= programs
+def flags_of(command: str) -> set[str]:
+    """The flags that the command's program knows."""
+    return set(FLAG.findall(re.sub(r"[,=|\]]", " ", help_of(*program_of(command)))))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_has_the_flags_that_it_names(command):
-    known = set(FLAG.findall(re.sub(r"[,=|\]]", " ", help_of(*program_of(command)))))
-    assert set(FLAG.findall(command)) <= known
+def anchors_of(page: str) -> set[str]:
+    """What GitHub calls a page's headings in links."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    ("name", "programs"),
+    [
+        ("README.md", {"run", "tune", "build", "tools/device_report.py"}),
+        ("tools/FIGURES.md", {"tune", "build", "tools/measure_start.py", str(binary_path())}),
+    ],
+)
+def test_a_page_has_commands(name, programs):
+    assert programs <= {program_of(command)[-1] for page, command in COMMANDS if page == name}
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_a_command_of_a_page_has_the_flags_that_it_names(page, command):
+    assert set(FLAG.findall(command)) <= flags_of(command), page
+
+
+@pytest.mark.parametrize(("page", "flags"), ALONE)
+def test_a_flag_that_a_page_names_alone_is_one_of_its_commands(page, flags):
+    known = set().union(*(flags_of(command) for name, command in COMMANDS if name == page))
+    assert set(FLAG.findall(flags)) <= known
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_link_of_a_page_leads_to_a_file_and_a_heading(name):
+    links = LINK.findall(PAGES[name])
+    assert links
+    for path, anchor in links:
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.is_file(), path
+        if anchor:
+            assert anchor in anchors_of(target.read_text(encoding="utf-8")), (path, anchor)
