@@ -257,7 +257,8 @@ class CoreConfig(Checked):
         low_open=True,
     )
     # Measured on Qwen with prompts of 16 to 128 tokens: 0.1 to 0.3 nats nearer to dense than the
-    # cluster alone, and up to 64 tokens nearer than the prompt's neurons alone (README).
+    # cluster alone, and up to 64 tokens nearer than the prompt's neurons alone
+    # (tools/FIGURES.md).
     blend: float = parameter(
         0.5,
         "weight of the prompt's own neuron scores beside its cluster's; 0 is the cluster alone",
