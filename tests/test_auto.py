@@ -17,7 +17,17 @@ import measure_auto
 from coreinfer import CoreConfig, Llama, _core
 from coreinfer.auto import Auto
 from coreinfer.cli import main
-from coreinfer.tuning import FORMAT_VERSION, Row, Tuning, cut, find_tuning, measure, tuning_path
+from coreinfer.tuning import (
+    FORMAT_VERSION,
+    Row,
+    Tuning,
+    cut,
+    divergence,
+    find_tuning,
+    gain,
+    measure,
+    tuning_path,
+)
 from make_synthetic_model import make_paper_model, make_tiny_model
 from small_clusters import make_clusters, write_texts
 from synthetic_shapes import PAPER
@@ -53,6 +63,92 @@ def test_a_setting_slower_than_dense_is_never_chosen():
     assert Tuning(1, (row(0.4, 64, 0.0, speed=0.98),)).choose(0.05) is None
 
 
+def begun(start: int, beta: float, speed: float, **rest) -> Row:
+    """A row of a setting that begins dense, within KL 0.05."""
+    made = row(beta, 64, 0.03, speed, **rest)
+    return replace(made, config=replace(made.config, start=start))
+
+
+def test_what_a_setting_gains_counts_its_dense_beginning_and_the_choice():
+    assert gain(row(0.4, 64, 0.03, 2.0), 101) == 2.0
+    assert gain(row(0.4, 64, 0.03, 2.0, choosing=50.0), 101) == 1.0
+    # Of 100 tokens 20 are dense, 80 take half the time, and choosing takes that of 10.
+    assert gain(begun(20, 0.2, 2.0, choosing=10.0), 101) == pytest.approx(100 / (20 + 10 + 40))
+    assert gain(begun(20, 0.2, 2.0, choosing=10.0), 21) == 1.0  # it ends before the choice
+
+
+def test_the_fastest_setting_is_the_fastest_for_an_answer_of_that_length():
+    tuning = Tuning(1, (row(0.6, 64, 0.03, 1.2, choosing=4.0), begun(32, 0.2, 1.6, choosing=8.0)))
+    starts = {n: tuning.choose(0.05, n_answer=n).config.start for n in (40, 60, 256)}
+    assert starts == {40: 0, 60: 0, 256: 32}
+    assert tuning.choose(0.05) == tuning.choose(0.05, n_answer=256)
+    assert tuning.choose(0.05, n_answer=20) is None  # choosing takes more than it gains
+    # So auto does, and takes no answer for longer than that.
+    tuning = replace(tuning, rows=(*tuning.rows, begun(200, 0.1, 3.0)))
+    auto = Auto(CoreConfig(mode="auto"), tuning, ffn_resident=True)
+    chosen = {}
+    for most in (None, 20, 40, 256, 10**9):
+        auto.begin(n_answer=most)
+        chosen[most] = auto.decide(100, 0, 0.9, never).config
+    assert {n: c.start for n, c in chosen.items() if c.mode == "stable"} == {
+        None: 32,
+        40: 0,
+        256: 32,
+        10**9: 32,
+    }
+    assert chosen[20].mode == "exact"
+
+
+def test_a_setting_serves_answers_drawn_at_no_more_than_it_was_measured_with():
+    rows = (row(0.2, 64, 0.03, 2.0, temperature=0.0), row(0.6, 64, 0.03, 1.2, temperature=0.8))
+    rows += (row(0.2, 64, 0.3, 2.0, temperature=0.8),)
+    auto = Auto(CoreConfig(mode="auto"), Tuning(1, rows), ffn_resident=True)
+    shares = {}
+    for temperature in (0.0, 0.2, 0.8, 0.9):
+        auto.begin(temperature=temperature)
+        decision = auto.decide(100, 0, 0.9, never)
+        shares[temperature] = decision.config.beta if decision.config.mode == "stable" else None
+    assert shares == {0.0: 0.2, 0.2: 0.6, 0.8: 0.6, 0.9: None}
+    assert decision.reason == (
+        "nothing measured is within KL 0.05 and faster for an answer of 256 tokens at temperature "
+        "0.9"
+    )
+    assert Tuning(1, rows).choose(0.05).config.beta == 0.6
+    limited = decide(Tuning(1, rows), resident=False)
+    assert limited.config.beta == 0.6
+    assert Tuning(1, rows).known(CoreConfig(beta=0.2), 100) == 0.3
+
+
+def test_auto_goes_by_the_temperature_of_an_answer(tiny):
+    with Llama(str(tiny), verbose=False, core="off") as llm:
+        tuned = row(0.4, 8, 0.01, stability=0.0, temperature=0.3)
+        tuning = Tuning(llm.fingerprint, (tuned,))
+    with Llama(str(tiny), verbose=False, tuning=tuning) as llm:
+        for temperature, mode in ((0.0, "stable"), (0.3, "stable"), (0.4, "exact")):
+            llm("ab" * 20, max_tokens=3, temperature=temperature)
+            assert llm.decision.config.mode == mode
+            llm.score(llm.prompt_ids("ab" * 20), [1, 2], temperature=temperature)
+            assert llm.decision.config.mode == mode
+
+
+def test_nothing_begins_dense_where_the_dense_weights_do_not_stay():
+    fast = begun(32, 0.2, 3.0)
+    slow = row(0.6, 64, 0.03, 1.2, choosing=1000.0)  # there is no dense decoding to compare with
+    assert decide(Tuning(1, (fast, slow)), resident=False).config == slow.config
+    alone = decide(Tuning(1, (fast,)), resident=False)
+    assert alone.config.start == 0 and alone.kl is None
+
+
+def test_a_dense_beginning_s_stability_is_that_of_the_text_that_chooses():
+    tuning = Tuning(1, (begun(32, 0.2, 2.0, stability=0.5),))
+    waiting = decide(tuning, stability=0.1)
+    assert waiting.config == tuning.rows[0].config and waiting.until is None
+    assert decide(tuning, stability=0.6, n_answered=32).config == waiting.config
+    unlike = decide(tuning, stability=0.1, n_answered=32)
+    assert unlike.config.mode == "exact" and unlike.until == 132
+    assert decide(tuning, n_tokens=20, stability=0.1).until == 64
+
+
 class SomeClusters:
     digest = "c1"
 
@@ -62,10 +158,17 @@ def never() -> float:
 
 
 def decide(
-    tuning, n_tokens=100, stability=0.9, resident=True, clusters=None, similarity=never, **core
+    tuning,
+    n_tokens=100,
+    stability=0.9,
+    resident=True,
+    clusters=None,
+    similarity=never,
+    n_answered=0,
+    **core,
 ):
     auto = Auto(CoreConfig(mode="auto", **core), tuning, ffn_resident=resident, clusters=clusters)
-    return auto.decide(n_tokens, stability, similarity)
+    return auto.decide(n_tokens, n_answered, stability, similarity)
 
 
 def test_a_patch_learns_from_clusters_only_as_it_was_measured_to():
@@ -237,6 +340,36 @@ def test_auto_waits_in_exact_mode_and_then_compacts(tiny):
         assert n_exact > 10 and taken[:n_exact] == dense[:n_exact]
 
 
+def first(llm: Llama, n: int, **options) -> list[int]:
+    return [t for t, _ in zip(llm.generate("ab" * 20, temp=0, **options), range(n), strict=False)]
+
+
+def test_auto_begins_dense_and_then_decodes_as_that_setting_does(tiny):
+    tuned = begun(6, 0.3, 2.0, stability=0.0)
+    with Llama(str(tiny), verbose=False, core="off") as llm:
+        tuning = Tuning(llm.fingerprint, (replace(tuned, n_prompt=8),))
+        dense = first(llm, 40)
+        llm.core = tuned.config
+        expected, neurons = first(llm, 40), llm.core_set
+    with Llama(str(tiny), verbose=False, tuning=tuning) as llm:
+        assert first(llm, 5) == dense[:5] and llm.core_set is None
+        assert first(llm, 40) == expected != dense
+        assert llm.decision.config == tuned.config and llm.core_set.same_neurons(neurons)
+        # Three tokens end before any is chosen, so that exact mode may as well draft.
+        llm("ab" * 20, max_tokens=3, temperature=0)
+        assert llm.decision.config.mode == "exact"
+
+
+def test_auto_does_without_neurons_that_a_dense_beginning_left_unstable(tiny):
+    with Llama(str(tiny), verbose=False, core="off") as llm:
+        fast = replace(begun(6, 0.3, 2.0, stability=1.0), n_prompt=8)
+        tuning = Tuning(llm.fingerprint, (fast,))
+        dense = first(llm, 30)
+    with Llama(str(tiny), verbose=False, tuning=tuning) as llm:
+        assert first(llm, 5) == dense[:5] and llm.decision.config.mode == "stable"
+        assert first(llm, 30) == dense and llm.decision.config.mode == "exact"
+
+
 def test_a_tuning_of_another_model_or_a_damaged_one_is_refused_whoever_gives_it(tiny, tmp_path):
     path = tmp_path / "t.json"
     other = Tuning(1, (row(0.9, 48, 0.01, stability=0.0),))
@@ -342,9 +475,63 @@ def test_all_neurons_cost_nothing_and_few_cost_much(tiny):
     assert few.kl > 1e-4 and few.weight_share < full.weight_share == 1.0
 
 
+def test_a_dense_beginning_is_measured_by_what_comes_after_it(tiny):
+    ids = np.random.default_rng(0).integers(0, 320, 64, dtype=np.int32)
+    config = CoreConfig(beta=0.1, start=5)
+    with Llama(str(tiny), verbose=False, core="off", n_batch=16) as llm:
+        asked = {"n_prompts": (64,), "n_texts": 1, "n_answer": 4, "temperatures": [0.0]}
+        (found,) = measure(llm, ids, [config], **asked)
+        answer = [t for t, _ in zip(llm.generate(ids, temp=0), range(9), strict=False)]
+        llm.core = "off"
+        dense = llm.score(ids, answer)
+        llm.core = config
+        kl = divergence(dense, llm.score(ids, answer))
+        assert kl[:6].max() < 1e-9 < 1e-4 < kl[6:].min()
+        assert found.kl == pytest.approx(kl[6:].mean(), rel=0.2)  # batches differ
+        assert found.stability == llm.core_set.stability
+    assert found.weight_share < 0.9 and found.choosing > 0.0
+
+
+def test_answers_are_drawn_at_the_temperature_that_was_asked_for(tiny, monkeypatch):
+    drawn = []
+    generate = Llama.generate_ids
+
+    def spy(self, prompt, sampling, *rest, **more):
+        drawn.append((sampling.temperature, more["seed"]))
+        return generate(self, prompt, sampling, *rest, **more)
+
+    monkeypatch.setattr(Llama, "generate_ids", spy)
+    ids = np.random.default_rng(0).integers(0, 320, 64, dtype=np.int32)
+    with Llama(str(tiny), verbose=False) as llm:
+        asked = {"n_prompts": (8,), "n_texts": 2, "n_answer": 2}
+        (row,) = measure(llm, ids, [CoreConfig()], **asked)
+        rows = list(measure(llm, ids, [CoreConfig()], **asked, temperatures=(0.3, 0.0)))
+    assert [r.temperature for r in (row, *rows)] == [0.8, 0.3, 0.0]
+    # A prompt's answers are drawn alike, dense and by core neurons.
+    assert drawn == [(t, seed) for t in (0.8, 0.3, 0.0) for seed in (0, 0, 1, 1)]
+
+
+def test_a_tuning_file_of_the_version_before_is_still_read(tmp_path):
+    path = tmp_path / "t.json"
+    rows = [row(beta, 64, 0.04, temperature=0.0) for beta in (0.4, 0.2)]
+    tuning = Tuning(1, tuple(rows))
+    tuning.save(path)
+    document = json.loads(path.read_text())
+    assert document["version"] == 4
+    document["version"] = 3
+    for entry in document["rows"]:
+        del entry["start"], entry["choosing"], entry["temperature"]
+    path.write_text(json.dumps(document))
+    assert Tuning.load(path) == tuning
+    document["version"] = 4
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="'start' is missing"):
+        Tuning.load(path)
+
+
 def test_a_tuning_file_round_trips_and_is_found_beside_the_model(tiny, tmp_path):
     clusters = cluster_row(64, 0.1, clusters="ab12", similarity=-0.25)
-    tuning = Tuning(77, (row(0.4, 64, 0.04), row(0.2, 128, 0.3), clusters))
+    tuning = Tuning(77, (row(0.4, 64, 0.04), begun(8, 0.2, 1.5, choosing=3.0), clusters))
     model = tmp_path / "model.gguf"
     tuning.save(tuning_path(model))
     assert find_tuning(model, 77) == tuning
@@ -423,6 +610,7 @@ def test_a_damaged_tuning_file_is_a_clear_error(name, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value"),
     [("kl", float("nan")), ("kl", "0"), ("beta", 2.0), ("speed", -1), ("n_prompt", None)]
+    + [("start", -1), ("choosing", -1), ("temperature", None)]
     + [("mode", "exact"), ("clusters", 1), ("patch", 4096), ("cluster_similarity", 0.5)],
 )
 def test_a_value_out_of_range_is_a_clear_error(field, value, tmp_path):
@@ -444,7 +632,9 @@ def test_tune_writes_what_auto_goes_by(tmp_path, capsys):
     small += ["--first-layers", "1,2"]
     assert main(["tune", str(model), "--text", str(text), *small]) == 0
     out, err = capsys.readouterr()
-    assert out.count("\n") == 2 + 8 and "| 48 | flock | off | all | × 2 | 64 | 0.9 |" in out
+    assert (
+        out.count("\n") == 2 + 8 and "| 48 | 0.8 | flock | off | all | × 2 | 64 | 0 | 0.9 |" in out
+    )
     assert "wrote" in err
     assert len(Tuning.load(tuning_path(model)).rows) == 8
     with Llama(str(model), verbose=False) as llm:

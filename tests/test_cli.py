@@ -84,7 +84,7 @@ def test_run_says_where_the_answer_ended_before_neurons_were_chosen(tiny, capsys
     path = tmp_path / "core.npz"
     argv = ["run", tiny, "-p", PROMPT, "--raw", "--core", "stable", "--start", "6", *GREEDY]
     assert main([*argv, "-n", "6"]) == 0
-    assert "all (dense: the answer ended within --start 6)" in capsys.readouterr().err
+    assert "all (dense: the answer ended within its first 6 tokens)" in capsys.readouterr().err
     assert main([*argv, "-n", "6", "--save-core", str(path)]) == 1
     out, err = capsys.readouterr()
     assert out and "nothing was saved" in err and not path.exists()

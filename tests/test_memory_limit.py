@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import gguf_stream
 import make_synthetic_model
 from coreinfer import CoreConfig, Llama, _core
+from coreinfer.tuning import Row, Tuning
 from make_synthetic_model import make_paper_model
 from synthetic_shapes import PAPER
 
@@ -318,6 +320,35 @@ def test_a_memory_limit_is_planned_with_the_share_that_will_decode(model, core, 
     with pytest.raises(MemoryError):
         Llama(model, core=core, memory_limit="1GiB", verbose=False)
     assert asked["core_share"] == share
+
+
+@pytest.mark.parametrize(
+    ("tuned", "shares"),
+    [
+        ([(0.2, 32), (0.6, 0)], [0.6, 0.6]),
+        ([(0.9, 32), (0.6, 0)], [0.9, 0.6]),
+        ([(0.9, 32)], [0.9, CoreConfig.beta]),  # without the dense weights nothing tuned is left
+        ([], [CoreConfig.beta, CoreConfig.beta]),
+    ],
+)
+def test_auto_s_limit_is_planned_with_what_may_decode(model, tuned, shares, monkeypatch):
+    """With the dense weights any tuned setting; without them none that begins dense."""
+    figures = {"kl_error": 0.0, "agreement": 0.9, "stability": 0.5, "weight_share": 0.7}
+    rows = [
+        Row(CoreConfig(beta=beta, start=start), 64, 0.01, speed=1.5, **figures)
+        for beta, start in tuned
+    ]
+    tuning = Tuning(_core.GgufFile(os.fsencode(model)).fingerprint, tuple(rows))
+    asked = []
+
+    def engine(*args, **options):
+        asked.append(options["core_share"])
+        raise MemoryError
+
+    monkeypatch.setattr(_core, "Engine", engine)
+    with pytest.raises(MemoryError):
+        Llama(model, tuning=tuning, memory_limit="1GiB", verbose=False)
+    assert asked == shares
 
 
 @pytest.mark.parametrize(("shape", "gib"), [("opt-6.7b", 8), ("opt-13b", 14)])

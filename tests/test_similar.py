@@ -159,7 +159,8 @@ def test_auto_decodes_with_a_cluster_that_was_measured(tiny, built):
         row = next(iter(measure(llm, ids, [config], n_prompts=(8,), n_texts=2, n_answer=4)))
         fingerprint = llm.fingerprint
     assert row.clusters == built.digest and row.kl > 0
-    tuning = Tuning(fingerprint, (dataclasses.replace(row, kl=0.01, kl_error=0.0, speed=1.2),))
+    figures = {"kl": 0.01, "kl_error": 0.0, "speed": 1.2, "choosing": 0.0}
+    tuning = Tuning(fingerprint, (dataclasses.replace(row, **figures),))
     options = {"clusters": built, "embedder": letters, "core": "auto", "tuning": tuning}
     with load(tiny, **options) as llm:
         llm("the night again and again", max_tokens=3)
@@ -195,7 +196,7 @@ def test_auto_takes_a_cluster_only_for_prompts_as_near_as_those_measured(tiny, k
     clusters = request.getfixturevalue(kind)
     prompt = "the night again and again"
     with load(tiny, core="similar", clusters=clusters, embedder=letters) as llm:
-        llm(prompt, max_tokens=1)
+        llm(prompt, max_tokens=2)
         similarity = llm.core_set.cluster_similarity
     options = {"clusters": clusters, "embedder": letters, "core": "auto"}
     with load(tiny, **options, tuning=tuned(tiny, clusters, similarity)) as llm:
@@ -254,7 +255,7 @@ def test_auto_says_where_a_prompt_was_read_twice(tiny, kind, request):
     twice = "; the prompt was read twice, to rank neurons as the clusters do"
     for table, again in ((tuning, ""), (by_own(), ""), (by_own(statistic="count"), twice)):
         with load(tiny, **options, tuning=table) as llm:
-            llm("the night again and again", max_tokens=1)
+            llm("the night again and again", max_tokens=2)
             assert llm.decision.config == near.config
             assert llm.decision.reason.endswith("measured within KL 0.05" + again)
             assert (llm.timings.replay_tokens > 0) == bool(again)
@@ -273,14 +274,14 @@ def test_auto_loads_the_embedder_before_the_first_prompt_if_it_may_be_needed(
     tuning = tuned(tiny, built, -1.0)
     with load(tiny, clusters=built, core="auto", tuning=tuning) as llm:
         assert made == ["letters"]
-        llm("the night again and again", max_tokens=1)
+        llm("the night again and again", max_tokens=2)
         assert made == ["letters"]
         llm.set_clusters(built)
         assert made == ["letters"] * 2
     others = replace(tuning, rows=(replace(tuning.rows[0], clusters="others"),))
     for unused in (others, None):
         with load(tiny, clusters=built, core="auto", tuning=unused) as llm:
-            llm("the night again and again", max_tokens=1)
+            llm("the night again and again", max_tokens=2)
     assert len(made) == 2
     monkeypatch.setattr("coreinfer.cluster_lookup.as_embedder", as_embedder)
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
@@ -310,7 +311,7 @@ def test_an_embedder_of_another_dimension_is_found_before_any_prompt(tiny, built
         with load(tiny, clusters=built, embedder=letters, **options) as llm:
             with pytest.raises(ValueError, match=wrong):
                 llm.set_clusters(built, short)
-            assert llm("the night again and again", max_tokens=1) and llm.clusters is built
+            assert llm("the night again and again", max_tokens=2) and llm.clusters is built
             assert llm.core_set.cluster is not None
     # Where no cluster is looked up, there is no need of one, until there is.
     with load(tiny, clusters=built, embedder=short, core="stable") as llm:
@@ -318,7 +319,7 @@ def test_an_embedder_of_another_dimension_is_found_before_any_prompt(tiny, built
             with pytest.raises(ValueError, match=wrong):
                 llm.core = "similar"
         assert llm.core.mode == "stable"
-        llm("the night", max_tokens=1)
+        llm("the night", max_tokens=2)
 
 
 @pytest.mark.parametrize(
@@ -341,14 +342,14 @@ def test_the_text_decides_however_the_prompt_is_given(tiny, built):
         asked.clear()  # it was tried
         text = "the river rose"
         ids = llm.prompt_ids(text)
-        llm(text, max_tokens=1)
-        llm(ids.tolist(), max_tokens=1)
+        llm(text, max_tokens=2)
+        llm(ids.tolist(), max_tokens=2)
         next(llm.generate(text.encode()))
         next(llm.generate(ids))
         llm.score(ids, ids[:2])
         llm.score(ids, ids[:2], text="another")
         messages = [{"role": "user", "content": "1 2"}, {"role": "assistant", "content": "3"}]
-        llm.create_chat_completion([*messages, {"role": "user", "content": "4"}], max_tokens=1)
+        llm.create_chat_completion([*messages, {"role": "user", "content": "4"}], max_tokens=2)
         llm.reset()
         llm.eval(ids)
         next(llm.generate(" again", reset=False))
@@ -572,7 +573,7 @@ def test_a_build_without_room_for_its_scores_says_where_and_the_model_goes_on(ti
             with pytest.raises(OSError, match="No space left on device") as error:
                 build_clusters(llm, TEXTS, by="neurons")
         assert error.value.filename == tempfile.gettempdir()
-        assert llm("the night", max_tokens=1)["choices"]
+        assert llm("the night", max_tokens=2)["choices"]
 
 
 def test_a_patch_learns_from_the_texts_of_the_clusters_file(tiny, built):

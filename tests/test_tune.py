@@ -55,7 +55,7 @@ def test_what_was_measured_is_kept_where_the_plot_fails(model, text, tmp_path, m
     plot = str(tmp_path / "plot.png")
     assert main(["tune", str(model), "--text", text, "--plot", plot, *SMALL]) == 1
     out, err = capsys.readouterr()
-    assert "the disk of plots is full" in err and "| 32 | flock " in out
+    assert "the disk of plots is full" in err and "| 32 | 0.8 | flock " in out
     assert len(Tuning.load(tuning_path(model)).rows) == 2
 
 
@@ -66,7 +66,7 @@ def test_a_table_is_shown_where_its_file_cannot_be_saved(model, text, monkeypatc
     monkeypatch.setattr(Tuning, "save", fails)
     assert main(["tune", str(model), "--text", text, *SMALL]) == 1
     out, err = capsys.readouterr()
-    assert "the disk is full" in err and "| 32 | flock " in out
+    assert "the disk is full" in err and "| 32 | 0.8 | flock " in out
 
 
 @pytest.fixture
@@ -154,6 +154,10 @@ def test_what_leaves_no_room_for_an_answer_is_not_measured(model, text, capsys):
     assert main([*asked, "--prompts", "250,251,9999"]) == 0
     assert "prompts of 251, 9999 tokens were left out" in capsys.readouterr().err
     assert {row.n_prompt for row in Tuning.load(tuning_path(model)).rows} == {250}
+    assert main([*asked, "--prompts", "246,247", "--starts", "0,4"]) == 0
+    assert "left out: the text has fewer, or the context has no room for them and 10 of" in (
+        capsys.readouterr().err
+    )
     assert main([*asked, "--prompts", "250"]) == 0
     assert "left out" not in capsys.readouterr().err
 
@@ -202,18 +206,19 @@ def test_tune_s_prompts_have_bos_where_the_tokenizer_adds_one(add_bos, text, tmp
 
 def test_every_axis_is_measured_with_every_other(model, text, capsys):
     axes = ["--statistics", "count,flock", "--weighted", "off,on", "--layers", "1:"]
-    axes += ["--first-layers", "1,2", "--patches", "off,8"]
+    axes += ["--first-layers", "1,2", "--patches", "off,8", "--starts", "0,3", "--temps", "0,1"]
     asked = ["--prompts", "16", "--texts", "2", "-n", "2", "--betas", "0.5,0.9", *axes]
     assert main(["tune", str(model), "--text", text, *asked]) == 0
     rows = Tuning.load(tuning_path(model)).rows
-    names = ("statistic", "weighted", "layers", "first_layer", "patch", "beta")
+    names = ("statistic", "weighted", "layers", "first_layer", "patch", "start", "beta")
     settings = {tuple(getattr(row.config, name) for name in names) for row in rows}
-    assert len(settings) == len(rows) == 2**6
-    assert ("flock", True, (1, None), 2.0, 8, 0.9) in settings
+    assert 2 * len(settings) == len(rows) == 2**8
+    assert {row.temperature for row in rows} == {0.0, 1.0}
+    assert ("flock", True, (1, None), 2.0, 8, 3, 0.9) in settings
     head, _, *lines = capsys.readouterr().out.splitlines()
-    assert head.split("|")[3].strip() == "weighted"
-    assert {line.split("|")[3].strip() for line in lines} == {"on", "off"}
-    assert {line.split("|")[4].strip() for line in lines} == {"all", "1:"}
+    assert head.split("|")[4].strip() == "weighted"
+    assert {line.split("|")[4].strip() for line in lines} == {"on", "off"}
+    assert {line.split("|")[5].strip() for line in lines} == {"all", "1:"}
 
 
 @pytest.mark.parametrize(
@@ -223,6 +228,8 @@ def test_every_axis_is_measured_with_every_other(model, text, capsys):
         (["--statistics", "best"], "--statistics is 'best'; expected"),
         (["--first-layers", "0"], "--first-layers is 0.0; expected"),
         (["--patches", "x"], "--patches is 'x'; expected"),
+        (["--starts", "0,-1"], "--starts is -1; expected"),
+        (["--temps", "0,-1"], "--temps is -1.0; expected"),
         (["--clusters", "c", "--gammas", "nan"], "--gammas is nan; expected"),
         (["--gammas", "0.5"], "--gammas: no effect without --clusters"),
         (["--embedder", "e"], "--embedder: no effect without --clusters"),

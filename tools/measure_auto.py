@@ -2,9 +2,11 @@
 
 In: a GGUF model with a tuning file beside it (`coreinfer tune`), and texts as JSON lines, of which
 a prompt is the last n tokens, or one text (.txt), which prompts are cut from. The continuation is
-the model's own greedy one, forced through what auto decides on. Out: a Markdown table by prompt
-length and allowed KL: the mean KL over all prompts (those that it decodes exactly have none) with
-its standard error, and how many prompts the core neurons answered.
+the model's own, drawn or greedy, forced through what auto decides on. Out: a Markdown table by
+prompt length and allowed KL: the mean KL over all prompts (those that it decodes exactly have none)
+with its standard error, and how many prompts the core neurons answered. Where an answer begins
+dense, the tokens after that are looked at. The last row is the speed over dense decoding that the
+tuning file expects of an answer of 256 tokens where core neurons decode.
 
     python tools/measure_auto.py MODEL.gguf --data FILE.jsonl --fields text --max-kl 0.05 0.1
 """
@@ -17,20 +19,37 @@ from pathlib import Path
 import numpy as np
 
 from coreinfer import CoreConfig, Llama
-from coreinfer.tuning import divergence, tuning_path
+from coreinfer.tuning import EXPECTED_ANSWER, Tuning, divergence, gain, tuning_path
 from measure_similarity import read_prompts, scored, summary
 
 
 def measure(
-    llm: Llama, prompts: list[np.ndarray], limits: list[float], n_continue: int
+    llm: Llama,
+    prompts: list[np.ndarray],
+    limits: list[float],
+    n_tokens: int,
+    temp: float = 0.0,
+    most_dense: int = 0,
 ) -> dict[float, np.ndarray]:
-    """Per allowed KL: (n_prompts, 2), KL to dense and whether core neurons decoded."""
+    """Per allowed KL: (n_prompts, 2), KL to dense and whether core neurons decoded.
+
+    `most_dense`: no answer begins with more dense tokens.
+    """
     cores = {limit: CoreConfig(mode="auto", max_kl=limit) for limit in limits}
     found: dict[float, list[tuple[float, float]]] = {limit: [] for limit in limits}
-    for limit, dense, got in scored(llm, prompts, cores, n_continue):
-        by_core = llm.decision.config.mode in ("stable", "similar")
-        found[limit].append((divergence(dense, got).mean(), by_core))
+    for limit, dense, got in scored(llm, prompts, cores, n_tokens + most_dense, temp):
+        config = llm.decision.config
+        by_core = config.mode in ("stable", "similar")
+        first = config.start if by_core else 0
+        rows = slice(first, first + n_tokens - 1)
+        found[limit].append((divergence(dense[rows], got[rows]).mean(), by_core))
     return {limit: np.array(rows) for limit, rows in found.items()}
+
+
+def speed(tuning: Tuning, limit: float, temp: float) -> str:
+    """What is expected of the setting that is taken where a prompt is like those measured."""
+    choice = tuning.choose(limit, temperature=temp)
+    return "1.00" if choice is None else f"{gain(choice, EXPECTED_ANSWER):.2f}"
 
 
 def main() -> None:
@@ -42,21 +61,27 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[64, 128, 256])
     parser.add_argument("--prompts", type=int, default=16, help="of every length")
     parser.add_argument("--tokens", type=int, default=48, help="of every continuation")
+    parser.add_argument("--temp", type=float, default=0.0, help="0: the likeliest token")
+    parser.add_argument("--tuning", help="instead of the tuning file beside the model")
     parser.add_argument("--clusters", help="a clusters file that the model was tuned with")
     args = parser.parse_args()
 
-    if not tuning_path(args.model).is_file():
-        raise SystemExit(f"{tuning_path(args.model)} is not there; run `coreinfer tune` first")
-    with Llama(args.model, clusters=args.clusters, verbose=False) as llm:
+    path = Path(args.tuning or tuning_path(args.model))
+    if not path.is_file():
+        raise SystemExit(f"{path} is not there; run `coreinfer tune` first")
+    tuning = Tuning.load(path)
+    most_dense = max((row.config.start for row in tuning.rows), default=0)
+    with Llama(args.model, clusters=args.clusters, tuning=tuning, verbose=False) as llm:
         print(f"{Path(args.model).name}\n")
         print("| prompt tokens | " + " | ".join(f"max_kl {k:g}" for k in args.max_kl) + " |")
         print("| --- |" + " --- |" * len(args.max_kl))
         for length in args.lengths:
             prompts = read_prompts(llm, args.data, args.fields, length, args.prompts)
-            rows = measure(llm, prompts, args.max_kl, args.tokens)
+            rows = measure(llm, prompts, args.max_kl, args.tokens, args.temp, most_dense)
             figures = [(*summary(r), len(r)) for r in rows.values()]
             cells = [f"{kl:.3f} ± {error:.3f}, {by * n:.0f} of {n}" for kl, error, by, n in figures]
             print(f"| {length} | " + " | ".join(cells) + " |", flush=True)
+        print("| speed | " + " | ".join(speed(tuning, k, args.temp) for k in args.max_kl) + " |")
 
 
 if __name__ == "__main__":

@@ -71,16 +71,21 @@ def read_prompts(
 
 
 def scored(
-    llm: Llama, prompts: list[np.ndarray], cores: dict[Way, CoreConfig], n_continue: int
+    llm: Llama,
+    prompts: list[np.ndarray],
+    cores: dict[Way, CoreConfig],
+    n_continue: int,
+    temp: float = 0.0,
 ) -> Iterator[tuple[Way, np.ndarray, np.ndarray]]:
     """Per prompt and way: its name, dense ln p and its own, both (n_continue - 1, n_vocab)."""
-    for ids in prompts:
+    for number, ids in enumerate(prompts):
         llm.core = "off"
-        continuation = list(itertools.islice(llm.generate(ids, temp=0), n_continue))
+        drawn = llm.generate(ids, temp=temp, seed=number)
+        continuation = list(itertools.islice(drawn, n_continue))
         dense = llm.score(ids, continuation)[1:]
         for name, core in cores.items():
             llm.core = core
-            yield name, dense, llm.score(ids, continuation)[1:]
+            yield name, dense, llm.score(ids, continuation, temperature=temp)[1:]
 
 
 def compare(

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .clusters import Clusters
-from .config import CoreConfig
-from .tuning import Choice, Tuning
+from .config import CoreConfig, SamplingConfig
+from .tuning import EXPECTED_ANSWER, Choice, Tuning, fastest
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,13 @@ _Unlike = Callable[[Choice], "tuple[str, int | None] | None"]
 
 
 class Auto:
-    """The decisions of one model under `core="auto"`."""
+    """The decisions of one model under `core="auto"`.
+
+    Among several settings within what is allowed, for answers drawn at such a temperature, the
+    fastest is taken, over an answer of `EXPECTED_ANSWER` tokens, or of the most that it may have
+    where that is fewer. Where the dense weights do not stay, none that begins dense is, and the
+    answer's length does not matter.
+    """
 
     _AGAIN = 32  # tokens between looks at a text that is not stable yet
 
@@ -60,17 +66,35 @@ class Auto:
         self._core = core
         self._resident = ffn_resident
         self._tuning = tuning
-        self._choice: Choice | None = None
-        self._similar: Choice | None = None  # for prompts that the choice is not for
+        own: list[Choice] = []
+        learned: list[Choice] = []  # of these, with a patch that learned from the clusters' texts
+        by_clusters: list[Choice] = []
         if tuning is not None:
-            own = tuning.choose(core.max_kl)
+            own = tuning.choices(core.max_kl)
             if clusters is not None:
                 digest = clusters.digest
-                if own is not None:  # as measured: without what the clusters' texts taught
-                    own = replace(own, config=replace(own.config, prior=False))
-                own = tuning.choose(core.max_kl, clusters=digest) or own
-                self._similar = tuning.choose(core.max_kl, mode="similar", clusters=digest)
-            self._choice = own
+                # As measured: without what the clusters' texts taught.
+                own = [replace(c, config=replace(c.config, prior=False)) for c in own]
+                learned = tuning.choices(core.max_kl, clusters=digest)
+                by_clusters = tuning.choices(core.max_kl, mode="similar", clusters=digest)
+        self._possible = [
+            [choice for choice in choices if ffn_resident or not choice.config.start]
+            for choices in (learned, own, by_clusters)
+        ]
+        self._choice: Choice | None = None
+        self._similar: Choice | None = None  # for prompts that the choice is not for
+        self.begin()
+
+    def begin(
+        self, n_answer: int | None = None, temperature: float = SamplingConfig.temperature
+    ) -> None:
+        """A text begins whose answer is drawn so, and has at most `n_answer` tokens, if known."""
+        expected = min(n_answer or EXPECTED_ANSWER, EXPECTED_ANSWER) if self._resident else None
+        learned, own, similar = (
+            fastest(choices, expected, temperature) for choices in self._possible
+        )
+        self._choice, self._similar = learned or own, similar
+        self._answer = f"an answer of {expected} tokens at temperature {temperature:g}"
 
     @property
     def counting(self) -> CoreConfig:
@@ -82,25 +106,29 @@ class Auto:
 
     @property
     def settings(self) -> list[CoreConfig]:
-        """What a text may be decoded with beside exact mode."""
-        return [choice.config for choice in self._choices()]
+        """What some text may be decoded with beside exact mode."""
+        return [choice.config for choices in self._possible for choice in choices]
 
     @property
     def by_clusters(self) -> CoreConfig | None:
-        """The setting that may decode with a cluster's neurons, if there is one."""
+        """The setting that may decode this text with a cluster's neurons, if there is one."""
         return None if self._similar is None else self._similar.config
 
     def decide(
-        self, n_tokens: int, stability: float | None, similarity: Callable[[], float]
+        self,
+        n_tokens: int,
+        n_answered: int,
+        stability: float | None,
+        similarity: Callable[[], float],
     ) -> Decision:
-        """For a text of `n_tokens`.
+        """For a text of `n_tokens`, the last `n_answered` of which are the answer's.
 
         `stability` is that of `counting`, None if undefined; `similarity` looks up how near the
         text's cluster is, and is called only where that matters.
         """
 
         def unlike(choice: Choice) -> tuple[str, int | None] | None:
-            return self._unlike(choice, n_tokens, stability, similarity)
+            return self._unlike(choice, n_tokens, n_answered, stability, similarity)
 
         if self._resident:
             decision = self._with_dense(unlike)
@@ -112,6 +140,7 @@ class Auto:
         self,
         choice: Choice,
         n_tokens: int,
+        n_answered: int,
         stability: float | None,
         similarity: Callable[[], float],
     ) -> tuple[str, int | None] | None:
@@ -124,6 +153,8 @@ class Auto:
             if near < choice.cluster_similarity:  # and stays so: it is the prompt's
                 measured = f"measured from {choice.cluster_similarity:.2f} on"
                 return f"cluster similarity {near:.2f}, {measured}", None
+        elif n_answered < choice.config.start:
+            return None  # dense until then, and looked at again before neurons are chosen
         elif (stability or 0.0) < choice.stability:
             measured = f"measured from {choice.stability:.2f} on"
             return f"stability {stability or 0.0:.2f}, {measured}", n_tokens + self._AGAIN
@@ -151,7 +182,8 @@ class Auto:
         if self._tuning is None:
             reasons = ["no tuning file"]
         elif not reasons:
-            reasons = [f"nothing measured is within {self._allowed}"]
+            gains = f" and faster for {self._answer}" if any(self._possible) else ""
+            reasons = [f"nothing measured is within {self._allowed}{gains}"]
         exact = replace(self.counting, mode="exact")
         return Decision(exact, "; ".join(reasons), 0.0, min(again, default=None))
 

@@ -180,18 +180,21 @@ class CoreChoice:
         )
         for setting in auto.settings:
             setting.check_fits(n_layer=self._model.n_layer, n_ff=self._model.n_ff)
-        if auto.by_clusters is not None:
-            _prepare(lookup, auto.by_clusters)
+            if setting.mode == "similar":
+                _prepare(lookup, setting)
         return auto
 
     # --- a text ---
 
-    def begin(self) -> None:
-        """Another text is about to be read."""
+    def begin(self, **answer: Any) -> None:
+        """Another text is about to be read; `answer` is what `Auto.begin` takes."""
         self.lookup_seconds = {}
         self.n_dense = 0
         self._text = self._nearest = None
-        self._active = self._config if self._auto is None else self._auto.counting
+        self._active = self._config
+        if self._auto is not None:
+            self._auto.begin(**answer)
+            self._active = self._auto.counting
 
     def counted(self) -> dict[str, Any]:
         """What a prompt's prefill counts, as the session's keyword arguments; {} for nothing."""
@@ -295,7 +298,10 @@ class CoreChoice:
             stability = self._stability_of(session)
         before = self.decision
         self.decision = auto.decide(
-            session.n_past, stability, lambda: self._look_up(session, auto.by_clusters)[1]
+            session.n_past,
+            session.n_past - self._n_prompt,
+            stability,
+            lambda: self._look_up(session, auto.by_clusters)[1],
         )
         self._active = self.decision.config
         if self._exceeds(self.decision) and (before is None or not self._exceeds(before)):

@@ -617,7 +617,7 @@ class Llama(TokenModel):
         if n_logprobs is not None and not 0 <= _whole("logprobs", n_logprobs) <= self.n_vocab():
             raise ValueError(f"logprobs is {n_logprobs}; expected 0 to {self.n_vocab()}")
         return TextStream(
-            source=self.generate_ids(ids, sampling, **generation),
+            source=self.generate_ids(ids, sampling, n_answer=min(max_tokens, room), **generation),
             decoder=self._tokenizer.stream_decoder(),
             end_ids=frozenset(self._tokenizer.end_ids),
             watcher=StopWatcher(_stops(stop)),

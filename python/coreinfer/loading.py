@@ -13,7 +13,7 @@ from dataclasses import replace
 from . import _core
 from .config import CoreConfig, LoadConfig
 from .core_sets import CoreSet
-from .tuning import Tuning
+from .tuning import Tuning, fastest
 
 
 def load_engine(
@@ -29,18 +29,25 @@ def load_engine(
     limited = config.memory_limit or config.n_gpu_layers
     if not (limited and isinstance(core, CoreConfig) and core.mode == "auto"):
         return _load(file, config, core)
-    # Exact mode needs less beside the dense weights than a patched core set without them. Where
-    # they do not stay, the limit must hold for what then decodes.
+    # Where the dense weights stay, any of the tuned settings may decode, or exact mode, which needs
+    # less beside them than a patched core set without. Where they do not, the limit must hold for
+    # what then decodes.
     tuning = find_tuning()
-    choice = None if tuning is None else tuning.choose(core.max_kl)
+    choices = [] if tuning is None else tuning.choices(core.max_kl)
+    dense, alone = replace(core, mode="exact"), replace(core, mode="stable")
+    if choices:
+        configs = [choice.config for choice in choices]
+        patch = max(int(c.patch) for c in configs)
+        dense = CoreConfig(beta=max(c.beta for c in configs), patch=patch)
+    choice = fastest([c for c in choices if not c.config.start], None, 0.0)
     if choice is not None:
-        return _load(file, config, choice.config)
+        alone = choice.config
     with contextlib.suppress(MemoryError):
-        engine = _load(file, config, replace(core, mode="exact"))
+        engine = _load(file, config, dense)
         if engine.ffn_resident:
             return engine
         del engine
-    return _load(file, config, replace(core, mode="stable"))
+    return _load(file, config, alone)
 
 
 def _load(file: _core.GgufFile, config: LoadConfig, core: CoreConfig | CoreSet) -> _core.Engine:

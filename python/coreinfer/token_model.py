@@ -331,14 +331,16 @@ class TokenModel:
         session: _core.Session,
         ids: np.ndarray,
         counted: dict[str, Any] | None = None,
+        **answer: Any,
     ) -> None:
         """Make the cache hold exactly `ids`, dense, reusing what it can of the last text.
 
-        `counted` is what to count; by default what `core` asks for.
+        `counted` is what to count; by default what `core` asks for, with an `answer` as
+        `CoreChoice.begin` takes it.
         """
         self._generation += 1
         self._timings_before = dict(session.timings)
-        self._choice.begin()
+        self._choice.begin(**answer)
         expected = {}
         if counted is None:
             counted, expected = self._choice.counted(), self._choice.expected()
@@ -378,6 +380,7 @@ class TokenModel:
         reset: bool = True,
         text: str | None = None,
         seed: int | None = None,
+        n_answer: int | None = None,
         processors: Sequence[LogitsProcessor] = (),
         criteria: Sequence[StoppingCriterion] = (),
     ) -> TokenGenerator:
@@ -386,10 +389,12 @@ class TokenModel:
         The first token is drawn from the prefill's own, dense, logits. `send(ids)` puts ids after
         the token that was yielded, through the decode weights. Returns whether a criterion ended
         it, which is not so when the context is full. `text` is what the prompt says, for choosing
-        its cluster; None takes the text of the ids.
+        its cluster; None takes the text of the ids. `n_answer` is how many tokens the caller takes
+        at most, if that is known: how `core="auto"` weighs what a choice of neurons costs.
         """
         with self._computing() as session:
-            self._read(session, ids if reset else self._after_cache(session, ids))
+            whole = ids if reset else self._after_cache(session, ids)
+            self._read(session, whole, n_answer=n_answer, temperature=sampling.temperature)
             self._choice.choose(session, text if reset else None)
             generation = self._generation
             sampler = self._sampler(session, sampling, seed)
@@ -457,13 +462,19 @@ class TokenModel:
         return h, y if bias is None else y - bias
 
     def score(
-        self, prompt_ids: Tokens, continuation_ids: Tokens, *, text: str | None = None
+        self,
+        prompt_ids: Tokens,
+        continuation_ids: Tokens,
+        *,
+        text: str | None = None,
+        temperature: float = SamplingConfig.temperature,
     ) -> np.ndarray:
         """Log-probabilities of a continuation, computed as a generation would compute them.
 
         The prompt is read dense and chooses the core set; the continuation runs through the decode
         weights, so this measures what decoding with core neurons does. With `start` its first
-        tokens run through the dense weights, as an answer's do. `text` is that of `generate_ids`.
+        tokens run through the dense weights, as an answer's do. `text` is that of `generate_ids`;
+        `temperature`, what an answer would be drawn at, changes what `core="auto"` may take.
 
         Returns
         -------
@@ -474,7 +485,7 @@ class TokenModel:
         continuation = self.checked_ids(continuation_ids, "continuation_ids")
         self._check_room(prompt.size + max(0, continuation.size - 1))
         with self._computing() as session:
-            self._read(session, prompt)
+            self._read(session, prompt, temperature=temperature)
             self._choice.choose(session, text)
             if continuation.size == 0:
                 return np.zeros((0, self.n_vocab()), dtype=np.float32)

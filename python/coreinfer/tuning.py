@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,20 +26,27 @@ from .config import CoreConfig, SamplingConfig
 
 if TYPE_CHECKING:
     from .clusters import Clusters
+    from .timings import Timings
     from .token_model import TokenModel
 
 FORMAT_NAME = "coreinfer tuning"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+_READ_VERSIONS = (3, FORMAT_VERSION)
 _MAX_FILE_BYTES = 1 << 24
 _BLOCK = 256  # rows of (n, n_vocab) that are widened to float64 at once
 _CONFIG_FIELDS = (
     *("mode", "beta", "statistic", "alpha", "layers", "first_layer", "weighted"),
-    *("patch", "prior", "gamma", "blend"),
+    *("patch", "prior", "gamma", "blend", "start"),
 )
+# What rows of that version mean by leaving it out.
+_NOT_IN_3 = {"start": 0, "choosing": 0.0, "temperature": 0.0}
 
 PROMPT_TOKENS = (64, 128, 256)  # lengths that are measured
 ANSWER_TOKENS = 48  # of the model's own continuation, forced through the core neurons
 BETAS = (0.2, 0.4, 0.6, 0.8, 0.9)
+STARTS = (0,)
+TEMPERATURES = (SamplingConfig.temperature,)  # that answers are drawn at unless asked otherwise
+EXPECTED_ANSWER = 256  # tokens that an answer is taken to have, unless it may have fewer
 
 
 @dataclass(frozen=True)
@@ -52,22 +60,28 @@ class Row:
     n_prompt : int
         Tokens of the prompts.
     kl : float
-        Mean KL divergence of dense decoding to this setting, in nats, over answer tokens.
+        Mean KL divergence of dense decoding to this setting, in nats, over answer tokens that core
+        neurons decode.
     kl_error : float
         Standard error of that mean over texts.
     agreement : float
         Share of positions with the same likeliest token.
     stability : float
-        The least stability among the prompts (0 where it is not defined).
+        The least stability among the texts that chose the neurons (0 where it is not defined).
     weight_share : float
-        Weight bytes that a decoded token reads, over dense.
+        Weight bytes that a token decoded with core neurons reads, over dense.
     speed : float
-        Tokens a second over dense decoding's, measured in turn.
+        Tokens a second of core neurons over dense decoding's, measured in turn.
     clusters : str
         Digest of the clusters that chose the neurons, or from whose texts the patch learned; ""
         where there were none.
     cluster_similarity : float or None
         The least cosine of a prompt to its cluster; None where no cluster chose.
+    choosing : float
+        What choosing, gathering and patching take, and reading a dense beginning again, in tokens
+        that dense decoding would decode meanwhile.
+    temperature : float
+        That the answers were drawn at. Greedy ones repeat themselves, which makes them easier.
     """
 
     config: CoreConfig
@@ -80,6 +94,8 @@ class Row:
     speed: float
     clusters: str = ""
     cluster_similarity: float | None = None
+    choosing: float = 0.0
+    temperature: float = SamplingConfig.temperature
 
     def __post_init__(self) -> None:
         if self.config.mode == "similar":
@@ -96,13 +112,17 @@ class Row:
 class Choice:
     """A setting, its measured KL, and the prompts it may be used for: those like the measured ones.
 
-    From `n_prompt` tokens on, and from this `stability` or, by clusters, `cluster_similarity` on.
+    From `n_prompt` tokens on, and from this `stability` or, by clusters, `cluster_similarity` on,
+    for answers drawn at up to this `temperature`. `speed` and `choosing` are a `Row`'s.
     """
 
     config: CoreConfig
     n_prompt: int
     stability: float
     kl: float
+    speed: float
+    choosing: float
+    temperature: float
     cluster_similarity: float | None = None
 
 
@@ -113,17 +133,20 @@ class Tuning:
     fingerprint: int
     rows: tuple[Row, ...]
 
-    def choose(self, max_kl: float, *, mode: str = "stable", clusters: str = "") -> Choice | None:
-        """The fastest setting that stays within `max_kl` from some prompt length on, or None.
+    def choices(self, max_kl: float, *, mode: str = "stable", clusters: str = "") -> list[Choice]:
+        """Every setting that stays within `max_kl` from some prompt length on.
 
         Of those of this mode measured with these clusters (a digest), or of those without any.
         A setting counts from the shortest measured length at which it, and it at every longer
-        length, is within; a setting that is not faster than dense decoding never does.
+        length, is within; one whose neurons are not faster than dense decoding never does.
         """
-        best: tuple[float, Choice] | None = None
-        measured = [r for r in self.rows if (r.config.mode, r.clusters) == (mode, clusters)]
-        for config in dict.fromkeys(row.config for row in measured):
-            rows = sorted((r for r in measured if r.config == config), key=lambda r: -r.n_prompt)
+        found = []
+        measured: dict[tuple[CoreConfig, float], list[Row]] = {}
+        for row in self.rows:
+            if (row.config.mode, row.clusters) == (mode, clusters):
+                measured.setdefault((row.config, row.temperature), []).append(row)
+        for (config, temperature), rows in measured.items():
+            rows.sort(key=lambda row: -row.n_prompt)
             passing = []
             for row in rows:
                 if not row.within(max_kl) or row.speed <= 1.0:
@@ -131,23 +154,36 @@ class Tuning:
                 passing.append(row)
             if not passing:
                 continue
-            speed = float(np.mean([row.speed for row in passing]))
             similarities = [row.cluster_similarity for row in passing]
             choice = Choice(
                 config,
-                passing[-1].n_prompt,
-                min(row.stability for row in passing),
-                max(row.kl for row in passing),
-                min(similarities) if config.mode == "similar" else None,  # type: ignore[type-var]
+                n_prompt=passing[-1].n_prompt,
+                stability=min(row.stability for row in passing),
+                kl=max(row.kl for row in passing),
+                speed=float(np.mean([row.speed for row in passing])),
+                choosing=float(np.mean([row.choosing for row in passing])),
+                temperature=temperature,
+                cluster_similarity=min(similarities) if mode == "similar" else None,  # type: ignore[type-var]
             )
-            if best is None or speed > best[0]:
-                best = speed, choice
-        return None if best is None else best[1]
+            found.append(choice)
+        return found
+
+    def choose(
+        self,
+        max_kl: float,
+        *,
+        mode: str = "stable",
+        clusters: str = "",
+        n_answer: int = EXPECTED_ANSWER,
+        temperature: float = SamplingConfig.temperature,
+    ) -> Choice | None:
+        """Of `choices` the `fastest` for an answer of `n_answer` tokens."""
+        return fastest(self.choices(max_kl, mode=mode, clusters=clusters), n_answer, temperature)
 
     def known(self, config: CoreConfig, n_tokens: int) -> float | None:
         """Measured KL of a setting with prompts of `n_tokens`: of the longest that are no longer.
 
-        None where none was measured.
+        At the highest temperature. None where none was measured.
         """
 
         def setting(config: CoreConfig) -> list[Any]:
@@ -160,7 +196,7 @@ class Tuning:
             and not row.clusters
             and setting(row.config) == setting(config)
         ]
-        return max(rows, key=lambda row: row.n_prompt).kl if rows else None
+        return max(rows, key=lambda row: (row.n_prompt, row.temperature)).kl if rows else None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, to a temporary file first, then renamed over `path`.
@@ -192,23 +228,52 @@ class Tuning:
             document = json.loads(data.decode("utf-8"))
             if not isinstance(document, dict) or document.get("format") != FORMAT_NAME:
                 raise ValueError(f"it does not say {FORMAT_NAME!r}")
-            if document.get("version") != FORMAT_VERSION:
+            if document.get("version") not in _READ_VERSIONS:
+                known = " and ".join(map(str, _READ_VERSIONS))
                 raise ValueError(
-                    f"version {document.get('version')!r}; this build reads {FORMAT_VERSION}: run "
+                    f"version {document.get('version')!r}; this build reads {known}: run "
                     "`coreinfer tune` again, or remove the file"
                 )
             rows = document["rows"]
             if not isinstance(rows, list):
                 raise ValueError("rows is not a list")
-            return cls(int(document["fingerprint"]), tuple(map(_row, rows)))
+            left_out = {} if document["version"] == FORMAT_VERSION else _NOT_IN_3
+            rows = tuple(_row(entry, left_out) for entry in rows)
+            return cls(int(document["fingerprint"]), rows)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{os.fspath(path)}: not a valid tuning file: {reason}") from error
 
 
-def _row(entry: Any) -> Row:
+def gain(measured: Row | Choice, n_answer: int) -> float:
+    """Seconds that dense decoding takes for an answer of `n_answer` tokens, over this setting's.
+
+    Choosing the neurons and a dense beginning are counted; the first token is the prompt's.
+    """
+    n, start = n_answer - 1, measured.config.start
+    if n <= start:
+        return 1.0
+    return n / (start + measured.choosing + (n - start) / measured.speed)
+
+
+def fastest(choices: Sequence[Choice], n_answer: int | None, temperature: float) -> Choice | None:
+    """The one that gains most over an answer of `n_answer` tokens, None where none gains.
+
+    None for `n_answer` asks for the one that decodes fastest once its neurons are chosen. Only
+    those count that were measured at this temperature or a higher one.
+    """
+    choices = [choice for choice in choices if choice.temperature >= temperature]
+    if n_answer is None:
+        return max(choices, key=lambda choice: choice.speed, default=None)
+    gaining = [choice for choice in choices if gain(choice, n_answer) > 1.0]
+    return max(gaining, key=lambda choice: gain(choice, n_answer), default=None)
+
+
+def _row(entry: Any, left_out: dict[str, Any]) -> Row:
+    """The row of an object, with the values of what its version leaves out."""
     if not isinstance(entry, dict):
         raise ValueError(f"a row is {entry!r}; expected an object")
+    entry = {**entry, **left_out}
     config = CoreConfig(**{f: entry[f] for f in _CONFIG_FIELDS})
     if config.mode not in ("stable", "similar"):
         raise ValueError(f"mode is {config.mode!r}; expected stable or similar")
@@ -323,16 +388,20 @@ def measure(
     n_prompts: Sequence[int] = PROMPT_TOKENS,
     n_texts: int = 8,
     n_answer: int = ANSWER_TOKENS,
+    temperatures: Sequence[float] = TEMPERATURES,
     bos: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Row]:
-    """One `Row` per setting and prompt length; `ids` are a text's, without the `bos` of a prompt.
+    """One `Row` per setting, prompt length and temperature of the answers.
+
+    `ids` are a text's, without the `bos` of a prompt.
 
     Lengths that are longer than the text, or with the answer than the context, are left out;
     ValueError if that is all of them.
 
-    Every prompt is answered greedily by dense decoding; the answer is then forced through each
-    setting's core neurons, as `score` does, and compared with dense position by position.
+    Every prompt is answered by dense decoding, at each temperature; the answer is then forced
+    through each setting's core neurons, as `score` does, and compared with dense position by
+    position: `n_answer` tokens of it, after those that the setting begins dense with.
     """
     for name, least, values in (
         ("n_prompts", 1, n_prompts),
@@ -345,39 +414,47 @@ def measure(
         if config.mode not in ("stable", "similar"):
             raise ValueError(f"mode is {config.mode!r}; expected stable or similar")
     n_ids = ids.size + (bos is not None)
-    room = llm.n_ctx() - n_answer
+    n_whole = n_answer + max(config.start for config in configs)
+    room = llm.n_ctx() - n_whole
     lengths = sorted({n for n in n_prompts if n <= min(n_ids, room)})
     if not lengths:
         cut(ids, min(n_prompts), 1, bos=bos)  # says how long the text must be
         raise ValueError(
-            f"prompts of {min(n_prompts)} tokens and answers of {n_answer} do not fit the context "
+            f"prompts of {min(n_prompts)} tokens and answers of {n_whole} do not fit the context "
             f"of {llm.n_ctx()}; expected shorter ones, or a larger n_ctx"
         )
     cuts = {n: cut(ids, n, n_texts, bos=bos) for n in lengths}
-    total = sum(len(texts) for texts in cuts.values()) * len(configs)
+    total = sum(len(texts) for texts in cuts.values()) * len(configs) * len(temperatures)
     done = 0
-    for n_prompt, texts in cuts.items():
+    for (n_prompt, texts), temperature in product(cuts.items(), temperatures):
+        sampling = SamplingConfig(temperature=temperature)
         found: list[list[tuple[float | None, ...]]] = [[] for _ in configs]
-        for text in texts:
+        for number, text in enumerate(texts):
             llm.core = "off"
-            answer, seconds = _answered(llm, text, n_answer)
-            dense = llm.score(text, answer)[1:]
+            answer, at = _answered(llm, text, n_whole, sampling, number)
+            dense = llm.score(text, answer)
             for config, figures in zip(configs, found, strict=True):
                 llm.core = config
-                got = llm.score(text, answer)[1:]
-                kl = float(divergence(dense, got).mean())
-                same = agreement(dense, got)
+                # Of these rows the first is dense whatever decodes: it comes before the choice.
+                compared = slice(config.start + 1, config.start + n_answer)
+                got = llm.score(text, answer[: compared.stop])[compared]
+                kl = float(divergence(dense[compared], got).mean())
+                same = agreement(dense[compared], got)
                 timings = llm.timings
                 share = timings.decode_weight_bytes / timings.dense_weight_bytes
                 stability = llm.core_set.stability or 0.0
                 near = llm.core_set.cluster_similarity
-                _, own_seconds = _answered(llm, text, n_answer)
-                figures.append((kl, same, stability, near, share, seconds / own_seconds))
+                _, own_at = _answered(llm, text, compared.stop, sampling, number)
+                first, last = config.start, compared.stop - 1
+                seconds, own_seconds = (t[last] - t[first] for t in (at, own_at))
+                choosing = _choosing_seconds(timings) * (n_answer - 1) / seconds
+                speed = seconds / own_seconds
+                figures.append((kl, same, stability, near, share, speed, choosing))
                 done += 1
                 if progress is not None:
                     progress(done, total)
         for config, figures in zip(configs, found, strict=True):
-            kl, same, stability, near, share, speed = np.array(figures, np.float64).T
+            kl, same, stability, near, share, speed, choosing = np.array(figures, np.float64).T
             error = kl.std(ddof=1) / math.sqrt(kl.size) if kl.size > 1 else kl[0]
             yield Row(
                 config,
@@ -390,6 +467,8 @@ def measure(
                 float(np.median(speed)),
                 llm.clusters.digest if llm.clusters and _uses(config, llm.clusters) else "",
                 float(near.min()) if config.mode == "similar" else None,
+                float(np.median(choosing)),
+                temperature,
             )
 
 
@@ -398,14 +477,21 @@ def _uses(config: CoreConfig, clusters: Clusters) -> bool:
     return config.mode == "similar" or learns
 
 
-def _answered(llm: TokenModel, prompt: np.ndarray, n: int) -> tuple[np.ndarray, float]:
-    """n greedy tokens after a prompt, and the seconds that decoding them took."""
+def _choosing_seconds(timings: Timings) -> float:
+    looking_up = timings.embed_seconds + timings.lookup_seconds
+    gathering = timings.select_seconds + timings.compact_seconds + timings.patch_seconds
+    return timings.replay_seconds + looking_up + gathering
+
+
+def _answered(
+    llm: TokenModel, prompt: np.ndarray, n: int, sampling: SamplingConfig, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """n tokens after a prompt, and when each of them was there, in seconds."""
     answer: list[int] = []
-    start = 0.0
-    for token in llm.generate_ids(prompt, SamplingConfig(temperature=0.0)):
-        if not answer:
-            start = time.perf_counter()
+    at: list[float] = []
+    for token in llm.generate_ids(prompt, sampling, seed=seed):
+        at.append(time.perf_counter())
         answer.append(token)
         if len(answer) == n:
             break
-    return np.array(answer, np.int32), time.perf_counter() - start
+    return np.array(answer, np.int32), np.array(at)

@@ -224,13 +224,19 @@ def _facts(llm: Llama, stream: TextStream) -> dict[str, Any]:
         "prompt_tokens": timings.reused_tokens + timings.prefill_tokens,
         "backend": {"name": backend.name, "isa": backend.isa, "n_threads": backend.n_threads},
         "core": _core_facts(llm),
-        "start": llm.core.start if isinstance(llm.core, CoreConfig) else 0,
+        "start": _start(llm),
         "stability": llm.stability,
         "auto": _auto_facts(llm),
         "clusters": None if llm.clusters is None else llm.clusters.n_clusters,
         "timings": timings.as_dict(),
         "drafting": llm.drafting,
     }
+
+
+def _start(llm: Llama) -> int:
+    """Tokens that the answer was to begin with, dense."""
+    core = llm.core if llm.decision is None else llm.decision.config
+    return core.start if isinstance(core, CoreConfig) and core.mode != "exact" else 0
 
 
 def _auto_facts(llm: Llama) -> dict[str, Any] | None:
@@ -283,7 +289,8 @@ def summary(facts: dict[str, Any]) -> str:
     if facts["auto"] is not None:
         lines.append(f"auto     {facts['auto']['mode']}: {facts['auto']['reason']}")
     if core is None:
-        why = f": the answer ended within --start {facts['start']}" if facts["start"] else ""
+        begun = f": the answer ended within its first {facts['start']} tokens"
+        why = begun if facts["start"] else ""
         lines.append(f"neurons  all (dense{why}), {dense:.1f} MB of weights a token")
     else:
         lines.append(

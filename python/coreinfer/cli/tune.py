@@ -9,18 +9,23 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
-from ..config import CoreConfig, LoadConfig
+from ..config import CoreConfig, LoadConfig, SamplingConfig
 from ..sidecar import write_replacing
 from ..tuning import (
     ANSWER_TOKENS,
     BETAS,
+    EXPECTED_ANSWER,
     PROMPT_TOKENS,
+    STARTS,
+    TEMPERATURES,
     Choice,
     Row,
     Tuning,
+    gain,
     measure,
     tuning_path,
 )
@@ -43,6 +48,7 @@ _LISTS = {  # the flags of fields that take a list here
     "first_layer": "--first-layers",
     "patch": "--patches",
     "gamma": "--gammas",
+    "start": "--starts",
 }
 
 
@@ -98,6 +104,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="on, off or ranks of the patch (default: on)",
     )
     parser.add_argument(
+        "--starts",
+        type=_list_of(int),
+        default=STARTS,
+        metavar="N,N",
+        help="tokens of the answer that stay dense before neurons are chosen by them, too "
+        "(default: 0)",
+    )
+    parser.add_argument(
         "--clusters",
         metavar="FILE",
         help="measure decoding with the neurons of these clusters, too",
@@ -136,6 +150,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         default=ANSWER_TOKENS,
         metavar="N",
         help="answer tokens compared per prompt (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temps",
+        type=_list_of(float),
+        default=TEMPERATURES,
+        metavar="T,T",
+        help="temperatures that the answers are drawn at, each for answers drawn at as much or "
+        "less; 0 takes the likeliest tokens, whose text repeats itself (default: 0.8)",
     )
     options.add_flags(parser.add_argument_group("choice"), CoreConfig, names=("max_kl",))
     options.add_flags(parser.add_argument_group("model"), LoadConfig, names=_LOADING)
@@ -177,15 +199,17 @@ def call(args: argparse.Namespace) -> int:
                 "layers": layers,
                 "first_layer": first_layer,
                 "patch": patch,
+                "start": start,
             },
             _LISTS,
         )
-        for statistic, weighted, layers, first_layer, patch, beta in product(
+        for statistic, weighted, layers, first_layer, patch, start, beta in product(
             args.statistics,
             args.weighted,
             [None, *(args.layers or ())],
             args.first_layers,
             args.patches,
+            args.starts,
             args.betas,
         )
     ]
@@ -194,16 +218,26 @@ def call(args: argparse.Namespace) -> int:
             options.make(
                 parser,
                 CoreConfig,
-                {"mode": "similar", "gamma": gamma, "first_layer": first_layer, "patch": patch},
+                {
+                    "mode": "similar",
+                    "gamma": gamma,
+                    "first_layer": first_layer,
+                    "patch": patch,
+                    "start": start,
+                },
                 _LISTS,
             )
-            for first_layer, patch, gamma in product(
-                args.first_layers, args.patches, args.gammas or BETAS
+            for first_layer, patch, start, gamma in product(
+                args.first_layers, args.patches, args.starts, args.gammas or BETAS
             )
         ]
     elif args.gammas is not None or args.embedder is not None:
         idle = "--gammas" if args.gammas is not None else "--embedder"
         parser.error(f"{idle}: no effect without --clusters")
+    for temperature in args.temps:
+        options.make(
+            parser, SamplingConfig, {"temperature": temperature}, {"temperature": "--temps"}
+        )
     prompts = [("--prompts", n) for n in args.prompts]
     for name, value in (("--texts", args.texts), ("-n", args.n_answer), *prompts):
         if value < 2:
@@ -247,6 +281,7 @@ def call(args: argparse.Namespace) -> int:
             n_prompts=args.prompts,
             n_texts=args.texts,
             n_answer=args.n_answer,
+            temperatures=args.temps,
             bos=llm.tokenizer().bos_id if llm.tokenizer().add_bos else None,
             progress=line,
         ):
@@ -261,38 +296,49 @@ def call(args: argparse.Namespace) -> int:
         draw(rows, allowed, args.plot)
     left_out = sorted(set(args.prompts) - {row.n_prompt for row in rows})
     if left_out:
+        n_whole = args.n_answer + max(args.starts)
         options.say(
             f"prompts of {', '.join(map(str, left_out))} tokens were left out: the text has fewer, "
-            f"or the context has no room for them and {args.n_answer} of the answer"
+            f"or the context has no room for them and {n_whole} of the answer"
         )
     digest = rows[-1].clusters
-    own = tuning.choose(allowed, clusters=digest) or tuning.choose(allowed)
-    options.say(_found(own, "prompt", allowed))
-    if args.clusters is not None:
-        similar = tuning.choose(allowed, mode="similar", clusters=digest)
-        options.say(_found(similar, "cluster", allowed))
+    for temperature in args.temps:
+        choose = partial(tuning.choose, allowed, temperature=temperature)
+        within = f"within KL {allowed:g} at temperature {temperature:g}"
+        options.say(f"{within}: {_found(choose(clusters=digest) or choose(), 'prompt')}")
+        if args.clusters is not None:
+            similar = choose(mode="similar", clusters=digest)
+            options.say(f"{within}: {_found(similar, 'cluster')}")
     options.say(f"wrote {os.fspath(path)}")
     return 0
 
 
-def _found(choice: Choice | None, whose: str, allowed: float) -> str:
+def _found(choice: Choice | None, whose: str) -> str:
     if choice is None:
-        return f"within KL {allowed:g}: nothing with the {whose}'s neurons is faster than dense"
-    share, near = choice.config.beta, ""
+        return (
+            f"nothing with the {whose}'s neurons is faster than dense for an answer of "
+            f"{EXPECTED_ANSWER} tokens"
+        )
+    share, near, after = choice.config.beta, "", ""
+    if choice.config.start:
+        after = f", after {choice.config.start} dense tokens"
     if choice.cluster_similarity is not None:
         share, near = choice.config.gamma, f" and similarity {choice.cluster_similarity:.2f}"
+    speed = gain(choice, EXPECTED_ANSWER)
     return (
-        f"within KL {allowed:g}: {share:g} of the {whose}'s neurons from {choice.n_prompt} prompt "
-        f"tokens{near} on (measured {choice.kl:.3f})"
+        f"{share:g} of the {whose}'s neurons from {choice.n_prompt} prompt tokens{near} on{after} "
+        f"(measured {choice.kl:.3f}, and {speed:.2f} times dense decoding's speed for an answer of "
+        f"{EXPECTED_ANSWER} tokens)"
     )
 
 
 def table(rows: list[Row]) -> str:
     """The rows in Markdown, by prompt length."""
     lines = [
-        "| prompt | statistic | weighted | layers | first layer | patch | beta | KL to dense "
-        "| agreement | weights read | speed |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| prompt | temp | statistic | weighted | layers | first layer | patch | start | beta "
+        "| KL to dense | agreement | weights read | speed | choosing, in tokens "
+        f"| speed of {EXPECTED_ANSWER} |",
+        "| --- " * 15 + "|",
     ]
     for row in rows:
         c = row.config
@@ -300,23 +346,33 @@ def table(rows: list[Row]) -> str:
         weighted = "on" if c.weighted else "off"
         counted = f"{c.statistic} | {weighted}" if c.mode == "stable" else "clusters | as built"
         lines.append(
-            f"| {row.n_prompt} | {counted} | {layers} | × {c.first_layer:g} "
-            f"| {c.patch or 'off'} | {c.gamma if c.mode == 'similar' else c.beta:g} "
+            f"| {row.n_prompt} | {row.temperature:g} | {counted} | {layers} | × {c.first_layer:g} "
+            f"| {c.patch or 'off'} | {c.start} | {c.gamma if c.mode == 'similar' else c.beta:g} "
             f"| {row.kl:.4f} ± {row.kl_error:.4f} | {row.agreement:.3f} "
-            f"| {row.weight_share:.2f} | {row.speed:.2f} |"
+            f"| {row.weight_share:.2f} | {row.speed:.2f} | {row.choosing:.1f} "
+            f"| {gain(row, EXPECTED_ANSWER):.2f} |"
         )
     return "\n".join(lines)
 
 
 def draw(rows: list[Row], allowed: float, path: str) -> None:
-    """KL against speed, a line a prompt length, to a PNG file; OSError if the system refuses."""
+    """KL against speed, a line a prompt length, temperature and start, to a PNG file.
+
+    OSError if the system refuses.
+    """
     figure = _figure()(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for n_prompt in dict.fromkeys(row.n_prompt for row in rows):
-        points = sorted((r.speed, r.kl) for r in rows if r.n_prompt == n_prompt)
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"{n_prompt} prompt tokens")
+    lines: dict[tuple[int, float, int], list[tuple[float, float]]] = {}
+    for row in rows:
+        line = lines.setdefault((row.n_prompt, row.temperature, row.config.start), [])
+        line.append((gain(row, EXPECTED_ANSWER), row.kl))
+    for (n_prompt, temperature, start), points in lines.items():
+        after = f", after {start} of the answer" if start else ""
+        label = f"{n_prompt} tokens, temperature {temperature:g}{after}"
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
     axes.axhline(allowed, linestyle="--", color="grey", label="allowed")
-    axes.set(xlabel="speed over dense decoding", ylabel="KL to dense decoding, nats", yscale="log")
+    speed = f"speed over dense decoding, {EXPECTED_ANSWER} tokens"
+    axes.set(xlabel=speed, ylabel="KL to dense decoding, nats", yscale="log")
     axes.legend()
     write_replacing(path, "plot", lambda file: figure.savefig(file, format="png", dpi=120))
 
