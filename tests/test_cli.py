@@ -201,8 +201,19 @@ def test_run_saves_core_sets_and_takes_them_back(tiny, tmp_path, capsys):
         (["-p", "x", "--gpu-layers", "-2"], "--gpu-layers is -2"),
         (["-p", "x", "--threads", "two"], "invalid int value: 'two'"),
         (["-p", "x", "--stop", ""], "--stop is empty"),
-        (["-p", "x", "--tem", "1"], "unrecognized arguments: --tem"),
-        (["-p", "x", "--betta", "0.5"], "unrecognized arguments: --betta"),
+        (["-p", "x", "--tem", "1"], "instead of --tem did you mean --temp?"),
+        (["-p", "x", "--betta", "0.5"], "instead of --betta did you mean --beta?"),
+        (["-p", "x", "--betta=0.5"], "instead of --betta=0.5 did you mean --beta?"),
+        (["-p", "x", "--temprature", "1"], "instead of --temprature did you mean --temp?"),
+        (["-p", "x", "--max-token", "1"], "instead of --max-token did you mean -n?"),
+        (["-p", "x", "--n-threads", "1"], "instead of --n-threads did you mean --threads?"),
+        (["-p", "x", "--zzzzz"], "unrecognized arguments: --zzzzz\n"),
+        (["-p", "x", "--core-file", "f", "--start", "4"], "--start: no effect with --core-file, w"),
+        (
+            ["-p", "x", "--core-file", "f", "--clusters", "c", "--no-prior"],
+            "--no-prior, --clusters: no effect with --core-file",
+        ),
+        (["-p", "x", "--core-file", "f", "--preset", "paper"], "--core-file and --preset exclude"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_names_the_flag(tiny, capsys, options, message):

@@ -416,18 +416,20 @@ def test_the_paper_s_settings_have_a_name_and_hang_on_no_default():
     looked_at = {name for modes, names in FIELDS_OF_MODES.items() for name in names
                  if {"stable", "similar"} & set(modes)}  # fmt: skip
     assert set(pinned) == looked_at | {"mode"}
-    given = set()
+    given = {}
 
     class Spied(CoreConfig):
         def __init__(self, **fields):
             given.update(fields)
             super().__init__(**fields)
 
-    paper = Spied.paper()
-    assert given == set(pinned) and {name: getattr(paper, name) for name in pinned} == pinned
-    assert CoreConfig.of("paper") == CoreConfig.preset("paper") == CoreConfig(**pinned)
-    assert CoreConfig.paper(0.2).beta == CoreConfig.paper(0.2).gamma == 0.2
-    assert CoreConfig.preset("paper", "similar") == CoreConfig(**{**pinned, "mode": "similar"})
+    for mode in ("similar", "stable"):
+        paper = Spied.paper(mode=mode)
+        wanted = CoreConfig.of_fields({**pinned, "mode": mode})
+        assert vars(paper) == vars(wanted) and CoreConfig.preset("paper", mode) == wanted
+    assert given == {**pinned, "mode": "stable"}
+    assert CoreConfig.of("paper") == CoreConfig.paper()
+    assert CoreConfig.paper(0.2).beta == CoreConfig.paper(0.2, "similar").gamma == 0.2
 
 
 def test_llama_takes_the_paper_s_settings_by_name(model):

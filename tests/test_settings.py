@@ -62,6 +62,28 @@ def test_the_values_above_are_of_every_setting():
 
 
 @pytest.mark.parametrize("name", sorted(CHANGED))
+def test_a_setting_that_the_mode_does_not_look_at_is_refused_by_all_in_the_same_words(
+    name, tiny, capsys
+):
+    value, mode, flags = CHANGED[name]
+    error = rf"{name} is .*; it needs core=.*{mode}.*, but core is 'off'"
+    for make in (
+        lambda: CoreConfig(mode="off", **{name: value}),
+        lambda: dataclasses.replace(CoreConfig(mode="off"), **{name: value}),
+        lambda: load(tiny, core="off", **{name: value}),
+    ):
+        with pytest.raises(ValueError, match=error):
+            make()
+    args = run_arguments("--core", "off", *flags.split())
+    with pytest.raises(SystemExit):
+        run._core_config(args.parser, args)
+    assert "no effect without --core" in capsys.readouterr().err
+    # What both modes look at goes with it.
+    changed = CoreConfig(mode=mode, **{name: value})
+    assert changed.in_mode("off") == CoreConfig(mode="off") and changed.in_mode(mode) == changed
+
+
+@pytest.mark.parametrize("name", sorted(CHANGED))
 def test_a_setting_arrives_from_llama_and_from_the_command_line(name, tiny):
     value, mode, flags = CHANGED[name]
     expected = CoreConfig(mode=mode, **{name: value})

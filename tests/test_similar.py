@@ -114,15 +114,10 @@ def test_weighted_clusters_are_built_and_blended_of_what_neurons_write(tiny, bui
     np.testing.assert_allclose(np.stack(chosen.scores), blended, rtol=1e-3, atol=1e-6)
 
 
-def test_clusters_of_another_weighting_than_asked_for_are_refused(tiny, built, weighted):
-    core = CoreConfig(mode="similar", weighted=True)
-    wrong = "weighted is True, but these clusters were built without it; build them --weighted"
-    with pytest.raises(ValueError, match=wrong):
-        load(tiny, core=core, clusters=built, embedder=letters)
-    with load(tiny, core=core, clusters=weighted, embedder=letters) as llm:
-        with pytest.raises(ValueError, match=wrong):
-            llm.set_clusters(built, letters)
-        assert llm.clusters is weighted
+def test_the_weighting_is_that_of_the_clusters(tiny, weighted):
+    with pytest.raises(ValueError, match="weighted is True; it needs core='stable' or core='ex"):
+        CoreConfig(mode="similar", weighted=True)
+    with load(tiny, core="similar", clusters=weighted, embedder=letters) as llm:
         llm(TEXTS[0], max_tokens=2)
         assert llm.core_set.weighted
 

@@ -102,7 +102,7 @@ class Auto:
         for choice in (self._choice, self._similar):
             if choice is not None:
                 return choice.config
-        return replace(self._core, mode="exact" if self._resident else "stable")
+        return self._core.in_mode("exact" if self._resident else "stable")
 
     @property
     def settings(self) -> list[CoreConfig]:
@@ -184,7 +184,7 @@ class Auto:
         elif not reasons:
             gains = f" and faster for {self._answer}" if any(self._possible) else ""
             reasons = [f"nothing measured is within {self._allowed}{gains}"]
-        exact = replace(self.counting, mode="exact")
+        exact = self.counting.in_mode("exact")
         return Decision(exact, "; ".join(reasons), 0.0, min(again, default=None))
 
     def _without_dense(self, unlike: _Unlike, n_tokens: int) -> Decision:

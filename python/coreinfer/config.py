@@ -13,7 +13,7 @@ import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 CORE_MODES = ("auto", "off", "stable", "similar", "exact")
 STATISTICS = ("count", "count_gate", "count_abs", "flock")
@@ -190,6 +190,11 @@ class Checked:
     """Base of the configs: checks every field by its `Spec` and stores the checked value."""
 
     def __post_init__(self) -> None:
+def _looked_at(mode: Any) -> set[str]:
+    """The fields of CoreConfig that mean something in a mode."""
+    return {"mode"}.union(*(names for modes, names in FIELDS_OF_MODES.items() if mode in modes))
+
+
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             value = _checked(f.name, getattr(self, f.name), f.metadata["spec"])
             object.__setattr__(self, f.name, value)
@@ -201,7 +206,7 @@ class CoreConfig(Checked):
 
     `CoreConfig(beta=0.8)` is stability-guided decoding with 80 % of the neurons; `mode="similar"`
     is similarity-guided, with `gamma` and `blend` and the statistic of the clusters; `mode="off"`
-    is dense decoding.
+    is dense decoding. A field that the mode does not look at keeps its default.
     """
 
     mode: str = parameter(
@@ -312,27 +317,36 @@ class CoreConfig(Checked):
     )
 
     @classmethod
-    def paper(cls, beta: float = 0.4) -> CoreConfig:
+    def paper(cls, beta: float = 0.4, mode: str = "stable") -> CoreConfig:
         """The settings of the CoreInfer paper (arXiv 2410.18311), whatever the defaults become.
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        looked_at = _looked_at(self.mode)
+        for f in dataclasses.fields(self):
+            default = _checked(f.name, f.default, f.metadata["spec"])
+            if f.name not in looked_at and getattr(self, f.name) != default:
+                self._refuse(f.name, getattr(self, f.name))
 
         Its beta, which is its gamma too, is 0.2 for extraction and question answering, 0.4 for
         translation. For "similar", clusters are to be built with `statistic="count"`.
         """
-        return cls(
-            mode="stable",
-            alpha=0.4,
-            beta=beta,
-            gamma=beta,
-            statistic="count",
-            weighted=False,
-            patch=False,
-            prior=False,
-            blend=0.0,
-            start=0,
-            refresh=None,
-            layers=None,
-            first_layer=1.0,
-        )
+        settings = {
+            "mode": mode,
+            "alpha": 0.4,
+            "beta": beta,
+            "gamma": beta,
+            "statistic": "count",
+            "weighted": False,
+            "patch": False,
+            "prior": False,
+            "blend": 0.0,
+            "start": 0,
+            "refresh": None,
+            "layers": None,
+            "first_layer": 1.0,
+        }
+        return cls.of_fields(settings)
 
     @classmethod
     def preset(cls, name: str, mode: str = "stable") -> CoreConfig:
@@ -344,7 +358,7 @@ class CoreConfig(Checked):
                 f"preset is {name!r}; it needs core='stable' or core='similar', but core is "
                 f"{mode!r}"
             )
-        return dataclasses.replace(cls.paper(), mode=mode)
+        return cls.paper(mode=mode)
 
     @classmethod
     def of(cls, core: str | CoreConfig) -> CoreConfig:
@@ -359,13 +373,10 @@ class CoreConfig(Checked):
 
     def changed(self, **fields: Any) -> CoreConfig:
         """With other values of some fields; ValueError for one that this mode does not look at."""
-        for modes, names in FIELDS_OF_MODES.items():
-            for name in names:
-                if name in fields and self.mode not in modes:
-                    wanted = " or ".join(f"core={mode!r}" for mode in modes)
-                    raise ValueError(
-                        f"{name} is {fields[name]!r}; it needs {wanted}, but core is {self.mode!r}"
-                    )
+        looked_at = _looked_at(self.mode)
+        for f in dataclasses.fields(self):
+            if f.name in fields and f.name not in looked_at:
+                self._refuse(f.name, fields[f.name])
         return dataclasses.replace(self, **fields)
 
     def check_fits(self, *, n_layer: int, n_ff: int) -> None:
@@ -373,6 +384,22 @@ class CoreConfig(Checked):
         self.layer_range(n_layer)
         name = {"off": None, "similar": "gamma"}.get(self.mode, "beta")
         # As the core set's own check: 1 / 49 of 49 is less than 1.
+    def _refuse(self, name: str, value: Any) -> NoReturn:
+        modes = next(modes for modes, names in FIELDS_OF_MODES.items() if name in names)
+        wanted = " or ".join(f"core={mode!r}" for mode in modes)
+        raise ValueError(f"{name} is {value!r}; it needs {wanted}, but core is {self.mode!r}")
+
+    def in_mode(self, mode: str) -> CoreConfig:
+        """In another mode, with all that both look at."""
+        names = _looked_at(mode) & _looked_at(self.mode) - {"mode"}
+        return CoreConfig(mode=mode, **{name: getattr(self, name) for name in names})
+
+    @classmethod
+    def of_fields(cls, fields: Mapping[str, Any]) -> CoreConfig:
+        """From a mode and other fields, without those that it does not look at."""
+        looked_at = _looked_at(fields["mode"])
+        return cls(**{name: value for name, value in fields.items() if name in looked_at})
+
         if name is not None and getattr(self, name) * n_ff < 1 - 1e-9:
             raise ValueError(
                 f"{name} is {getattr(self, name):g}, which is less than one of a layer's {n_ff} "

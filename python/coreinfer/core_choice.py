@@ -127,7 +127,7 @@ class CoreChoice:
                     "weights, which an answer would begin with; expected 0, or a higher limit"
                 )
             if config.mode == "similar":
-                _prepare(self._lookup, config)
+                _needed(self._lookup).prepare()
             elif config.mode == "auto":
                 auto = self._make_auto(config, self._lookup)
         self._given, self._config, self._auto = given, config, auto
@@ -165,7 +165,7 @@ class CoreChoice:
         elif embedder is not None:
             raise ValueError(f"embedder is {embedder!r}, but there are no clusters to use it with")
         if self._config.mode == "similar":
-            _prepare(lookup, self._config)
+            _needed(lookup).prepare()
         if self._auto is not None:
             self._auto = self._make_auto(self._config, lookup)
         self._lookup, self._prior = lookup, prior
@@ -181,7 +181,7 @@ class CoreChoice:
         for setting in auto.settings:
             setting.check_fits(n_layer=self._model.n_layer, n_ff=self._model.n_ff)
             if setting.mode == "similar":
-                _prepare(lookup, setting)
+                _needed(lookup).prepare()
         return auto
 
     # --- a text ---
@@ -390,17 +390,6 @@ def _needed(lookup: ClusterLookup | None) -> ClusterLookup:
             "file that `coreinfer cluster build` made with this model"
         )
     return lookup
-
-
-def _prepare(lookup: ClusterLookup | None, core: CoreConfig) -> None:
-    """Make clusters ready for a setting; ValueError or ImportError where they cannot serve it."""
-    lookup = _needed(lookup)
-    if core.weighted and not lookup.clusters.weighted:
-        raise ValueError(
-            "weighted is True, but these clusters were built without it; build them --weighted, "
-            "or leave it out"
-        )
-    lookup.prepare()
 
 
 def _to_core(core_set: CoreSet) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import replace
 
 from . import _core
 from .config import CoreConfig, LoadConfig
@@ -34,7 +33,7 @@ def load_engine(
     # what then decodes.
     tuning = find_tuning()
     choices = [] if tuning is None else tuning.choices(core.max_kl)
-    dense, alone = replace(core, mode="exact"), replace(core, mode="stable")
+    dense, alone = core.in_mode("exact"), core.in_mode("stable")
     if choices:
         configs = [choice.config for choice in choices]
         patch = max(int(c.patch) for c in configs)

@@ -274,7 +274,7 @@ def _row(entry: Any, left_out: dict[str, Any]) -> Row:
     if not isinstance(entry, dict):
         raise ValueError(f"a row is {entry!r}; expected an object")
     entry = {**entry, **left_out}
-    config = CoreConfig(**{f: entry[f] for f in _CONFIG_FIELDS})
+    config = CoreConfig.of_fields({f: entry[f] for f in _CONFIG_FIELDS})
     if config.mode not in ("stable", "similar"):
         raise ValueError(f"mode is {config.mode!r}; expected stable or similar")
     clusters = entry["clusters"]

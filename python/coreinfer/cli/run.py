@@ -139,23 +139,29 @@ def call(args: argparse.Namespace) -> int:
     return 0
 
 
+def _flag(name: str, value: Any) -> str:
+    return f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+
+
 def _core_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> CoreConfig:
     values = options.given(args, CoreConfig)
-    preset = vars(CoreConfig.preset(args.preset)) if args.preset else {}
-    asked = values.get("mode", preset.get("mode", "off"))
-    mode = values.setdefault("mode", preset.get("mode", DEFAULT_CORE_MODE))
+    asked = values.get("mode", "stable" if args.preset else "off")
+    mode = values.setdefault("mode", "stable" if args.preset else DEFAULT_CORE_MODE)
+    if args.core_file is not None:
+        if asked != "off":
+            other = "--preset" if args.preset else f"--core {mode}"
+            parser.error(f"--core-file and {other} exclude each other")
+        others = {name: getattr(args, name) for name in ("clusters", "embedder", "tuning")}
+        given = {**values, **{name: value for name, value in others.items() if value is not None}}
+        idle = [_flag(name, given[name]) for name in given if name != "mode"]
+        if idle:
+            parser.error(f"{', '.join(idle)}: no effect with --core-file, which has the neurons")
     for wanted, names in FIELDS_OF_MODES.items():
-        idle = [
-            f"--{'no-' if values[name] is False else ''}{name.replace('_', '-')}"
-            for name in names
-            if name in values and mode not in wanted
-        ]
+        idle = [_flag(n, values[n]) for n in names if n in values and mode not in wanted]
         if idle:
             parser.error(f"{', '.join(idle)}: no effect without --core {' or '.join(wanted)}")
     if args.preset and mode not in ("stable", "similar"):
         parser.error("--preset: no effect without --core stable or similar")
-    if args.core_file is not None and asked != "off":
-        parser.error(f"--core-file and --core {mode} exclude each other")
     has_set = mode in ("stable", "similar") or args.core_file is not None
     if args.save_core is not None and not has_set:
         parser.error("--save-core: there is no core set without --core stable or similar")
@@ -167,6 +173,7 @@ def _core_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> C
         parser.error("--embedder: no effect without --core similar or auto")
     if mode != "auto" and args.tuning:
         parser.error("--tuning: no effect without --core auto")
+    preset = vars(CoreConfig.preset(args.preset, mode)) if args.preset else {}
     return options.make(parser, CoreConfig, {**preset, **values})
 
 

@@ -187,7 +187,7 @@ def call(args: argparse.Namespace) -> int:
     # Not all that is given: other fields' flags are lists here.
     allowed = CoreConfig.max_kl
     if args.max_kl is not None:
-        allowed = options.make(parser, CoreConfig, {"max_kl": args.max_kl}).max_kl
+        allowed = options.make(parser, CoreConfig, {"mode": "auto", "max_kl": args.max_kl}).max_kl
     configs = [
         options.make(
             parser,
