@@ -9,6 +9,7 @@ import pytest
 
 from coreinfer import CoreConfig
 from make_synthetic_model import make_tiny_model
+from small_clusters import make_clusters_by_neurons
 from tiny_llama import PROMPT, load, take
 
 
@@ -44,6 +45,54 @@ def test_a_saved_state_goes_on_where_it_was(tiny, core):
             other.core = CoreConfig(patch=False)
             other.load_state(state)
             assert other.n_tokens == len(prompt) + 4
+
+
+@pytest.mark.parametrize("mode", ["stable", "similar"])
+@pytest.mark.parametrize("between", ["loaded", "stopped"])
+def test_a_dense_beginning_goes_on_where_it_was(tiny, mode, between):
+    """A prompt's cluster, too, is that of the prompt, not of what was answered."""
+    clusters = make_clusters_by_neurons() if mode == "similar" else None
+    share = {"similar": "gamma", "stable": "beta"}[mode]
+    core = CoreConfig(mode=mode, **{share: 0.2}, start=9, patch=False)
+    # Batches of 16: how a text is cut into batches changes no bit.
+    options = {"core": core, "clusters": clusters, "n_batch": 16}
+    with load(tiny, **options) as llm:
+        prompt = llm.tokenize(PROMPT)
+        expected, chosen = take(40, llm.generate(prompt, temp=0)), llm.core_set
+        got = take(5, llm.generate(prompt, temp=0))
+        state = pickle.loads(pickle.dumps(llm.save_state()))
+        if between == "loaded":
+            take(12, llm.generate([1, 2, 3], temp=0))
+            llm.load_state(state)
+        got += take(35, llm.generate(got[-1:], reset=False, temp=0))
+        assert got == expected and llm.core_set.same_neurons(chosen)
+        assert llm.core_set.cluster == chosen.cluster
+    with load(tiny, **options) as other:
+        other.load_state(state)
+        assert take(35, other.generate(expected[4:5], reset=False, temp=0)) == expected[5:]
+        # More than one token is another prompt, whose answer begins dense, too.
+        more = [*expected[4:9], 7]
+        take(9, other.generate(more, reset=False, temp=0))
+        assert other.core_set is None
+
+
+@pytest.mark.parametrize("n_prompt", [0, -1, 10_000])
+def test_a_state_whose_prompt_cannot_be_is_refused(tiny, n_prompt):
+    with load(tiny, core="stable") as llm:
+        next(llm.generate(PROMPT))
+        state = dataclasses.replace(llm.save_state(), n_prompt=n_prompt)
+        with pytest.raises(ValueError, match=f"damaged: its prompt has {n_prompt} of"):
+            llm.load_state(state)
+
+
+def test_a_text_that_was_forgotten_has_no_neurons(tiny):
+    for core in ("stable", "auto"):
+        with load(tiny, core=core) as llm:
+            llm(PROMPT.decode(), max_tokens=2)
+            assert llm.stability is not None
+            llm.reset()
+            assert (llm.core_set, llm.decision, llm.stability) == (None, None, None)
+            assert llm.n_tokens == 0 and llm.save_state().core_set is None
 
 
 def test_what_is_said_of_a_text_is_said_of_the_one_that_was_loaded(tiny):

@@ -226,6 +226,22 @@ def test_auto_looks_a_prompt_s_cluster_up_once(tiny, built):
         asked.extend(texts)
         return letters(texts)
 
+def test_a_prompt_of_ids_that_begins_dense_is_looked_up_without_its_answer(tiny, built):
+    asked = []
+
+    def remembering(texts):
+        asked.extend(texts)
+        return letters(texts)
+
+    core = CoreConfig(mode="similar", start=4)
+    with load(tiny, core=core, clusters=built, embedder=remembering) as llm:
+        ids = llm.prompt_ids("the night again")
+        asked.clear()  # it was on trial
+        for _, _ in zip(range(6), llm.generate(ids, temp=0), strict=False):
+            pass
+        assert llm.core_set is not None and asked == [llm._text(ids)]
+
+
     tuning = tuned(tiny, built, -1.0, n_prompt=24)
     options = {"clusters": built, "embedder": remembering, "core": "auto", "tuning": tuning}
     with load(tiny, **options, refresh=4) as llm:

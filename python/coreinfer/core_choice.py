@@ -93,7 +93,7 @@ class CoreChoice:
         self._lookup: ClusterLookup | None = None
         self._prior: _core.PatchPrior | None = None
         self._text: str | None = None  # what the present prompt says, if it was said
-        self._n_prompt = 0
+        self._n_prompt: int | None = None  # of the present text; None before neurons are chosen
         self._nearest: tuple[int, float] | None = None  # its cluster, once that was looked up
         self.decision: Decision | None = None
         self.stability: float | None = None
@@ -186,11 +186,20 @@ class CoreChoice:
 
     # --- a text ---
 
-    def begin(self, **answer: Any) -> None:
-        """Another text is about to be read; `answer` is what `Auto.begin` takes."""
+    @property
+    def prompt(self) -> tuple[int | None, str | None]:
+        """Tokens of the present prompt, and what it says: what `restore` takes them from."""
+        return self._n_prompt, self._text
+
+    def begin(self, *, goes_on: bool = False, **answer: Any) -> None:
+        """Another text is about to be read, or the present one, whose answer `goes_on`.
+
+        `answer` is what `Auto.begin` takes.
+        """
         self.lookup_seconds = {}
         self.n_dense = 0
-        self._text = self._nearest = None
+        if not goes_on:
+            self._n_prompt = self._text = self._nearest = None
         self._active = self._config
         if self._auto is not None:
             self._auto.begin(**answer)
@@ -227,7 +236,8 @@ class CoreChoice:
         Exact mode does so by itself, when drafting is expected to pay. `text` is what the prompt
         says, if that is known.
         """
-        self._text, self._n_prompt = text, session.n_past
+        if self._n_prompt is None:
+            self._text, self._n_prompt = text, session.n_past
         before = session.timings["replay_tokens"]
         self._choose(session)
         if self.decision is not None and session.timings["replay_tokens"] > before:
@@ -264,10 +274,24 @@ class CoreChoice:
             session.fit_patch(self._prior if core.prior else None, rank=core.patch)
             self.core_set = replace(chosen, patch=session.core_set.patch)
 
-    def restore(self, session: _core.Session, chosen: CoreSet | None) -> None:
-        """The text in the cache is decoded with these neurons, or dense: nothing is to decide."""
+    def forget(self) -> None:
+        """There is no text any more."""
         self.begin()
-        self.decision, self.stability = None, None if chosen is None else chosen.stability
+        self.decision = self.stability = self.core_set = None
+
+    def restore(
+        self,
+        session: _core.Session,
+        chosen: CoreSet | None,
+        prompt: tuple[int | None, str | None] = (None, None),
+    ) -> None:
+        """The text in the cache is decoded with these neurons, or dense: nothing is to decide.
+
+        With a `prompt` its answer may go on.
+        """
+        self.forget()
+        self._n_prompt, self._text = prompt
+        self.stability = None if chosen is None else chosen.stability
         session.end_exact()
         self._decode_with(session, chosen)
 
@@ -365,7 +389,7 @@ class CoreChoice:
             elif self._text is not None:
                 text = self._text
             elif self._text_of is not None:
-                text = self._text_of(session.tokens)
+                text = self._text_of(session.tokens[: self._n_prompt])
             self._nearest = lookup.nearest(text, own)
             self._note_seconds(lookup)
         return self._nearest

@@ -376,7 +376,8 @@ class Llama(TokenModel):
             The prompt, as ids or text.
         reset
             True: the cache becomes this prompt, keeping what it shares with the last one.
-            False: the prompt is appended to the cache.
+            False: the prompt is appended to the cache. A single token that was yielded, or none,
+            is no other prompt: the answer goes on (`CoreConfig.start` counts from its beginning).
         temp, top_k, top_p, min_p, typical_p, penalties, logit_bias
             See `coreinfer.config.SamplingConfig`.
         seed

@@ -304,6 +304,7 @@ class TokenModel:
 
         What was decoded with core neurons before is read again, dense.
         """
+            self._choice.forget()
         ids = self.checked_ids(tokens)
         if ids.size:
             with self._computing() as session:
@@ -394,7 +395,8 @@ class TokenModel:
         """
         with self._computing() as session:
             whole = ids if reset else self._after_cache(session, ids)
-            self._read(session, whole, n_answer=n_answer, temperature=sampling.temperature)
+            answer = {"n_answer": n_answer, "temperature": sampling.temperature}
+            self._read(session, whole, goes_on=goes_on, **answer)
             self._choice.choose(session, text if reset else None)
             generation = self._generation
             sampler = self._sampler(session, sampling, seed)
@@ -404,6 +406,8 @@ class TokenModel:
                 if criteria:
                     so_far = np.asarray(session.tokens, dtype=np.int32)
                     logits = session.logits()
+            # A token that was yielded, or none, is not a prompt: the present answer goes on.
+            goes_on = not reset and ids.size <= 1
                     if any(stop(so_far, logits) for stop in criteria):
                         return True
             sent = yield token
@@ -524,7 +528,8 @@ class TokenModel:
     def save_state(self) -> LlamaState:
         """The cache, its statistics and the core set, for `load_state`.
 
-        A generation that goes on from there chooses the core set anew, by the text so far.
+        `generate([token], reset=False)` goes on from there, with the last token that was yielded:
+        a dense beginning where it was. The core set is chosen anew, by the text so far.
         """
         with self._computing() as session:
             blob = session.save_state()
@@ -539,6 +544,7 @@ class TokenModel:
 
     def load_state(self, state: LlamaState) -> None:
         """Go back to a saved state of the same model with the same context and cache types."""
+            n_prompt, prompt_text = self._choice.prompt
         if not isinstance(state, LlamaState):
             raise TypeError(
                 f"state is {type(state).__name__}; expected the LlamaState that save_state gave"
@@ -546,7 +552,9 @@ class TokenModel:
         with self._computing() as session:
             session.load_state(state.llama_state)  # refuses without losing what is there
             self._generation += 1
-            self._choice.restore(session, state.core_set)
+                n_prompt=n_prompt,
+                prompt_text=prompt_text,
+            self._choice.restore(session, state.core_set, (state.n_prompt, state.prompt_text))
         self.set_seed(state.seed)
 
 
@@ -554,6 +562,11 @@ def _draw(
     session: _core.Session, sampler: _core.Sampler, processors: Sequence[LogitsProcessor]
 ) -> int:
     if not processors:
+        if state.n_prompt is not None and not 0 < state.n_prompt <= state.n_tokens:
+            raise ValueError(
+                f"the saved state is damaged: its prompt has {state.n_prompt} of "
+                f"{state.n_tokens} tokens"
+            )
         return session.sample(sampler)
     ids, logits = np.asarray(session.tokens, dtype=np.int32), session.logits()
     expected = logits.shape

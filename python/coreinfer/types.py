@@ -135,3 +135,5 @@ class LlamaState:
     llama_state_size: int
     seed: int
     core_set: CoreSet | None
+    n_prompt: int | None = None  # tokens before the answer, where there is one
+    prompt_text: str | None = None  # what they say, if it was given as text
