@@ -271,7 +271,7 @@ def run(limit):
     with Llama(sys.argv[1], n_ctx=512, n_batch=64, memory_limit=limit, verbose=False,
                **json.loads(sys.argv[2])) as llm:
         llm("word " * 60, max_tokens=4, temperature=0)
-        return llm._engine.ffn_resident, llm.core_set.patch_rank
+        return llm._engine.ffn_resident, llm.core_set and llm.core_set.patch_rank
 try:
     run(1 << 20)
 except MemoryError as error:
@@ -280,14 +280,24 @@ print(json.dumps([int(needed), run(needed + "MiB"), _core.memory()["peak_rss"]])
 """
 
 
-@pytest.mark.parametrize("core", [{"core": "stable", "beta": 0.2}, {}], ids=["stable", "auto"])
-def test_the_limit_that_a_message_asks_for_is_enough_and_is_kept(model, core):
+@pytest.mark.parametrize(
+    ("core", "dense"),
+    [
+        ({"core": "stable", "beta": 0.2}, False),
+        ({}, False),
+        ({"core": "stable", "beta": 0.2, "start": 2}, True),
+        ({"core": "exact"}, True),
+    ],
+    ids=["stable", "auto", "start", "exact"],
+)
+def test_the_limit_that_a_message_asks_for_is_enough_and_is_kept(model, core, dense):
     """The core set that will decode is patched, and its samples are planned with."""
     program = [sys.executable, "-W", "ignore", "-c", LLAMA, model, json.dumps(core)]
     done = subprocess.run(program, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     needed, (resident, patch_rank), peak = json.loads(done.stdout)
-    assert not resident and patch_rank > 0
+    assert resident == dense
+    assert patch_rank is None if core.get("core") == "exact" else patch_rank > 0
     assert peak <= 1.04 * needed * MIB  # pages of libraries that are touched later are not planned
 
 

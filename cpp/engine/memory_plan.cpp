@@ -75,6 +75,12 @@ MemoryPlan::MemoryPlan(const MemoryBudget& budget, const GgufFile& file, const M
     matrix_bytes_ = layer_bytes_;  // the next layer, while this one is computed with
   }
   ffn_resident_ = needed(true, budget.session, core_bytes_) <= budget.limit;
+  if (budget.needs_dense) {
+    check_resident(
+        "all FFN weights, which exact mode and an answer's dense beginning (start) need, this "
+        "context and these core neurons: lower beta, n_ctx or n_batch, use a smaller cache type, "
+        "or do without either");
+  }
   if (!ffn_resident_ && budget.first_layer == 0) {  // a part must be: check_resident
     require(needed(false, budget.session, core_bytes_),
             "a layer's FFN at a time, this context and these core neurons: lower beta, n_ctx or "

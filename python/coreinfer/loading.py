@@ -56,6 +56,7 @@ def _load(file: _core.GgufFile, config: LoadConfig, core: CoreConfig | CoreSet) 
         f32_activations=config.f32_activations,
         memory_limit=config.memory_limit or 0,
         core_share=_core_share(core),
+        needs_dense=isinstance(core, CoreConfig) and (core.mode == "exact" or core.start > 0),
         n_ctx=config.n_ctx,
         n_batch=config.n_batch,
         type_k=config.type_k,
