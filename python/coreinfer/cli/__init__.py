@@ -7,6 +7,7 @@ Results go to stdout, everything else to stderr. Exit status: 0 fine, 1 runtime 
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import os
 import sys
@@ -37,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that cannot show a character gets its escape instead of losing the answer.
         sys.stdout.reconfigure(errors="backslashreplace")
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        getattr(args, "parser", parser).error(_unrecognized(args, unknown))
     if args.version:
         from coreinfer import __version__
 
@@ -60,6 +63,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError, ImportError) as error:
         _complain(str(error) or type(error).__name__)
         return 1
+
+
+def _unrecognized(args: argparse.Namespace, unknown: list[str]) -> str:
+    """What nobody asked for, and what may have been meant: a flag, also by its Python name."""
+    message = f"unrecognized arguments: {' '.join(unknown)}"
+    meant: dict[str, str] = {}
+    for action in args.parser._actions if "parser" in args else ():
+        for spelled in (*action.option_strings, "--" + action.dest.replace("_", "-")):
+            if action.option_strings:
+                meant.setdefault(spelled, max(action.option_strings, key=len))
+    for given in unknown:
+        near = difflib.get_close_matches(given.split("=")[0], meant, n=1)
+        if given.startswith("--") and near:
+            message += f"; instead of {given} did you mean {meant[near[0]]}?"
+    return message
 
 
 def _complain(message: str) -> None:

@@ -43,7 +43,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     info.add_argument("file", metavar="FILE", help="a file that build made")
     info.add_argument("--json", action="store_true", help="print one JSON object instead")
-    info.set_defaults(call=call_info)
+    info.set_defaults(call=call_info, parser=info)
 
 
 def _add_build(actions: argparse._SubParsersAction) -> None:

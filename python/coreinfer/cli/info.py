@@ -24,7 +24,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="a GGUF file or a known model's name")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    parser.set_defaults(call=call)
+    parser.set_defaults(call=call, parser=parser)
 
 
 def call(args: argparse.Namespace) -> int:

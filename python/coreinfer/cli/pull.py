@@ -20,7 +20,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="NAME", help="a known model")
-    parser.set_defaults(call=call)
+    parser.set_defaults(call=call, parser=parser)
 
 
 def resolve(name_or_path: str) -> str:

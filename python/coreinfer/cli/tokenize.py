@@ -24,7 +24,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--special", action="store_true", help="read the names of control tokens as those tokens"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    parser.set_defaults(call=call)
+    parser.set_defaults(call=call, parser=parser)
 
 
 def call(args: argparse.Namespace) -> int:
