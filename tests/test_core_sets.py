@@ -54,6 +54,18 @@ def test_a_set_without_scores_or_fingerprint_comes_back(tmp_path):
     assert after.scores == [] and {name: getattr(after, name) for name in unknown} == unknown
 
 
+def test_a_set_says_in_a_line_what_it_is():
+    assert repr(make_set()) == (
+        "<CoreSet: 3 layers, 40 % of 64 neurons, flock, cluster 3, stability 0.75>"
+    )
+    patch = [(np.ones((2, 3), np.float16), np.ones((8, 2), np.float16))]
+    patched = CoreSet([[1, 2, 3]], 6, statistic="count", weighted=True, patch=patch)
+    assert str(patched) == (
+        "<CoreSet: 1 layers, 50 % of 6 neurons, count weighted, patch of rank 2>"
+    )
+    assert repr(CoreSet([[1]], 4)) == "<CoreSet: 1 layers, 25 % of 4 neurons>"
+
+
 def test_sizes_count_dense_layers_as_whole():
     core = make_set()
     assert core.sizes == [10, 64, 2]

@@ -28,7 +28,7 @@ _MAX_FILE_BYTES = 1 << 30
 Patch = tuple[np.ndarray, np.ndarray]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CoreSet:
     """Core neurons of every layer.
 
@@ -61,7 +61,7 @@ class CoreSet:
 
     layers: Sequence[np.ndarray | None]
     n_ff: int
-    scores: Sequence[np.ndarray | None] = field(default_factory=list, repr=False)
+    scores: Sequence[np.ndarray | None] = field(default_factory=list)
     statistic: str = ""
     alpha: float = 0.0
     beta: float = 0.0
@@ -71,7 +71,7 @@ class CoreSet:
     cluster_similarity: float | None = None
     fingerprint: int | None = None
     weighted: bool = False
-    patch: Sequence[Patch | None] = field(default_factory=list, repr=False)
+    patch: Sequence[Patch | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.layers) <= MAX_LAYERS:
@@ -106,6 +106,18 @@ class CoreSet:
         object.__setattr__(self, "patch", patch if any(patch) else [])
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "scores", scores)
+
+    def __repr__(self) -> str:
+        facts = [f"{len(self.layers)} layers", f"{100 * self.kept:.0f} % of {self.n_ff} neurons"]
+        if self.statistic:
+            facts.append(f"{self.statistic}{' weighted' if self.weighted else ''}")
+        if self.patch_rank:
+            facts.append(f"patch of rank {self.patch_rank}")
+        if self.cluster is not None:
+            facts.append(f"cluster {self.cluster}")
+        if self.stability is not None:
+            facts.append(f"stability {self.stability:.2f}")
+        return f"<CoreSet: {', '.join(facts)}>"
 
     @property
     def sizes(self) -> list[int]:

@@ -106,6 +106,12 @@ class TokenModel:
             self._lock.release()
 
     def close(self) -> None:
+    def __repr__(self) -> str:
+        core = self.core.mode if isinstance(self.core, CoreConfig) else self.core
+        session = self._session
+        state = "closed" if session is None else f"{session.n_past} of {session.n_ctx} tokens"
+        return f"<{type(self).__name__}: {self.model_path}, core {core}, {state}>"
+
         """Give the model's memory back; the object then only says that it is closed."""
         self._session = None
         self._engine = None
