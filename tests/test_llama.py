@@ -124,7 +124,7 @@ def test_logits_processors_and_stopping_criteria_see_ids_and_logits(llm):
 
     tokens = llm.generate(prompt, logits_processor=[only_nine], stopping_criteria=long_enough)
     assert list(tokens) == [9, 9, 9]
-    with pytest.raises(ValueError, match=r"returned shape \(5,\); expected \(320,\)"):
+    with pytest.raises(ValueError, match=r"returned shape \(5,\); expected shape \(320,\)"):
         next(llm.generate(prompt, logits_processor=lambda ids, logits: logits[:5]))
 
 

@@ -25,8 +25,23 @@ from tiny_llama import PROMPT, load, take
         (lambda m: m.generate([1, 320]), r"prompt\[1\] is 320; expected a token id from 0 to 319"),
         (lambda m: m.generate([-1]), r"prompt\[0\] is -1"),
         (lambda m: m.generate([2**40]), r"prompt\[0\] is 1099511627776"),
-        (lambda m: m.generate([1.5]), "expected a sequence of token ids"),
-        (lambda m: m.generate([[1], [2]]), "expected a sequence of token ids"),
+        (
+            lambda m: m.generate([1, 1.5]),
+            "prompt is a list with 1.5 at position 1; expected text, or",
+        ),
+        (
+            lambda m: m.generate([[1], [2]]),
+            r"a list with \[1\] at position 0; expected text, or a seq",
+        ),
+        (lambda m: m.generate([[1], [2, 3]]), r"a list with \[1\] at position 0; expected text"),
+        (lambda m: m.generate(["a", "b"]), "a list with 'a' at position 0; expected text"),
+        (lambda m: m.generate([1, True, None]), "a list with True at position 1; expected text"),
+        (lambda m: m.generate([True, True]), "a list with True at position 0; expected text"),
+        (lambda m: m.generate(None), r"None \(NoneType\); expected text, or a sequence of token"),
+        (lambda m: m.generate({1: 2}), r"prompt is \{1: 2\} \(dict\); expected text"),
+        (lambda m: m.generate(np.ones((2, 2))), "an array of float64 with 2 dimensions; expected"),
+        (lambda m: m.generate([2**70]), r"prompt\[0\] is 1180591620717411303424; expected a token"),
+        (lambda m: m.create_completion(5), r"prompt is 5 \(int\); expected text, or a sequence"),
         (lambda m: m.generate([]), "the prompt is empty"),
         (lambda m: m([]), "the prompt is empty"),
         (lambda m: m.score([], [1]), "the prompt is empty"),
@@ -37,11 +52,26 @@ from tiny_llama import PROMPT, load, take
         (lambda m: m("x " * 5000), "exceed context window of 256; shorten the text"),
         (lambda m: m.eval([1] * 257), "exceed context window"),
         (lambda m: m.eval([999]), r"tokens\[0\] is 999"),
+        (lambda m: m.eval("x"), r"tokens is 'x' \(str\); expected a sequence of token ids"),
+        (lambda m: m.detokenize([1.0]), "tokens is a list with 1.0 at .*; expected a sequence of"),
+        (
+            lambda m: m("a\ud800"),
+            r"its character 1 is half of a surrogate pair, '\\ud800'",
+        ),
         (lambda m: m.detokenize([320]), r"tokens\[0\] is 320"),
         (lambda m: m("x", temperature=-1), "temperature is -1"),
         (lambda m: m.generate("x", top_p=2), "top_p is 2"),
         (lambda m: m("x", logprobs=-1), "logprobs is -1"),
         (lambda m: m("x", stop=[""]), "expected strings that are not empty"),
+        (lambda m: m("x", logit_bias={1.5: 1}), r"logit_bias is \{1.5: 1\}; expected a mapping"),
+        (
+            lambda m: m("x", logits_processor=lambda ids, logits: None),
+            r"a logits processor returned None; expected shape \(320,\)",
+        ),
+        (
+            lambda m: m("x", logits_processor=lambda ids, logits: logits[1:]),
+            r"a logits processor returned shape \(319,\); expected shape \(320,\)",
+        ),
         (lambda m: m("x", suffix="y"), "does not support suffix='y'"),
         (lambda m: m("x", grammar="y"), "does not support grammar='y'"),
         (lambda m: m.create_chat_completion([{"role": "user"}], top_logprobs=2), "needs logprobs"),
@@ -312,3 +342,21 @@ def test_from_pretrained_asks_the_hub_for_the_one_file_that_fits(tiny, monkeypat
         Llama.from_pretrained("a/b", "*.gguf")
     with pytest.raises(ValueError, match="filename is None"):
         Llama.from_pretrained("a/b", None)
+
+
+def test_an_object_says_what_it_is(tiny):
+    with load(tiny, core="stable") as llm:
+        llm.eval([1, 2, 3])
+        assert repr(llm) == f"<Llama: {tiny}, core stable, 3 of 256 tokens>"
+        next(llm.generate(PROMPT))
+        llm.set_core_set(llm.core_set)
+        assert "core <CoreSet: 3 layers, 4" in repr(llm)
+    assert repr(llm).endswith(", closed>")
+
+
+def test_what_llama_cpp_python_has_and_this_has_not_is_said(llm):
+    with pytest.raises(AttributeError, match="has no attribute 'embed', which .*: coreinfer makes"):
+        llm.embed("x")
+    with pytest.raises(AttributeError, match="no attribute 'emebd'$"):
+        llm.emebd("x")
+    assert not hasattr(llm, "create_embedding")

@@ -37,7 +37,10 @@ from coreinfer.config import CoreConfig, LoadConfig, SamplingConfig, cache_type,
             lambda: CoreConfig.of("stable").changed(max_kl=0.1),
             "max_kl is 0.1; it needs core='auto'",
         ),
-        (lambda: CoreConfig.of("stabel"), "mode is 'stabel'"),
+        (
+            lambda: CoreConfig.of("stabel"),
+            "core is 'stabel'; expected one of auto, off, stable, similar, exact, paper, a CoreC",
+        ),
         (lambda: SamplingConfig(temperature=-1), "temperature is -1; expected a number of at"),
         (lambda: SamplingConfig(top_p=1.5), r"top_p is 1.5; expected a number in \(0, 1\]"),
         (lambda: SamplingConfig(top_p=0), "top_p is 0; expected"),
@@ -138,6 +141,8 @@ def test_neutral_values_of_foreign_arguments_are_silent():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check(n_ubatch=512, use_mmap=True, lora_path=None, rope_freq_base=0.0, embedding=False)
+        asked = {"tools": [], "functions": [], "response_format": {"type": "text"}}
+        foreign.check_foreign("create_chat_completion", asked, foreign.CHAT, [])
 
 
 def test_unknown_names_suggest_the_nearest():

@@ -37,6 +37,7 @@ from small_clusters import (
     TEXTS,
     letters,
     make_clusters,
+    make_clusters_by_neurons,
     make_prior,
     make_tiny_chat,
     write_texts,
@@ -53,6 +54,12 @@ def tiny(tmp_path_factory) -> str:
 def built(tiny) -> Clusters:
     with load(tiny) as llm:
         return build_clusters(llm, TEXTS, embedder=letters, n_clusters=2, random_state=0)
+
+
+def embedded(clusters: Clusters, **options):
+    """Options of a model: clusters by neurons take no embedder."""
+    embedder = None if clusters.by == "neurons" else letters
+    return {"clusters": clusters, "embedder": embedder, **options}
 
 
 @pytest.fixture(scope="module")
@@ -190,10 +197,10 @@ def test_tune_measures_how_near_prompts_are_to_their_clusters(tiny, built):
 def test_auto_takes_a_cluster_only_for_prompts_as_near_as_those_measured(tiny, kind, request):
     clusters = request.getfixturevalue(kind)
     prompt = "the night again and again"
-    with load(tiny, core="similar", clusters=clusters, embedder=letters) as llm:
+    with load(tiny, core="similar", **embedded(clusters)) as llm:
         llm(prompt, max_tokens=2)
         similarity = llm.core_set.cluster_similarity
-    options = {"clusters": clusters, "embedder": letters, "core": "auto"}
+    options = embedded(clusters, core="auto")
     with load(tiny, **options, tuning=tuned(tiny, clusters, similarity)) as llm:
         llm(prompt, max_tokens=3)
         assert llm.decision.config.mode == "similar"
@@ -219,13 +226,6 @@ def test_auto_is_exact_before_a_cluster_that_needs_nothing_counted(tiny, built):
         assert llm.decision.config == plain and llm.core_set.cluster is not None
 
 
-def test_auto_looks_a_prompt_s_cluster_up_once(tiny, built):
-    asked = []
-
-    def remembering(texts):
-        asked.extend(texts)
-        return letters(texts)
-
 def test_a_prompt_of_ids_that_begins_dense_is_looked_up_without_its_answer(tiny, built):
     asked = []
 
@@ -241,6 +241,13 @@ def test_a_prompt_of_ids_that_begins_dense_is_looked_up_without_its_answer(tiny,
             pass
         assert llm.core_set is not None and asked == [llm._text(ids)]
 
+
+def test_auto_looks_a_prompt_s_cluster_up_once(tiny, built):
+    asked = []
+
+    def remembering(texts):
+        asked.extend(texts)
+        return letters(texts)
 
     tuning = tuned(tiny, built, -1.0, n_prompt=24)
     options = {"clusters": built, "embedder": remembering, "core": "auto", "tuning": tuning}
@@ -262,7 +269,7 @@ def test_auto_says_where_a_prompt_was_read_twice(tiny, kind, request):
         own = replace(near, config=config, n_prompt=128, clusters="", cluster_similarity=None)
         return replace(tuning, rows=(own, near))
 
-    options = {"clusters": clusters, "embedder": letters, "core": "auto"}
+    options = embedded(clusters, core="auto")
     twice = "; the prompt was read twice, to rank neurons as the clusters do"
     for table, again in ((tuning, ""), (by_own(), ""), (by_own(statistic="count"), twice)):
         with load(tiny, **options, tuning=table) as llm:
@@ -405,7 +412,7 @@ def test_blending_goes_from_the_clusters_neurons_to_the_prompts_own(tiny, built)
 def test_refresh_blends_what_was_generated_into_the_cluster(tiny, kind, blend, request):
     clusters = request.getfixturevalue(kind)
     core = CoreConfig(mode="similar", gamma=0.25, blend=blend, refresh=8, patch=8)
-    with load(tiny, core=core, clusters=clusters, embedder=letters) as llm:
+    with load(tiny, core=core, **embedded(clusters)) as llm:
         prompt = llm.prompt_ids("the night again")
         found = {}
         for _ in llm.generate(prompt, temp=0):
@@ -519,6 +526,10 @@ def test_what_does_not_fit_is_refused_and_the_model_goes_on(tiny, built, tmp_pat
         ({"gamma": 0.2}, "gamma is 0.2; it needs core='similar', but core is '"),
         ({"core": "similar", "gamma": 0}, r"gamma is 0; expected a number in \(0, 1\]"),
         ({"embedder": letters}, "no clusters to use it with"),
+        (
+            {"clusters": make_clusters_by_neurons(), "embedder": letters},
+            "embedder is <function letters .*>, but these clusters are by neurons, which look no",
+        ),
     ],
 )
 def test_arguments_that_do_not_go_together_are_refused(tiny, options, message):
@@ -547,7 +558,7 @@ def test_a_pickled_model_keeps_its_clusters(tiny, built):
         (["word " * 500, "b"], {"by": "colour"}, "by is 'colour'"),  # before any text is read
         ("one text", {}, "texts is 'one text'; expected a sequence of texts"),
         (["word " * 500, "b"], {"patch_rows": 1.5}, "patch_rows is 1.5; expected an integer"),
-        (["b", 5], {}, r"text 2 \(5\): prompt is int64"),
+        (["b", 5], {}, r"text 2 \(5\): prompt is 5 \(int\); expected text"),
         (TEXTS, {"statistic": "best"}, "statistic is 'best'"),
         (["word " * 500, "b"], {"by": "neurons", "beta": 1e-4}, "beta is 0.0001, which is less"),
         (["b", "word " * 500], {}, r"text 2 \('word word .*'\): .* exceed context window of 256"),

@@ -136,7 +136,11 @@ def _checked_bias(name: str, value: Any) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise _wrong(name, value, "a mapping from token id to a number")
     try:
-        bias = {int(token): float(amount) for token, amount in value.items()}
+        bias = {
+            # JSON has ids as text.
+            int(token) if isinstance(token, str) else operator.index(token): float(amount)
+            for token, amount in value.items()
+        }
     except (TypeError, ValueError):
         raise _wrong(name, value, "a mapping from token id to a number") from None
     if any(math.isnan(amount) for amount in bias.values()):
@@ -186,15 +190,15 @@ def parse_size(value: Any, name: str = "size") -> int:
     return size
 
 
-class Checked:
-    """Base of the configs: checks every field by its `Spec` and stores the checked value."""
-
-    def __post_init__(self) -> None:
 def _looked_at(mode: Any) -> set[str]:
     """The fields of CoreConfig that mean something in a mode."""
     return {"mode"}.union(*(names for modes, names in FIELDS_OF_MODES.items() if mode in modes))
 
 
+class Checked:
+    """Base of the configs: checks every field by its `Spec` and stores the checked value."""
+
+    def __post_init__(self) -> None:
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             value = _checked(f.name, getattr(self, f.name), f.metadata["spec"])
             object.__setattr__(self, f.name, value)
@@ -316,10 +320,6 @@ class CoreConfig(Checked):
         "bool",
     )
 
-    @classmethod
-    def paper(cls, beta: float = 0.4, mode: str = "stable") -> CoreConfig:
-        """The settings of the CoreInfer paper (arXiv 2410.18311), whatever the defaults become.
-
     def __post_init__(self) -> None:
         super().__post_init__()
         looked_at = _looked_at(self.mode)
@@ -327,6 +327,10 @@ class CoreConfig(Checked):
             default = _checked(f.name, f.default, f.metadata["spec"])
             if f.name not in looked_at and getattr(self, f.name) != default:
                 self._refuse(f.name, getattr(self, f.name))
+
+    @classmethod
+    def paper(cls, beta: float = 0.4, mode: str = "stable") -> CoreConfig:
+        """The settings of the CoreInfer paper (arXiv 2410.18311), whatever the defaults become.
 
         Its beta, which is its gamma too, is 0.2 for extraction and question answering, 0.4 for
         translation. For "similar", clusters are to be built with `statistic="count"`.
@@ -367,9 +371,10 @@ class CoreConfig(Checked):
             return core
         if isinstance(core, str) and core in CORE_PRESETS:
             return cls.preset(core)
-        if isinstance(core, str):
+        if isinstance(core, str) and core in CORE_MODES:
             return cls(mode=core)
-        raise _wrong("core", core, f"one of {', '.join(CORE_MODES)}, a CoreConfig or a CoreSet")
+        names = ", ".join((*CORE_MODES, *CORE_PRESETS))
+        raise _wrong("core", core, f"one of {names}, a CoreConfig or a CoreSet")
 
     def changed(self, **fields: Any) -> CoreConfig:
         """With other values of some fields; ValueError for one that this mode does not look at."""
@@ -379,11 +384,6 @@ class CoreConfig(Checked):
                 self._refuse(f.name, fields[f.name])
         return dataclasses.replace(self, **fields)
 
-    def check_fits(self, *, n_layer: int, n_ff: int) -> None:
-        """ValueError where this is no setting for a model of this shape."""
-        self.layer_range(n_layer)
-        name = {"off": None, "similar": "gamma"}.get(self.mode, "beta")
-        # As the core set's own check: 1 / 49 of 49 is less than 1.
     def _refuse(self, name: str, value: Any) -> NoReturn:
         modes = next(modes for modes, names in FIELDS_OF_MODES.items() if name in names)
         wanted = " or ".join(f"core={mode!r}" for mode in modes)
@@ -400,6 +400,11 @@ class CoreConfig(Checked):
         looked_at = _looked_at(fields["mode"])
         return cls(**{name: value for name, value in fields.items() if name in looked_at})
 
+    def check_fits(self, *, n_layer: int, n_ff: int) -> None:
+        """ValueError where this is no setting for a model of this shape."""
+        self.layer_range(n_layer)
+        name = {"off": None, "similar": "gamma"}.get(self.mode, "beta")
+        # As the core set's own check: 1 / 49 of 49 is less than 1.
         if name is not None and getattr(self, name) * n_ff < 1 - 1e-9:
             raise ValueError(
                 f"{name} is {getattr(self, name):g}, which is less than one of a layer's {n_ff} "

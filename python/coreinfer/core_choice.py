@@ -158,6 +158,11 @@ class CoreChoice:
                 n_embd=self._model.n_embd,
                 fingerprint=self._model.fingerprint,
             )
+            if embedder is not None and clusters.by == "neurons":
+                raise ValueError(
+                    f"embedder is {embedder!r}, but these clusters are by neurons, which look no "
+                    "text up; expected none, or clusters built with --by embedding"
+                )
             lookup = ClusterLookup(clusters, embedder)
             if clusters.prior is not None:
                 rows = clusters.prior

@@ -89,11 +89,24 @@ COMPLETION: Mapping[str, Foreign] = {
 CHAT: Mapping[str, Foreign] = {
     **SAMPLING,
     "model": _ignored(None),
-    "functions": _refused(None),
+    "functions": _refused(None, []),
     "function_call": _refused(None),
-    "tools": _refused(None),
+    "tools": _refused(None, []),
     "tool_choice": _refused(None, "none"),
-    "response_format": _refused(None),
+    "response_format": _refused(None, {"type": "text"}),
+}
+
+
+_NO_EMBEDDINGS = "coreinfer makes no embeddings of texts"
+
+# Methods and attributes that are not here, and what to do without them.
+ATTRIBUTES: Mapping[str, str] = {
+    "embed": _NO_EMBEDDINGS,
+    "create_embedding": _NO_EMBEDDINGS,
+    "set_cache": "the last text is kept by itself; save_state and load_state keep others",
+    "scores": "eval_logits is the last position's, score(prompt, continuation) gives ln p of all",
+    "ctx": "there is no llama.cpp behind it",
+    "model": "there is no llama.cpp behind it",
 }
 
 

@@ -254,6 +254,16 @@ class Llama(TokenModel):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def __getattr__(self, name: str) -> Any:
+        """Only asked for what there is not: says so of llama-cpp-python's, with what to do."""
+        hint = foreign.ATTRIBUTES.get(name)
+        raise AttributeError(
+            f"{type(self).__name__!r} object has no attribute {name!r}"
+            + ("" if hint is None else f", which llama-cpp-python's has: {hint}"),
+            name=name,
+            obj=self,
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         """What loads the same model again; the text in the cache stays behind."""
         return {
@@ -312,7 +322,7 @@ class Llama(TokenModel):
         self._open_session()
         if isinstance(prompt, (str, bytes)):
             prompt = self._tokenizer.tokenize(_utf8(prompt), add_bos=add_bos, special=True)
-        return self.checked_prompt(prompt)
+        return self.checked_prompt(prompt, "text, or a sequence of token ids")
 
     # --- ids ---
 
@@ -644,7 +654,13 @@ def _names(function: Callable[..., Any]) -> list[str]:
 
 
 def _utf8(text: str | bytes) -> bytes:
-    return text.encode("utf-8") if isinstance(text, str) else text
+    try:
+        return text.encode("utf-8") if isinstance(text, str) else text
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text is no Unicode: its character {error.start} is half of a surrogate pair, "
+            f"{text[error.start]!a}; expected whole characters"
+        ) from None
 
 
 def _written(prompt: str | bytes | Tokens) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import reprlib
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
@@ -105,13 +106,13 @@ class TokenModel:
         finally:
             self._lock.release()
 
-    def close(self) -> None:
     def __repr__(self) -> str:
         core = self.core.mode if isinstance(self.core, CoreConfig) else self.core
         session = self._session
         state = "closed" if session is None else f"{session.n_past} of {session.n_ctx} tokens"
         return f"<{type(self).__name__}: {self.model_path}, core {core}, {state}>"
 
+    def close(self) -> None:
         """Give the model's memory back; the object then only says that it is closed."""
         self._session = None
         self._engine = None
@@ -257,16 +258,20 @@ class TokenModel:
 
     # --- ids ---
 
-    def checked_ids(self, tokens: Tokens, name: str = "tokens") -> np.ndarray:
+    def checked_ids(
+        self, tokens: Tokens, name: str = "tokens", expected: str = "a sequence of token ids"
+    ) -> np.ndarray:
         """`tokens` as int32 (n,); ValueError for anything that is not ids of the vocabulary."""
         n_vocab = self.n_vocab()
-        ids = np.asarray(tokens)
+        try:
+            ids = np.asarray(tokens)
+        except ValueError:  # lists of different lengths in a list
+            ids = np.array(None)
         if ids.size == 0:
             return np.zeros(0, dtype=np.int32)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise ValueError(
-                f"{name} is {ids.dtype} of shape {ids.shape}; expected a sequence of token ids"
-            )
+        whole = ids.dtype.kind in "iu" or all(type(t) is int for t in ids.flat)
+        if ids.ndim != 1 or not whole:
+            raise ValueError(f"{name} is {_found(tokens)}; expected {expected}")
         wrong = np.flatnonzero((ids < 0) | (ids >= n_vocab))
         if wrong.size:
             at = int(wrong[0])
@@ -275,12 +280,12 @@ class TokenModel:
             )
         return np.ascontiguousarray(ids, dtype=np.int32)
 
-    def checked_prompt(self, tokens: Tokens, name: str = "prompt") -> np.ndarray:
+    def checked_prompt(self, tokens: Tokens, *expected: str) -> np.ndarray:
         """`checked_ids`, and ValueError if there is none or more than the context holds."""
-        ids = self.checked_ids(tokens, name)
+        ids = self.checked_ids(tokens, "prompt", *expected)
         if ids.size == 0:
             raise ValueError(
-                f"the {name} is empty: it has no token, and the model adds no BOS; give some text"
+                "the prompt is empty: it has no token, and the model adds no BOS; give some text"
             )
         self._check_room(ids.size)
         return ids
@@ -299,6 +304,7 @@ class TokenModel:
         with self._computing() as session:
             self._generation += 1
             session.reset()
+            self._choice.forget()
 
     def set_seed(self, seed: int) -> None:
         """Start the sequence of sampler seeds again; 0xFFFFFFFF takes one from the system."""
@@ -310,7 +316,6 @@ class TokenModel:
 
         What was decoded with core neurons before is read again, dense.
         """
-            self._choice.forget()
         ids = self.checked_ids(tokens)
         if ids.size:
             with self._computing() as session:
@@ -400,6 +405,8 @@ class TokenModel:
         at most, if that is known: how `core="auto"` weighs what a choice of neurons costs.
         """
         with self._computing() as session:
+            # A token that was yielded, or none, is not a prompt: the present answer goes on.
+            goes_on = not reset and ids.size <= 1
             whole = ids if reset else self._after_cache(session, ids)
             answer = {"n_answer": n_answer, "temperature": sampling.temperature}
             self._read(session, whole, goes_on=goes_on, **answer)
@@ -412,8 +419,6 @@ class TokenModel:
                 if criteria:
                     so_far = np.asarray(session.tokens, dtype=np.int32)
                     logits = session.logits()
-            # A token that was yielded, or none, is not a prompt: the present answer goes on.
-            goes_on = not reset and ids.size <= 1
                     if any(stop(so_far, logits) for stop in criteria):
                         return True
             sent = yield token
@@ -539,6 +544,7 @@ class TokenModel:
         """
         with self._computing() as session:
             blob = session.save_state()
+            n_prompt, prompt_text = self._choice.prompt
             return LlamaState(
                 input_ids=np.asarray(session.tokens, dtype=np.int32),
                 n_tokens=session.n_past,
@@ -546,42 +552,53 @@ class TokenModel:
                 llama_state_size=len(blob),
                 seed=self._seed,
                 core_set=self._choice.core_set,
+                n_prompt=n_prompt,
+                prompt_text=prompt_text,
             )
 
     def load_state(self, state: LlamaState) -> None:
         """Go back to a saved state of the same model with the same context and cache types."""
-            n_prompt, prompt_text = self._choice.prompt
         if not isinstance(state, LlamaState):
             raise TypeError(
                 f"state is {type(state).__name__}; expected the LlamaState that save_state gave"
             )
+        if state.n_prompt is not None and not 0 < state.n_prompt <= state.n_tokens:
+            raise ValueError(
+                f"the saved state is damaged: its prompt has {state.n_prompt} of "
+                f"{state.n_tokens} tokens"
+            )
         with self._computing() as session:
             session.load_state(state.llama_state)  # refuses without losing what is there
             self._generation += 1
-                n_prompt=n_prompt,
-                prompt_text=prompt_text,
             self._choice.restore(session, state.core_set, (state.n_prompt, state.prompt_text))
         self.set_seed(state.seed)
+
+
+def _found(tokens: Any) -> str:
+    """What is given instead of token ids, in words."""
+    kind = type(tokens).__name__
+    if isinstance(tokens, np.ndarray):
+        return f"an array of {tokens.dtype} with {tokens.ndim} dimensions"
+    if isinstance(tokens, Sequence) and not isinstance(tokens, (str, bytes)):
+        for i, token in enumerate(tokens):
+            if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+                return f"a {kind} with {reprlib.repr(token)} at position {i}"
+    return f"{reprlib.repr(tokens)} ({kind})"
 
 
 def _draw(
     session: _core.Session, sampler: _core.Sampler, processors: Sequence[LogitsProcessor]
 ) -> int:
     if not processors:
-        if state.n_prompt is not None and not 0 < state.n_prompt <= state.n_tokens:
-            raise ValueError(
-                f"the saved state is damaged: its prompt has {state.n_prompt} of "
-                f"{state.n_tokens} tokens"
-            )
         return session.sample(sampler)
     ids, logits = np.asarray(session.tokens, dtype=np.int32), session.logits()
     expected = logits.shape
     for processor in processors:
-        logits = np.ascontiguousarray(processor(ids, logits), dtype=np.float32)
-        if logits.shape != expected:
-            raise ValueError(
-                f"a logits processor returned shape {logits.shape}; expected {expected}"
-            )
+        given = processor(ids, logits)
+        if np.shape(given) != expected:
+            found = "None" if given is None else f"shape {np.shape(given)}"
+            raise ValueError(f"a logits processor returned {found}; expected shape {expected}")
+        logits = np.ascontiguousarray(given, dtype=np.float32)
     token = sampler.sample(logits)
     sampler.accept(token)
     return token
