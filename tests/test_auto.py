@@ -143,6 +143,7 @@ def test_a_dense_beginning_s_stability_is_that_of_the_text_that_chooses():
     tuning = Tuning(1, (begun(32, 0.2, 2.0, stability=0.5),))
     waiting = decide(tuning, stability=0.1)
     assert waiting.config == tuning.rows[0].config and waiting.until is None
+    assert waiting.reason == "measured within KL 0.05 after 32 dense tokens"
     assert decide(tuning, stability=0.6, n_answered=32).config == waiting.config
     unlike = decide(tuning, stability=0.1, n_answered=32)
     assert unlike.config.mode == "exact" and unlike.until == 132

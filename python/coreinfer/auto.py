@@ -174,7 +174,9 @@ class Auto:
             found = unlike(choice)
             if found is None:
                 whose = "the prompt's cluster is " if choice is self._similar else ""
-                reasons.append(f"{whose}measured within {self._allowed}")
+                start = choice.config.start
+                after = f" after {start} dense tokens" if start else ""
+                reasons.append(f"{whose}measured within {self._allowed}{after}")
                 return Decision(choice.config, "; ".join(reasons), choice.kl)
             why, until = found
             reasons.append(why)
