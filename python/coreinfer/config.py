@@ -114,7 +114,9 @@ def _checked(name: str, value: Any, spec: Spec) -> Any:
     too_low = spec.low is not None and (number <= spec.low if spec.low_open else number < spec.low)
     too_high = spec.high is not None and number > spec.high
     if too_low or too_high or not math.isfinite(number):
-        raise _wrong(name, value, spec.expected())
+        finite = math.isfinite(number) or math.isnan(number)
+        expected = spec.expected()
+        raise _wrong(name, value, expected if finite else f"{expected}, and a finite one")
     return number
 
 
