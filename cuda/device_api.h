@@ -39,6 +39,14 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 void check(cudaError_t status, const char* call);
 #define COREINFER_CUDA_CHECK(call) ::coreinfer::cuda::check((call), #call)
 
+#if defined(COREINFER_CUDA_HOST)
+#define COREINFER_KERNELS_OVERLAP 1
+#elif defined(__CUDA_ARCH__)
+#define COREINFER_KERNELS_OVERLAP (__CUDA_ARCH__ >= 900)
+#else
+#define COREINFER_KERNELS_OVERLAP 0
+#endif
+
 // From sm_90 on a kernel may be started while the one before it still runs. It says at once that
 // the next may be started, too, and waits for the results of the one before where it needs them.
 // Until then it may read what no kernel writes that was launched since the stream's last full stop
@@ -46,12 +54,12 @@ void check(cudaError_t status, const char* call);
 // waits, also one that has nothing to do: otherwise the grid would count as finished before its
 // predecessor.
 __device__ inline void let_next_start() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if COREINFER_KERNELS_OVERLAP
   cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 __device__ inline void wait_for_previous() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if COREINFER_KERNELS_OVERLAP
   cudaGridDependencySynchronize();
 #endif
 }
@@ -118,7 +126,7 @@ __device__ inline T warp_max(T value) {
 // What the first lane of each warp has, of a block of at most 1024 threads: a warp's number is the
 // lane that gets it; further lanes get `rest`.
 template <typename T>
-__device__ inline T of_warps(T value, T rest) {
+__device__ static T of_warps(T value, T rest) {
   __shared__ T parts[kWarp];
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;

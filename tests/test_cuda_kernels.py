@@ -548,7 +548,7 @@ def test_attentions_bits_depend_neither_on_other_rows_nor_on_the_order_of_blocks
         results = []
         for step, backwards in [(n, False), (1, False), (4, False), (n, target == "host")]:
             if backwards:
-                monkeypatch.setenv("CUDA_HOST_BACKWARDS", "1")
+                monkeypatch.setenv("CUDA_HOST_ORDER", "backwards")
             cache = cuda.cache(kv, kv, 1, n_ctx, n_head_kv, head_dim)
             cache.restore(state, first)
             out = [
@@ -564,7 +564,7 @@ def test_attentions_bits_depend_neither_on_other_rows_nor_on_the_order_of_blocks
                 for i in range(0, n, step)
             ]
             results.append((np.concatenate(out), cache.save(first + n)))
-            monkeypatch.delenv("CUDA_HOST_BACKWARDS", raising=False)
+            monkeypatch.delenv("CUDA_HOST_ORDER", raising=False)
         for got, saved in results[1:]:
             np.testing.assert_array_equal(got, results[0][0])
             assert saved == results[0][1]

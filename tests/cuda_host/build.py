@@ -12,16 +12,24 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+RUNTIME = [HERE / "accesses.cpp", HERE / "fibers.cpp", HERE / "runtime.cpp"]
 SOURCES = [
     *sorted((ROOT / "cuda").glob("*.cu")),
-    HERE / "fibers.cpp",
-    HERE / "runtime.cpp",
+    *RUNTIME,
     ROOT / "cpp" / "base" / "error.cpp",
     ROOT / "cpp" / "base" / "thread_pool.cpp",
 ]
 FLAGS = (
     "-x c++ -std=c++20 -O1 -ffp-contract=off -fPIC -fvisibility=hidden "
     "-Wno-unknown-pragmas -DCOREINFER_CUDA_HOST"
+).split()
+
+
+# Of cuda/: each access is told to accesses.cpp, which has the functions of the thread sanitizer;
+# one at an address that its type does not allow, or outside an array, ends the process.
+WATCHED = (
+    "-fsanitize=thread --param tsan-instrument-func-entry-exit=0 "
+    "-fsanitize=alignment,bounds,shift,integer-divide-by-zero -fno-sanitize-recover=all"
 ).split()
 
 
@@ -44,6 +52,11 @@ def interleaved_library() -> Path:
     return _library("interleaved", [HERE / "interleaved.cpp"])
 
 
+def faults_library() -> Path:
+    """Path of faults.cu, whose faults the runtime finds."""
+    return _library("faults", [HERE / "faults.cu", *RUNTIME])
+
+
 def _library(name: str, sources: list[Path]) -> Path:
     """Compiles and links the sources, unless that has been done.
 
@@ -59,9 +72,9 @@ def _library(name: str, sources: list[Path]) -> Path:
     )
     if compiler is None:
         raise NoCompiler("no C++ compiler found (CXX, c++, g++)")
-    headers = [*(ROOT / "cuda").glob("*.h"), *(HERE / "include").glob("*.h")]
+    headers = [*(ROOT / "cuda").glob("*.h"), *HERE.glob("*.h"), *(HERE / "include").glob("*.h")]
     headers += [ROOT / "cpp" / "backend" / n for n in ("backend.h", "cuda_loader.h")]
-    digest = hashlib.sha256(" ".join([compiler, *FLAGS]).encode())
+    digest = hashlib.sha256(" ".join([compiler, *FLAGS, *WATCHED]).encode())
     for path in [*sources, *sorted(headers)]:
         digest.update(path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"coreinfer-cuda-host-{os.getuid()}"
@@ -75,14 +88,19 @@ def _library(name: str, sources: list[Path]) -> Path:
 
         def compile_one(source: Path) -> str:
             out = str(Path(work) / (source.name + ".o"))
-            command = [compiler, *FLAGS, *includes, "-c", str(source), "-o", out]
+            watched = WATCHED if source.suffix == ".cu" else ["-O2"]
+            command = [compiler, *FLAGS, *watched, *includes, "-c", str(source), "-o", out]
             subprocess.run(command, check=True, capture_output=True, text=True)
+            if source.suffix == ".cu":
+                # cuda/ has no variables but those in shared memory: fibers.cpp finds them by this.
+                rename = ["objcopy", "--rename-section", ".bss=cuda_shared", out]
+                subprocess.run(rename, check=True, capture_output=True, text=True)
             return out
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             objects = list(pool.map(compile_one, sources))
         linked = str(Path(work) / "linked.so")
-        link = [compiler, "-shared", "-o", linked, *objects, "-ldl"]
+        link = [compiler, "-shared", "-o", linked, *objects, "-ldl", "-lubsan", "-Wl,-z,defs"]
         subprocess.run(link, check=True, capture_output=True, text=True)
         os.replace(linked, library)
     return library

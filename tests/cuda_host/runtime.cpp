@@ -1,6 +1,6 @@
-// The runtime calls of cuda_runtime.h on the host: memory is malloc's, poisoned; what is put on a
-// stream waits there until somebody waits for it, so that a wait that is missing shows; a captured
-// graph keeps what was called and does it again when launched.
+// The runtime calls of cuda_runtime.h on the host: memory is poisoned; what is put on a stream
+// waits there until somebody waits for it, so that a wait that is missing shows; a captured graph
+// keeps what was called and does it again when launched. Calls that would end a capture fail.
 #include <cuda_runtime.h>
 #include <sys/mman.h>
 
@@ -14,6 +14,8 @@
 #include <set>
 #include <vector>
 
+#include "accesses.h"
+
 using Step = std::function<void()>;
 
 struct CudaHostGraph {
@@ -23,6 +25,7 @@ struct QueuedStream : CudaHostStream {
   CudaHostGraph* capturing = nullptr;
   std::deque<Step> waiting;
   uint64_t issued = 0, done = 0;
+  uint32_t unfinished = 0;  // see cuda_host::run
 };
 // The stream's first `issued` steps; no stream: never recorded, nothing to wait for.
 struct CudaHostEvent {
@@ -33,13 +36,15 @@ struct CudaHostEvent {
 namespace {
 
 constexpr size_t kPage = 4096;
-std::recursive_mutex queues_mutex;  // guards the streams
+constexpr size_t kMostArguments = 4096;  // that every device takes
+std::recursive_mutex queues_mutex;       // guards the streams
 std::set<QueuedStream*> streams;
 std::mutex sizes_mutex;
 std::map<void*, size_t> sizes;
 std::atomic<long> copies{0};
 std::atomic<long> alive{0};  // streams, events, graphs and memory
 thread_local int current_device = 0;
+thread_local bool capturing = false;  // this thread, on some stream
 std::atomic<long> calls_on[2];
 std::atomic<long> graph_launches{0}, kernel_launches{0}, overlapping_launches{0}, allocations{0};
 
@@ -94,6 +99,8 @@ const char* cudaGetErrorString(cudaError_t status) {
   switch (status) {
     case cudaErrorMemoryAllocation:
       return "out of memory";
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
     case cudaErrorInsufficientDriver:
       return "CUDA driver version is insufficient for CUDA runtime version";
     case cudaErrorNoKernelImageForDevice:
@@ -139,7 +146,8 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
 
 // Ends where a page that nobody may touch begins, so that a kernel that runs over is caught.
 namespace {
-cudaError_t take(void** p, size_t bytes) {
+cudaError_t take(void** p, size_t bytes, cuda_host::Kind kind) {
+  if (capturing) return cudaErrorStreamCaptureUnsupported;
   ++calls_on[current_device];
   const size_t size = (bytes + 15) / 16 * 16;
   const size_t pages = (size + kPage - 1) / kPage * kPage;
@@ -149,6 +157,7 @@ cudaError_t take(void** p, size_t bytes) {
   mprotect(static_cast<char*>(memory) + pages, kPage, PROT_NONE);
   *p = static_cast<char*>(memory) + (pages - size);
   std::memset(*p, 0xff, bytes);
+  cuda_host::add_memory(*p, bytes, kind);
   const std::lock_guard lock(sizes_mutex);
   sizes[*p] = pages + kPage;
   ++allocations;
@@ -158,9 +167,10 @@ cudaError_t take(void** p, size_t bytes) {
 }  // namespace
 cudaError_t cudaMalloc(void** p, size_t bytes) {
   const bool fits = bytes <= static_cast<size_t>(given("CUDA_HOST_LARGEST", 8ll << 30));
-  return fits ? take(p, bytes) : cudaErrorMemoryAllocation;
+  return fits ? take(p, bytes, cuda_host::Kind::kDevice) : cudaErrorMemoryAllocation;
 }
 cudaError_t cudaFree(void* p) {
+  if (capturing) return cudaErrorStreamCaptureUnsupported;
   ++calls_on[current_device];
   if (p == nullptr) return cudaSuccess;
   {
@@ -170,6 +180,7 @@ cudaError_t cudaFree(void* p) {
   const std::lock_guard lock(sizes_mutex);
   const auto found = sizes.find(p);
   if (found == sizes.end()) return cudaErrorInvalidValue;
+  cuda_host::drop_memory(p);
   const auto start = reinterpret_cast<uintptr_t>(p) / kPage * kPage;
   munmap(reinterpret_cast<void*>(start), found->second);
   sizes.erase(found);
@@ -180,16 +191,31 @@ cudaError_t cudaMallocHost(void** p, size_t bytes) {
   if (bytes > static_cast<size_t>(given("CUDA_HOST_PINNED", 8ll << 30))) {
     return cudaErrorMemoryAllocation;
   }
-  return take(p, bytes);
+  return take(p, bytes, cuda_host::Kind::kPinned);
 }
 cudaError_t cudaFreeHost(void* p) { return cudaFree(p); }
 
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind, cudaStream_t s) {
+namespace {
+// From memory of the one kind to memory of the other; what is pageable would make the host wait.
+void check_copy(const void* to, const void* from, size_t to_bytes, size_t from_bytes,
+                cudaMemcpyKind kind) {
+  using cuda_host::Kind;
+  const Kind target = kind == cudaMemcpyDeviceToHost ? Kind::kPinned : Kind::kDevice;
+  const Kind source = kind == cudaMemcpyHostToDevice ? Kind::kPinned : Kind::kDevice;
+  if (!cuda_host::is_memory(to, to_bytes, target)) cuda_host::fail("a copy to other memory");
+  if (!cuda_host::is_memory(from, from_bytes, source)) cuda_host::fail("a copy of other memory");
+}
+}  // namespace
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind kind,
+                            cudaStream_t s) {
+  check_copy(to, from, n, n, kind);
   ++copies;
   return issue(s, [=] { std::memmove(to, from, n); });
 }
 cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch,
-                              size_t width, size_t height, cudaMemcpyKind, cudaStream_t s) {
+                              size_t width, size_t height, cudaMemcpyKind kind, cudaStream_t s) {
+  if (width > to_pitch || width > from_pitch) return cudaErrorInvalidValue;
+  check_copy(to, from, (height - 1) * to_pitch + width, (height - 1) * from_pitch + width, kind);
   ++copies;
   return issue(s, [=] {
     for (size_t i = 0; i < height; ++i) {
@@ -199,6 +225,7 @@ cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_
   });
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t n, cudaStream_t s) {
+  if (!cuda_host::is_memory(to, n, cuda_host::Kind::kDevice)) cuda_host::fail("other memory set");
   return issue(s, [=] { std::memset(to, value, n); });
 }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* to, unsigned) {
@@ -218,10 +245,12 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return delete static_cast<QueuedStream*>(stream), cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (capturing) return cudaErrorStreamCaptureUnsupported;
   ++calls_on[current_device];
   return carry_out_all(stream), cudaSuccess;
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  if (capturing) return cudaErrorStreamCaptureUnsupported;
   return issue(stream, [point = *event] { carry_out(point); });
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
@@ -235,22 +264,26 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   return delete event, cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t on) {
+  if (capturing) return cudaErrorStreamCaptureUnsupported;
   ++calls_on[current_device];
   const std::lock_guard lock(queues_mutex);
   auto* stream = static_cast<QueuedStream*>(on);
   return *event = {stream, stream->issued}, cudaSuccess;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  if (capturing) return cudaErrorStreamCaptureUnsupported;
   ++calls_on[current_device];
   return carry_out(*event), cudaSuccess;
 }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
-  return static_cast<QueuedStream*>(stream)->capturing = new CudaHostGraph, cudaSuccess;
+  static_cast<QueuedStream*>(stream)->capturing = new CudaHostGraph;
+  return capturing = true, cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t on, cudaGraph_t* graph) {
   auto* stream = static_cast<QueuedStream*>(on);
   *graph = stream->capturing;
+  capturing = false;
   return stream->capturing = nullptr, cudaSuccess;
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
@@ -292,14 +325,16 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
 cudaError_t cuda_host_launch(void (*thunk)(const void*, const void*), const void* kernel,
                              const void* args, size_t args_size, dim3 grid, dim3 block,
                              size_t shared, cudaStream_t stream, bool overlaps) {
+  if (args_size > kMostArguments) return cudaErrorInvalidValue;
   const auto* bytes = static_cast<const char*>(args);
   std::vector<char> copy(bytes, bytes + args_size);
   ++kernel_launches;
   if (overlaps) ++overlapping_launches;
-  return issue(stream, [thunk, kernel, copy = std::move(copy), grid, block, shared] {
+  auto* unfinished = &static_cast<QueuedStream*>(stream)->unfinished;
+  return issue(stream, [=, copy = std::move(copy)] {
     // Arguments are copied to aligned memory of their own, as a device would.
-    alignas(16) char args[4096];
+    alignas(16) char args[kMostArguments];
     std::memcpy(args, copy.data(), copy.size());
-    cuda_host::run(thunk, kernel, args, grid, block, shared);
+    cuda_host::run(thunk, kernel, args, copy.size(), grid, block, shared, overlaps, unfinished);
   });
 }

@@ -1,8 +1,9 @@
 // The CUDA runtime as far as cuda/ uses it, carried out on the host: a grid's blocks one after the
 // other, the threads of a block as fibers that take turns at barriers and warp operations. It
 // stands in for <cuda_runtime.h> when the tests compile cuda/ with the C++ compiler. One thread at
-// a time may launch. It says nothing about speed and finds no data races within a grid; it stops at
-// divergent barriers, and what is used before it was waited for is not there yet.
+// a time may launch. It says nothing about speed and finds no data races between blocks; it stops
+// at divergent barriers and at what accesses.cpp looks for, and what is used before it was waited
+// for is not there yet.
 #pragma once
 
 #include <bit>
@@ -18,8 +19,10 @@
 #define __forceinline__ inline
 #define __restrict__
 #define __launch_bounds__(...)
-#define __shared__ static  // blocks run one after the other
+// Blocks run one after the other. The section of these variables is build.py's.
+#define __shared__ static
 #define __align__(n) alignas(n)
+#define CUDA_HOST_UNSEEN __attribute__((no_sanitize("thread"), noinline))
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -48,12 +51,17 @@ extern Position* const here;  // of the running fiber
 unsigned char* dynamic_shared();
 // Returns when every thread of the block is there.
 void block_barrier();
-// Every lane of the warp hands in 8 bytes and gets all 32 of them; valid until the lane's next
-// warp operation but one. Lanes that have left the kernel hand in zeros.
-const uint64_t* exchange(uint64_t value);
-// Carries out one kernel: thunk(kernel, args) in every thread.
-void run(void (*thunk)(const void*, const void*), const void* kernel, const void* args, dim3 grid,
-         dim3 block, size_t shared);
+void warp_barrier(unsigned mask);
+// Every lane of the warp, and the mask is all of them, hands in 8 bytes and gets those of a lane.
+uint64_t exchange(unsigned mask, uint64_t value, unsigned from);
+// In a kernel that may overlap with those before it: they count as done from here on.
+void wait_for_grid();
+void note_atomic(const void* p, size_t size);
+// Carries out one kernel: thunk(kernel, args) in every thread. unfinished: of its stream, the
+// number of the first block that may still run when an overlapping kernel starts.
+void run(void (*thunk)(const void*, const void*), const void* kernel, const void* args,
+         size_t args_size, dim3 grid, dim3 block, size_t shared, bool overlaps,
+         uint32_t* unfinished);
 
 template <typename T>
 uint64_t to_bits(T value) {
@@ -78,32 +86,25 @@ T from_bits(uint64_t bits) {
 
 inline void __syncthreads() { cuda_host::block_barrier(); }
 inline void __threadfence() {}
-inline void __syncwarp(unsigned = 0xffffffffu) { cuda_host::exchange(0); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_host::warp_barrier(mask); }
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
+inline void cudaGridDependencySynchronize() { cuda_host::wait_for_grid(); }
 
 template <typename T>
-T __shfl_xor_sync(unsigned, T value, int mask) {
-  const unsigned lane = threadIdx.x % 32;
+T __shfl_sync(unsigned mask, T value, int lane) {
   return cuda_host::from_bits<T>(
-      cuda_host::exchange(cuda_host::to_bits(value))[(lane ^ static_cast<unsigned>(mask)) % 32]);
+      cuda_host::exchange(mask, cuda_host::to_bits(value), static_cast<unsigned>(lane) % 32));
 }
 template <typename T>
-T __shfl_sync(unsigned, T value, int lane) {
-  return cuda_host::from_bits<T>(cuda_host::exchange(cuda_host::to_bits(value))[lane % 32]);
+T __shfl_xor_sync(unsigned mask, T value, int by) {
+  return __shfl_sync(mask, value, static_cast<int>(threadIdx.x % 32) ^ by);
 }
 template <typename T>
-T __shfl_up_sync(unsigned, T value, unsigned delta) {
+T __shfl_up_sync(unsigned mask, T value, unsigned by) {
   const unsigned lane = threadIdx.x % 32;
-  const uint64_t* all = cuda_host::exchange(cuda_host::to_bits(value));
-  return cuda_host::from_bits<T>(all[lane < delta ? lane : lane - delta]);
-}
-inline unsigned __ballot_sync(unsigned, bool predicate) {
-  const uint64_t* all = cuda_host::exchange(predicate ? 1 : 0);
-  unsigned mask = 0;
-  for (unsigned i = 0; i < 32; ++i) mask |= static_cast<unsigned>(all[i] != 0) << i;
-  return mask;
+  return __shfl_sync(mask, value, static_cast<int>(lane < by ? lane : lane - by));
 }
 
-inline int __popc(unsigned x) { return std::popcount(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
@@ -126,19 +127,22 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned s) {
   return r;
 }
 template <typename T>
-T atomicAdd(T* to, T value) {
+CUDA_HOST_UNSEEN T atomicAdd(T* to, T value) {
+  cuda_host::note_atomic(to, sizeof(T));
   const T old = *to;
   *to += value;
   return old;
 }
 template <typename T>
-T atomicMax(T* to, T value) {
+CUDA_HOST_UNSEEN T atomicMax(T* to, T value) {
+  cuda_host::note_atomic(to, sizeof(T));
   const T old = *to;
   if (value > old) *to = value;
   return old;
 }
 template <typename T>
-T atomicMin(T* to, T value) {
+CUDA_HOST_UNSEEN T atomicMin(T* to, T value) {
+  cuda_host::note_atomic(to, sizeof(T));
   const T old = *to;
   if (value < old) *to = value;
   return old;
@@ -165,7 +169,8 @@ enum cudaError_t {
   cudaErrorInsufficientDriver = 35,
   cudaErrorInvalidDeviceFunction = 98,
   cudaErrorNoKernelImageForDevice = 209,
-  cudaErrorUnsupportedPtxVersion = 222
+  cudaErrorUnsupportedPtxVersion = 222,
+  cudaErrorStreamCaptureUnsupported = 900
 };
 enum cudaMemcpyKind {
   cudaMemcpyHostToDevice,
