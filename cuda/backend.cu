@@ -26,6 +26,8 @@ class CudaBuffer final : public Buffer {
 
 // Positions, scalars, rows of embeddings, and what pages round up of a session's buffers.
 constexpr size_t kSmallThings = size_t{32} << 20;
+// What the driver takes for a step's graph and for some of other lengths (context.h).
+constexpr size_t kGraphs = size_t{64} << 20;
 
 Epilogue epilogue_of(Activation act) {
   return act == Activation::kSilu       ? Epilogue::kSilu
@@ -141,7 +143,7 @@ BackendInfo CudaBackend::info() const {
 
 // Working memory that does not grow with a session's batches.
 size_t CudaBackend::own_memory() const {
-  return kSmallThings + kPartialBytes + kLoadPiece + (gemm_ ? Gemm::own_memory() : 0);
+  return kSmallThings + kGraphs + kPartialBytes + kLoadPiece + (gemm_ ? Gemm::own_memory() : 0);
 }
 
 // ---- Memory

@@ -144,9 +144,7 @@ Context::~Context() {
     cudaStreamSynchronize(stream_);
   }
   if (load_stream_ != nullptr) cudaStreamSynchronize(load_stream_);
-  for (Graph& g : kept_) {
-    if (g.exec != nullptr) cudaGraphExecDestroy(g.exec);
-  }
+  for (Graph& g : kept_) drop(g);
   for (int i = 0; i < 2; ++i) {
     if (staging_[i] != nullptr) cudaFreeHost(staging_[i]);
     if (staged_[i] != nullptr) cudaEventDestroy(staged_[i]);
@@ -185,8 +183,10 @@ void* Context::take(size_t bytes, const char* what) {
   const size_t taken = taken_by(bytes);
   const auto mib = [](size_t n) { return static_cast<double>(n) / 0x1p20; };
   // Core weights of ever new sizes would fill the device.
-  if (taken_ + taken > limit_ || taken_ - used_ > kMostSpare) free_spare();
-  if (taken_ + taken > limit_) {
+  const auto too_much = [&] { return taken_ + graph_bytes_ + taken > limit_; };
+  if (too_much() || taken_ - used_ > kMostSpare) free_spare();
+  if (too_much()) drop_graphs(nullptr);
+  if (too_much()) {
     throw_error(ErrorKind::kMemory,
                 "%s: %.1f MiB of GPU memory wanted, %.1f MiB in use, limit %.1f MiB: use a "
                 "smaller model, n_ctx or n_batch, or a higher limit",
@@ -211,7 +211,7 @@ void* Context::take(size_t bytes, const char* what) {
   }
   check(status, "cudaMalloc(");
   taken_ += taken;
-  peak_ = std::max(peak_, taken_);
+  peak_ = std::max(peak_, taken_ + graph_bytes_);
   return p;
 }
 
@@ -303,7 +303,7 @@ void Context::run_list() {
     return remember_list();
   }
   graph->used = clock_;
-  if (graph->exec == nullptr) graph->exec = capture_list();
+  if (graph->exec == nullptr) make(*graph);
   COREINFER_CUDA_CHECK(cudaGraphLaunch(graph->exec, stream_));
 }
 
@@ -311,7 +311,7 @@ void Context::remember_list() {
   if (kept_.size() == kKeptGraphs) {
     auto oldest = std::min_element(kept_.begin(), kept_.end(),
                                    [](const Graph& a, const Graph& b) { return a.used < b.used; });
-    if (oldest->exec != nullptr) cudaGraphExecDestroy(oldest->exec);
+    drop(*oldest);
     kept_.erase(oldest);
   }
   kept_.push_back({list_, nullptr, clock_});
@@ -332,6 +332,37 @@ cudaGraphExec_t Context::capture_list() {
   cudaGraphDestroy(graph);
   check(status, "cudaGraphInstantiate(");
   return exec;
+}
+
+// The driver takes memory for a graph, how much it does not say. What others take or give back in
+// between is mistaken for it; the limit is the worse for that, not the work.
+void Context::make(Graph& graph) {
+  const auto free_bytes = [] {
+    size_t free = 0, total = 0;
+    COREINFER_CUDA_CHECK(cudaMemGetInfo(&free, &total));
+    return free;
+  };
+  const size_t before = free_bytes();
+  graph.exec = capture_list();
+  COREINFER_CUDA_CHECK(cudaGraphUpload(graph.exec, stream_));
+  const size_t after = free_bytes();
+  graph.bytes = before > after ? before - after : 0;
+  graph_bytes_ += graph.bytes;
+  if (taken_ + graph_bytes_ > limit_) drop_graphs(&graph);
+  peak_ = std::max(peak_, taken_ + graph_bytes_);
+}
+
+// One that still runs is given back by the driver when it is done.
+void Context::drop(Graph& graph) {
+  if (graph.exec != nullptr) cudaGraphExecDestroy(graph.exec);
+  graph.exec = nullptr;
+  graph_bytes_ -= std::exchange(graph.bytes, 0);
+}
+
+void Context::drop_graphs(const Graph* but) {
+  for (Graph& g : kept_) {
+    if (&g != but) drop(g);
+  }
 }
 
 void Context::flush() {

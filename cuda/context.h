@@ -60,7 +60,7 @@ class Context {
   // What an allocation takes of the device: the driver has pages of 2 MiB, which small ones share.
   static size_t taken_by(size_t bytes);
   void release(void* p, size_t bytes) noexcept;
-  size_t peak() const { return peak_; }  // of all that was taken from the device at one time
+  size_t peak() const { return peak_; }  // of all that was taken from the device, graphs included
   size_t limit() const { return limit_; }
 
   // Makes the context's device that of the thread, as all below do that ask the runtime for
@@ -131,6 +131,7 @@ class Context {
     std::vector<unsigned char> list;
     cudaGraphExec_t exec = nullptr;  // null: seen once
     uint64_t used = 0;
+    size_t bytes = 0;  // that the driver took for it
   };
   static constexpr int kPositions = 64;
 
@@ -157,6 +158,9 @@ class Context {
   void run_list();
   void remember_list();
   cudaGraphExec_t capture_list();
+  void make(Graph& graph);
+  void drop(Graph& graph);
+  void drop_graphs(const Graph* but);
 
   cudaDeviceProp properties_{};
   int device_;
@@ -172,6 +176,7 @@ class Context {
   void* take(size_t bytes, const char* what);  // from the device
   void free_spare();
   size_t limit_ = 0, used_ = 0, taken_ = 0, peak_ = 0;
+  size_t graph_bytes_ = 0;  // beside taken_
   std::vector<Block> spare_;
   bool deferred_ = false;
   bool graphs_ = true;         // COREINFER_CUDA_GRAPHS=0 turns them off

@@ -626,6 +626,29 @@ def test_a_model_above_the_free_memory_passes_through_without_a_limit(
     assert passing.backend["device_peak"] <= own + room
 
 
+@pytest.mark.parametrize(("share", "kept"), [(0.4, 2), (0.6, 1)])
+def test_graphs_count_towards_the_limit(target, models, monkeypatch, share, kept):  # noqa: F811
+    """Those that fit are kept; else the last is, and the others make room for it."""
+    if target != "host":
+        pytest.skip("the host runtime says what graphs take")
+    limit = 1 << 30
+    engine = on_gpu(models("llama", "F16", n_layer=2), vram_limit=limit)
+    tokens = tokens_of(24, engine.n_vocab)
+    session = _core.Session(engine, n_ctx=64, n_batch=20)
+    session.prefill(tokens[:20])
+    before = engine.backend["device_peak"]
+    size = round((limit - before) * share)
+    monkeypatch.setenv("CUDA_HOST_GRAPH", str(size))
+    results = []
+    for step in (1, 2) * 3:  # each becomes a graph when it comes again
+        session.keep(20)
+        rows = [session.verify(tokens[i : i + step]) for i in range(20, 24, step)]
+        results.append(np.concatenate(rows))
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+    assert (engine.backend["device_peak"] - before) // size == kept  # and some kilobytes
+
+
 def test_three_hundredths_of_a_large_memory_are_kept_back(target, models, monkeypatch):  # noqa: F811
     if target != "host":
         pytest.skip("the host runtime can claim another size of memory")

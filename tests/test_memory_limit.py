@@ -363,7 +363,7 @@ def test_auto_s_limit_is_planned_with_what_may_decode(model, tuned, shares, monk
 
 @pytest.mark.parametrize(("shape", "gib"), [("opt-6.7b", 8), ("opt-13b", 14)])
 def test_float_core_weights_are_planned_without_room_for_scales(tmp_path, monkeypatch, shape, gib):
-    """The paper's two models in the memory of its tables: 7215 of 7952 and 13381 of 14096 MiB."""
+    """The paper's two models in the memory of its tables: 7215 of 7856 and 13381 of 14000 MiB."""
 
     def sparse(path, arch, fields, tensors, data):
         with open(path, "wb") as out:
@@ -374,6 +374,6 @@ def test_float_core_weights_are_planned_without_room_for_scales(tmp_path, monkey
     path = tmp_path / "headers.gguf"
     make_paper_model(path, PAPER[shape], "F16")
     resident = _core.testing.ffn_resident_within(
-        str(path), limit=gib << 30, own=240 * MIB, core_share=0.2, n_ctx=1024, n_batch=64
+        str(path), limit=gib << 30, own=336 * MIB, core_share=0.2, n_ctx=1024, n_batch=64
     )
     assert not resident  # and no refusal: a layer at a time

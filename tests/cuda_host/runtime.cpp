@@ -20,6 +20,7 @@ using Step = std::function<void()>;
 
 struct CudaHostGraph {
   std::vector<Step> steps;
+  size_t bytes = 0;  // that it takes of the device
 };
 struct QueuedStream : CudaHostStream {
   CudaHostGraph* capturing = nullptr;
@@ -42,6 +43,7 @@ std::set<QueuedStream*> streams;
 std::mutex sizes_mutex;
 std::map<void*, size_t> sizes;
 std::atomic<long> copies{0};
+std::atomic<size_t> graph_bytes{0};
 std::atomic<long> alive{0};  // streams, events, graphs and memory
 thread_local int current_device = 0;
 thread_local bool capturing = false;  // this thread, on some stream
@@ -84,8 +86,9 @@ cudaError_t issue(cudaStream_t to, Step step) {
 
 // What tests set: CUDA_HOST_DEVICES, CUDA_HOST_MEMORY (bytes of the device), CUDA_HOST_LARGEST (of
 // the largest block of it, as where others have taken the rest), CUDA_HOST_PINNED (of the host's
-// memory that can be pinned at once), CUDA_HOST_DRIVER and CUDA_HOST_PTX (the architecture that the
-// kernels were compiled for; 0: one that this device cannot run).
+// memory that can be pinned at once), CUDA_HOST_GRAPH (of a graph), CUDA_HOST_DRIVER and
+// CUDA_HOST_PTX (the architecture that the kernels were compiled for; 0: one that this device
+// cannot run).
 namespace {
 long long given(const char* variable, long long otherwise) {
   const char* value = std::getenv(variable);
@@ -131,8 +134,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   return cudaSuccess;
 }
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
-  *free = *total = device_memory();
-  return cudaSuccess;
+  *total = device_memory();
+  return *free = *total - graph_bytes, cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) {
   return *version = static_cast<int>(given("CUDA_HOST_DRIVER", kRuntime)), cudaSuccess;
@@ -288,7 +291,9 @@ cudaError_t cudaStreamEndCapture(cudaStream_t on, cudaGraph_t* graph) {
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
   ++alive;
-  return *exec = new CudaHostGraph(*graph), cudaSuccess;
+  *exec = new CudaHostGraph(*graph);
+  graph_bytes += (*exec)->bytes = static_cast<size_t>(given("CUDA_HOST_GRAPH", 0));
+  return cudaSuccess;
 }
 // For tests: how many graphs were launched.
 extern "C" __attribute__((visibility("default"))) long cuda_host_graph_launches() {
@@ -310,6 +315,7 @@ extern "C" __attribute__((visibility("default"))) long cuda_host_alive() { retur
 extern "C" __attribute__((visibility("default"))) long cuda_host_allocations() {
   return allocations;
 }
+cudaError_t cudaGraphUpload(cudaGraphExec_t, cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
   ++calls_on[current_device];
   ++graph_launches;
@@ -319,6 +325,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
   --alive;
+  graph_bytes -= exec->bytes;
   return delete exec, cudaSuccess;
 }
 
