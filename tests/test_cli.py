@@ -342,6 +342,17 @@ def test_info_of_an_unsupported_architecture_shows_metadata_and_why(tmp_path, ca
     assert "unsupported" in text and "mamba" in text
 
 
+def test_a_name_that_is_not_utf8_is_shown_and_does_no_harm(tmp_path, capsys):
+    path = tmp_path / "latin1.gguf"
+    make_tiny_model(path, extra_metadata={"general.name": "caf_"})
+    path.write_bytes(path.read_bytes().replace(b"caf_", b"caf\xe9"))
+    assert main(["run", str(path), "-p", PROMPT, "--raw", "-n", "1"]) == 0
+    capsys.readouterr()
+    assert main(["info", str(path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["unsupported"] == [] and facts["metadata"]["general.name"] == "caf\ufffd"
+
+
 def test_tokenize_prints_ids_and_tokens(tiny, capsys, monkeypatch):
     with Llama(tiny, verbose=False) as llm:
         ids = llm.tokenize("Hé\n".encode())

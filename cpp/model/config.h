@@ -23,7 +23,6 @@ struct LayerConfig {
 
 struct ModelConfig {
   std::string architecture;  // GGUF's general.architecture
-  std::string name;          // general.name, may be empty
 
   int64_t n_layer = 0;
   int64_t n_embd = 0;

@@ -28,7 +28,6 @@ nb::dict config_dict(const Engine& engine) {
   const ModelConfig& c = engine.config();
   nb::dict d;
   d["architecture"] = c.architecture;
-  d["name"] = c.name;
   d["n_layer"] = c.n_layer;
   d["n_embd"] = c.n_embd;
   d["n_ff"] = c.n_ff;

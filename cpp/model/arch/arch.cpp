@@ -45,7 +45,6 @@ namespace arch {
 
 HyperParameters::HyperParameters(const GgufFile& f) : file(f) {
   config.architecture = f.metadata().string("general.architecture");
-  config.name = f.metadata().maybe_string("general.name").value_or("");
 }
 
 int64_t HyperParameters::integer(const char* name, int64_t low, int64_t high) const {
