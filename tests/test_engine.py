@@ -1,13 +1,19 @@
-"""The engine against the NumPy oracle: logits, core sets and score, for every architecture."""
+"""The engine against the NumPy oracle: logits, core sets and score, for every architecture; and
+against what `transformers` computed (tests/golden, see tools/update_goldens.py)."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import make_synthetic_model
 from coreinfer import _core
 from coreinfer._core import testing
 from make_synthetic_model import make_tiny_model
+from model_shape import TensorSpec, tensor_specs
 from reference import neurons as oracle
 from reference.model import Forward, ReferenceModel
 from reference.quant import kl_divergence, log_softmax
@@ -16,6 +22,8 @@ ISAS = testing.available_isas()
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3", "opt"]
 STATISTICS = ["count", "count_gate", "count_abs", "flock"]
 DTYPES = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
+GOLDEN = np.load(Path(__file__).parent / "golden" / "transformers_logits.npz")
+CASES = json.loads(str(GOLDEN["cases"]))
 PROMPT_LENGTH = 21  # above the 16 rows of the exact path, so that both paths run
 
 
@@ -116,6 +124,27 @@ def test_logits_equal_the_float64_oracle(models, reference_forward, forced_isa, 
         np.testing.assert_allclose(session.logits(), expected[i], atol=tolerance)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(tmp_path, forced_isa, case):
+    path = str(tmp_path / "m.gguf")
+    make_tiny_model(path, **CASES[case])
+    engine = engine_on(forced_isa, path, f32_activations=True)
+    tokens, expected = GOLDEN[f"{case}.tokens"], GOLDEN[f"{case}.logits"]
+    tolerance = 3e-4 * expected.std()  # as above
+    session = _core.Session(engine, type_k="f32", type_v="f32")
+    for at, logits in zip(GOLDEN[f"{case}.positions"], expected, strict=True):
+        np.testing.assert_allclose(
+            logits_after(session, tokens[: at + 1]), logits, atol=tolerance, err_msg="prefill"
+        )
+    logits_after(session, tokens[:1])
+    decoded = [session.logits()]
+    for token in tokens[1:]:
+        session.decode(int(token))
+        decoded.append(session.logits())
+    at = GOLDEN[f"{case}.positions"]
+    np.testing.assert_allclose(np.stack(decoded)[at], expected, atol=tolerance, err_msg="decode")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fast_activations_stay_close_to_the_oracle(models, reference_forward, forced_isa, dtype):
     """8-bit and bf16 activations: the distribution moves by far less than quantisation itself."""
@@ -148,7 +177,17 @@ def test_rope_and_head_variants(models, arch):
             },
             {"n_head": 8, "n_head_kv": 1, "head_dim": 16},
         ],
-        "gemma3": [{"sliding_window": 3}, {"rope_scaling": {"type": "linear", "factor": 8.0}}],
+        "gemma3": [
+            {"sliding_window": 3},
+            {"rope_scaling": {"type": "linear", "factor": 8.0}},
+            *(
+                {"extra_metadata": {"gemma3.attention.sliding_window_pattern": pattern}}
+                for pattern in (0, 1, 2, [0, 1, 1, 0, 0, 0, 1])
+            ),
+            {"extra_metadata": {"gemma3.rope.freq_base_swa": 500.0}},
+            {"extra_metadata": {"gemma3.attn_logit_softcapping": 1.0}},
+            {"extra_metadata": {"gemma3.final_logit_softcapping": 1.0}},
+        ],
         "qwen2": [{"tied": False}],
         "qwen3": [{"tied": True, "head_dim": 32}],
         "opt": [{"n_head": 8, "n_head_kv": 8, "head_dim": 32}],
@@ -163,6 +202,62 @@ def test_rope_and_head_variants(models, arch):
         np.testing.assert_allclose(
             got, expected, atol=3e-4 * expected.std(), err_msg=str(overrides)
         )
+
+
+@pytest.mark.parametrize(
+    ("arch", "key", "value"),
+    [
+        ("llama", "expert_count", 8),
+        ("llama", "attention.sliding_window", 64),
+        ("qwen2", "attention.sliding_window", 64),
+        ("llama", "attention.causal", False),
+        ("llama", "attention.scale", 0.015625),
+        ("llama", "attention.temperature_scale", 0.1),
+        ("llama", "embedding_scale", 12.0),
+        ("llama", "logit_scale", 16),
+        ("llama", "residual_scale", 0.22),
+        ("llama", "residual_scale", "large"),
+        ("qwen3", "rope.scaling.attn_factor", 1.2),
+        ("qwen2", "rope.scaling.type", "yarn"),
+        ("opt", "attention.max_alibi_bias", 8.0),
+        ("gemma3", "attention.sliding_window_pattern", [1, 0]),
+    ],
+)
+def test_what_is_not_computed_is_refused(models, arch, key, value):
+    path = models(arch, extra_metadata={f"{arch}.{key}": value})
+    with pytest.raises(_core.GGUFError) as error:
+        _core.Engine(path)
+    assert path in str(error.value) and f"{arch}.{key}" in str(error.value)
+
+
+def test_keys_that_change_nothing_are_accepted(models):
+    neutral = {
+        "expert_count": 0,
+        "attention.sliding_window": 256,  # the context
+        "attention.causal": True,
+        "attention.scale": 0.0,
+        "logit_scale": 1.0,
+        "attn_logit_softcapping": 0.0,
+        "rope.scaling.attn_factor": 1.0,
+    }
+    path = models("llama", extra_metadata={f"llama.{k}": v for k, v in neutral.items()})
+    tokens = tokens_of(20, 320)
+    got, expected = (
+        logits_after(_core.Session(_core.Engine(p)), tokens) for p in (path, models("llama"))
+    )
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("arch", ["gemma3", "opt"])
+def test_rope_factors_are_refused_where_nothing_reads_them(tmp_path, monkeypatch, arch):
+    def specs(shape):
+        factors = TensorSpec("rope_freqs.weight", (shape.head_dim // 2,), "norm", 0.0, 2.0)
+        return [*tensor_specs(shape), factors]
+
+    monkeypatch.setattr(make_synthetic_model, "tensor_specs", specs)
+    make_tiny_model(tmp_path / "m.gguf", arch)
+    with pytest.raises(_core.GGUFError, match=f"rope_freqs.weight .* not part of a {arch} model"):
+        _core.Engine(str(tmp_path / "m.gguf"))
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)

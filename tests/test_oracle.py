@@ -232,7 +232,7 @@ def test_top1_agreement_counts_equal_arg_maxes():
 def test_forward_equals_transformers(case, tmp_path):
     make_tiny_model(tmp_path / "m.gguf", **CASES[case])
     result = ReferenceModel(tmp_path / "m.gguf").forward(GOLDEN[f"{case}.tokens"])
-    at = GOLDEN["positions"]
+    at = GOLDEN[f"{case}.positions"]
     np.testing.assert_allclose(
         result.logits[at], GOLDEN[f"{case}.logits"], rtol=0, atol=TRANSFORMERS_TOLERANCE
     )

@@ -25,8 +25,8 @@ from make_synthetic_model import make_tiny_model
 from model_shape import ModelShape
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
-N_TOKENS = 24
 POSITIONS = (0, 10, 23)  # 10 and 23 lie beyond the sliding window of the gemma3 cases
+LONG_POSITIONS = (0, 50, 99)  # of the cases that are called long; the last one ends the text
 SMALL = {
     "n_layer": 2,
     "n_embd": 64,
@@ -83,12 +83,30 @@ CASES: dict[str, dict[str, Any]] = {
         "rope_scaling": {"type": "linear", "factor": 8.0},
     },
     "opt": {"arch": "opt", "seed": 8, **SMALL, "n_head_kv": 4},
+    "qwen3_long": {"arch": "qwen3", "seed": 9, **SMALL, "n_ctx": 128, "head_dim": 40, "tied": True},
+    "gemma3_long": {
+        "arch": "gemma3",
+        "seed": 10,
+        **SMALL,
+        "n_layer": 4,
+        "n_ctx": 128,
+        "head_dim": 24,
+        "sliding_window": 40,
+        "rope_scaling": {"type": "linear", "factor": 8.0},
+        "extra_metadata": {
+            "gemma3.attention.sliding_window_pattern": [1, 0, 0, 1],
+            "gemma3.rope.freq_base_swa": 20000.0,
+            "gemma3.final_logit_softcapping": 5.0,
+        },
+    },
 }
 
 
-def build(shape: ModelShape, path: Path) -> torch.nn.Module:
+def build(
+    shape: ModelShape, path: Path, extra_metadata: dict[str, Any] | None = None
+) -> torch.nn.Module:
     """The transformers model with the weights of the F32 file at `path`, in float64."""
-    model = transformers.AutoModelForCausalLM.from_config(config_of(shape))
+    model = transformers.AutoModelForCausalLM.from_config(config_of(shape, extra_metadata or {}))
     state = {}
     for tensor in GGUFReader(str(path)).tensors:
         if tensor.name != "rope_freqs.weight":
@@ -102,8 +120,8 @@ def build(shape: ModelShape, path: Path) -> torch.nn.Module:
     return model.double().eval()
 
 
-def config_of(shape: ModelShape) -> transformers.PretrainedConfig:
-    """The transformers config of a shape."""
+def config_of(shape: ModelShape, extra_metadata: dict[str, Any]) -> transformers.PretrainedConfig:
+    """The transformers config of a shape, and of gemma3's keys that a shape does not have."""
     common = {
         "vocab_size": shape.n_vocab,
         "hidden_size": shape.n_embd,
@@ -127,10 +145,16 @@ def config_of(shape: ModelShape) -> transformers.PretrainedConfig:
         "rope_parameters": rope_of(shape),
     }
     if shape.arch == "gemma3":
-        local = {"rope_type": "default", "rope_theta": 10000.0}
+        local_base = extra_metadata.get("gemma3.rope.freq_base_swa", 10000.0)
+        local = {"rope_type": "default", "rope_theta": local_base}
         common["rope_parameters"] = {"full_attention": rope_of(shape), "sliding_attention": local}
+        pattern = extra_metadata.get("gemma3.attention.sliding_window_pattern")
         return transformers.Gemma3TextConfig(
-            **common, query_pre_attn_scalar=shape.head_dim, sliding_window=shape.sliding_window
+            **common,
+            query_pre_attn_scalar=shape.head_dim,
+            sliding_window=shape.sliding_window,
+            layer_types=pattern and [("full", "sliding")[s] + "_attention" for s in pattern],
+            final_logit_softcapping=extra_metadata.get("gemma3.final_logit_softcapping"),
         )
     kinds = {
         "llama": transformers.LlamaConfig,
@@ -175,20 +199,20 @@ def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def tiny_goldens() -> dict[str, np.ndarray]:
     """Arrays of all CASES."""
-    arrays: dict[str, np.ndarray] = {
-        "cases": np.array(json.dumps(CASES)),
-        "positions": np.array(POSITIONS),
-    }
+    arrays: dict[str, np.ndarray] = {"cases": np.array(json.dumps(CASES))}
     for name, case in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "tiny.gguf"
             shape = make_tiny_model(path, **case)
-            model = build(shape, path)
-        tokens = np.random.default_rng(case["seed"]).integers(0, shape.n_vocab, N_TOKENS)
+            model = build(shape, path, case.get("extra_metadata"))
+        positions = list(LONG_POSITIONS if name.endswith("_long") else POSITIONS)
+        n_tokens = positions[-1] + 1
+        tokens = np.random.default_rng(case["seed"]).integers(0, shape.n_vocab, n_tokens)
         logits, h = run(model, shape.arch, tokens)
         arrays[f"{name}.tokens"] = tokens.astype(np.int32)
-        arrays[f"{name}.logits"] = logits[list(POSITIONS)].astype(np.float32)
-        arrays[f"{name}.h"] = h[:, list(POSITIONS)].astype(np.float32)
+        arrays[f"{name}.positions"] = np.array(positions)
+        arrays[f"{name}.logits"] = logits[positions].astype(np.float32)
+        arrays[f"{name}.h"] = h[:, positions].astype(np.float32)
     return arrays
 
 

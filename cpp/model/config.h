@@ -47,6 +47,7 @@ struct ModelConfig {
   // Learned positions: table row of position p is p + position_offset; -1: none.
   int64_t position_offset = -1;
 
+  Presence rope_factors = Presence::kNever;  // rope_freqs.weight, which is in rope_freq then
   Presence qkv_bias = Presence::kNever;
   Presence attn_output_bias = Presence::kNever;
   Presence ffn_bias = Presence::kNever;   // of up and down; a gate has none

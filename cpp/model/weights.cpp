@@ -47,8 +47,6 @@ class Loader {
   }
 
   void finish() {
-    // Facts that other tools put beside the weights and that need no computing with.
-    asked_.insert("rope_freqs.weight");
     for (const TensorInfo& info : file_.tensors()) {
       if (asked_.count(info.name) == 0) {
         throw_error(ErrorKind::kGguf,
@@ -192,6 +190,7 @@ ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, Backe
     }
   }
   loader.leave_layers();
+  loader.mat("rope_freqs.weight", {config.rope_dim / 2}, config.rope_factors);
   loader.finish();
   return w;
 }

@@ -15,7 +15,7 @@ import numpy as np
 
 from reference.quant import GgufTensors, log_softmax
 
-GEMMA3_GLOBAL_EVERY = 6  # layers 5, 11, 17, ... attend to everything
+GEMMA3_GLOBAL_EVERY = 6  # layers 5, 11, 17, ... attend to everything, unless the file says other
 GEMMA3_LOCAL_ROPE_BASE = 10000.0
 GEMMA3_LAYERS_27B = 62  # this one size scales attention by n_embd / n_head, not by head_dim
 CoreLayers = Sequence[np.ndarray | None]
@@ -37,6 +37,10 @@ class Config:
     rope_scale: float  # positions are multiplied by it (1 / linear factor)
     attn_scale: float
     window: int | None  # sliding window of local layers
+    pattern: int | list[int]  # of local layers: every which one is global, or a flag for each
+    local_rope_base: float
+    attn_softcap: float  # 0: none
+    final_softcap: float
 
     @classmethod
     def read(cls, file: GgufTensors) -> Config:
@@ -71,11 +75,19 @@ class Config:
             rope_scale=1.0 / float(get("rope.scaling.factor", 1.0)) if scaling == "linear" else 1.0,
             attn_scale=narrow**-0.5,
             window=int(window) or None,
+            pattern=get("attention.sliding_window_pattern", GEMMA3_GLOBAL_EVERY),
+            local_rope_base=float(get("rope.freq_base_swa", GEMMA3_LOCAL_ROPE_BASE)),
+            attn_softcap=float(get("attn_logit_softcapping", 0.0)),
+            final_softcap=float(get("final_logit_softcapping", 0.0)),
         )
 
     def is_local(self, layer: int) -> bool:
         """Whether a layer sees only the last `window` tokens."""
-        return self.window is not None and (layer + 1) % GEMMA3_GLOBAL_EVERY != 0
+        if isinstance(self.pattern, list):
+            slides = bool(self.pattern[layer])
+        else:
+            slides = self.pattern == 0 or (layer + 1) % self.pattern != 0
+        return self.window is not None and slides
 
 
 @dataclass
@@ -150,6 +162,7 @@ class ReferenceModel:
             all_act.append(act)
         head = "output.weight" if "output.weight" in self.file else "token_embd.weight"
         logits = self._norm(x, "output_norm") @ self.weight(head).T
+        logits = softcapped(logits, config.final_softcap)
         return Forward(logits, np.stack(all_h), np.stack(all_act))
 
     def score(
@@ -225,6 +238,7 @@ class ReferenceModel:
         keys = np.repeat(cache.keys[layer], group, axis=1)
         values = np.repeat(cache.values[layer], group, axis=1)
         scores = np.einsum("qhd,khd->hqk", q, keys) * config.attn_scale
+        scores = softcapped(scores, config.attn_softcap)
         distance = positions[:, None] - np.arange(len(keys))[None, :]
         hidden = distance < 0
         if config.is_local(layer):
@@ -240,7 +254,7 @@ class ReferenceModel:
         config = self.config
         half = config.head_dim // 2
         local = config.is_local(layer)
-        base = GEMMA3_LOCAL_ROPE_BASE if local else config.rope_base
+        base = config.local_rope_base if local else config.rope_base
         frequency = base ** (-np.arange(half, dtype=np.float64) / half)
         if "rope_freqs.weight" in self.file:
             frequency = frequency / self.weight("rope_freqs.weight")
@@ -271,6 +285,11 @@ class ReferenceModel:
             kept[:, core] = h[:, core]
             h = kept
         return self._linear(h, f"{blk}.ffn_down"), h, act
+
+
+def softcapped(x: np.ndarray, cap: float) -> np.ndarray:
+    """cap * tanh(x / cap); x where cap is 0."""
+    return cap * np.tanh(x / cap) if cap else x
 
 
 def silu(x: np.ndarray) -> np.ndarray:

@@ -22,6 +22,46 @@ constexpr int64_t kMaxWidth = int64_t{1} << 20;
 constexpr int64_t kMaxLayers = 1024;
 constexpr int64_t kMaxContext = int64_t{1} << 26;
 
+// Keys that change what is computed, in other architectures or in other programs' files, and the
+// value with which they change nothing. Anything else would be computed wrongly.
+struct Unsupported {
+  const char* name;
+  double neutral;
+};
+constexpr Unsupported kUnsupported[] = {
+    {"attention.causal", 1},
+    {"attention.clamp_kqv", 0},
+    {"attention.max_alibi_bias", 0},
+    {"attention.output_scale", 1},
+    {"attention.scale", 0},
+    {"attention.shared_kv_layers", 0},
+    {"attention.temperature_length", 0},
+    {"attention.temperature_scale", 0},
+    {"attention.value_scale", 1},
+    {"embedding_scale", 1},
+    {"logit_scale", 1},
+    {"residual_scale", 1},
+    {"rope.scaling.alpha", 0},
+    {"rope.scaling.attn_factor", 1},
+    {"use_parallel_residual", 0},
+};
+
+// A number or a flag; nothing for text and arrays.
+std::optional<double> scalar(const Metadata& metadata, const std::string& key, ValueType type) {
+  switch (type) {
+    case ValueType::kString:
+    case ValueType::kArray:
+      return std::nullopt;
+    case ValueType::kBool:
+      return metadata.boolean(key) ? 1.0 : 0.0;
+    case ValueType::kF32:
+    case ValueType::kF64:
+      return metadata.f32(key);
+    default:
+      return metadata.i32(key);
+  }
+}
+
 }  // namespace
 
 std::string supported_architectures() {
@@ -91,8 +131,22 @@ float HyperParameters::number_or(const char* name, float fallback, double above)
   return file.metadata().has(key(name)) ? number(name, above) : fallback;
 }
 
+void HyperParameters::refuse_unsupported() const {
+  for (const Unsupported& u : kUnsupported) {
+    const auto entry = file.metadata().find(key(u.name));
+    if (!entry) continue;
+    const std::optional<double> value = scalar(file.metadata(), key(u.name), entry->type);
+    if (value == u.neutral) continue;
+    throw_error(ErrorKind::kGguf,
+                "%s: %s is %s, which is not supported; expected %g or no such key",
+                file.path().c_str(), key(u.name).c_str(),
+                value ? format_string("%g", *value).c_str() : "no number", u.neutral);
+  }
+}
+
 void HyperParameters::read_sizes() {
   ModelConfig& c = config;
+  refuse_unsupported();
   if (integer_or("expert_count", 0, 0, kMaxWidth) > 0) {
     throw_error(ErrorKind::kGguf,
                 "%s: %s is above 0: mixture-of-experts models are not supported, only dense ones",
@@ -127,6 +181,9 @@ void HyperParameters::read_sizes() {
   }
   c.n_ctx = integer("context_length", 1, kMaxContext);
   c.attention_scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim));
+  constexpr double kBelowZero = -1e-30;  // 0 is allowed, and means none
+  c.attention_softcap = number_or("attn_logit_softcapping", 0.0f, kBelowZero);
+  c.final_softcap = number_or("final_logit_softcapping", 0.0f, kBelowZero);
 
   const Metadata& metadata = file.metadata();
   if (metadata.has("tokenizer.ggml.tokens")) {
@@ -166,15 +223,16 @@ float HyperParameters::rope_scaling_factor() const {
   return factor == 0.0f ? 1.0f : factor;
 }
 
-std::shared_ptr<const std::vector<float>> HyperParameters::rope_frequencies(
-    float base, float factor, bool use_factors) const {
+std::shared_ptr<const std::vector<float>> HyperParameters::rope_frequencies(float base,
+                                                                            float factor) const {
   const int64_t n = config.rope_dim / 2;
   auto freq = std::make_shared<std::vector<float>>(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) {
     const double power = -2.0 * static_cast<double>(i) / static_cast<double>(config.rope_dim);
     (*freq)[static_cast<size_t>(i)] = static_cast<float>(std::pow(base, power) / factor);
   }
-  const Mat factors = use_factors ? file.maybe("rope_freqs.weight", {n}) : Mat{};
+  if (config.rope_factors == Presence::kNever) return freq;
+  const Mat factors = file.maybe("rope_freqs.weight", {n});
   if (!factors.empty()) {
     if (factors.type != DType::kF32) {
       throw_error(ErrorKind::kGguf, "%s: rope_freqs.weight is %s, expected F32",
@@ -204,8 +262,17 @@ void HyperParameters::read_rope_shape(RopeKind kind) {
 
 void HyperParameters::read_rope(RopeKind kind) {
   read_rope_shape(kind);
+  const int64_t window = integer_or("attention.sliding_window", 0, 0, int64_t{1} << 30);
+  if (window > 0 && window < config.n_ctx) {
+    throw_error(ErrorKind::kGguf,
+                "%s: %s is %lld, less than the context of %lld, and sliding windows are supported "
+                "for gemma3 only",
+                file.path().c_str(), key("attention.sliding_window").c_str(),
+                static_cast<long long>(window), static_cast<long long>(config.n_ctx));
+  }
+  config.rope_factors = Presence::kMaybe;
   const float base = number_or("rope.freq_base", 10000.0f, 0.0);
-  const auto freq = rope_frequencies(base, rope_scaling_factor(), /*use_factors=*/true);
+  const auto freq = rope_frequencies(base, rope_scaling_factor());
   for (LayerConfig& layer : config.layers) layer.rope_freq = freq;
 }
 

@@ -32,20 +32,25 @@ class HyperParameters {
   float number(const char* name, double above) const;
   float number_or(const char* name, float fallback, double above) const;
 
-  // n_layer, n_embd, n_ff, heads, head_dim, n_vocab, n_ctx; refuses mixture-of-experts files.
+  // n_layer, n_embd, n_ff, heads, head_dim, n_vocab, n_ctx, softcaps; refuses mixture-of-experts
+  // files, and keys that ask for what no architecture here does.
   void read_sizes();
-  // Inverse frequencies base^(-2i/rope_dim) / factor, divided by rope_freqs.weight where present.
-  std::shared_ptr<const std::vector<float>> rope_frequencies(float base, float factor,
-                                                             bool use_factors) const;
+  // Inverse frequencies base^(-2i/rope_dim) / factor, divided by rope_freqs.weight where the
+  // architecture may have it and the file does.
+  std::shared_ptr<const std::vector<float>> rope_frequencies(float base, float factor) const;
   // How many elements of a head are rotated, and in which order.
   void read_rope_shape(RopeKind kind);
-  // The same and base, linear scaling and Llama-3 factors, alike for all layers.
+  // The same and base, linear scaling and Llama-3 factors, alike for all layers, which all see the
+  // whole context.
   void read_rope(RopeKind kind);
   // The linear scaling factor (1: none); an error for kinds that are not supported.
   float rope_scaling_factor() const;
 
   const GgufFile& file;
   ModelConfig config;
+
+ private:
+  void refuse_unsupported() const;
 };
 
 ModelConfig read_llama(const GgufFile& file);
