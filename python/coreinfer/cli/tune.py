@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -68,48 +68,30 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to measure on")
     parser.add_argument("--out", metavar="FILE", help="file to write (default: beside the model)")
     parser.add_argument("--plot", metavar="FILE", help="draw quality against speed to a PNG file")
-    parser.add_argument(
-        "--betas",
-        type=_list_of(float),
-        default=BETAS,
-        metavar="B,B",
-        help="shares of neurons to measure (default: 0.2,0.4,0.6,0.8,0.9)",
-    )
-    parser.add_argument(
-        "--statistics",
-        type=_list_of(str),
-        default=(CoreConfig.statistic,),
-        metavar="S,S",
-        help="how neurons are ranked (default: flock)",
-    )
-    parser.add_argument(
+    add_list = partial(_add_list, parser)
+    add_list("--betas", float, BETAS, "B,B", "shares of neurons to measure")
+    add_list("--statistics", str, (CoreConfig.statistic,), "S,S", "how neurons are ranked")
+    add_list(
         "--weighted",
-        type=_list_of(_switch),
-        default=(CoreConfig.weighted,),
-        metavar="W,W",
-        help="off, on: rank neurons by what they write, too (default: off)",
+        _switch,
+        (CoreConfig.weighted,),
+        "W,W",
+        "off, on: rank neurons by what they write, too",
     )
-    parser.add_argument(
+    add_list(
         "--first-layers",
-        type=_list_of(float),
-        default=(CoreConfig.first_layer,),
-        metavar="T,T",
-        help="times as many neurons in the first layer (default: 2)",
+        float,
+        (CoreConfig.first_layer,),
+        "T,T",
+        "times as many neurons in the first layer",
     )
-    parser.add_argument(
-        "--patches",
-        type=_list_of(str),
-        default=(CoreConfig.patch,),
-        metavar="P,P",
-        help="on, off or ranks of the patch (default: on)",
-    )
-    parser.add_argument(
+    add_list("--patches", str, (CoreConfig.patch,), "P,P", "on, off or ranks of the patch")
+    add_list(
         "--starts",
-        type=_list_of(int),
-        default=STARTS,
-        metavar="N,N",
-        help="tokens of the answer that stay dense before neurons are chosen by them, too "
-        "(default: 0)",
+        int,
+        STARTS,
+        "N,N",
+        "tokens of the answer that stay dense before neurons are chosen by them, too",
     )
     parser.add_argument(
         "--clusters",
@@ -125,7 +107,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--gammas",
         type=_list_of(float),
         metavar="G,G",
-        help="shares of a cluster's neurons to measure (default: 0.2,0.4,0.6,0.8,0.9)",
+        help=f"shares of a cluster's neurons to measure (default: {_listed(BETAS)})",
     )
     parser.add_argument(
         "--layers",
@@ -133,13 +115,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="A:B",
         help="layers that take part, beside all of them; repeatable",
     )
-    parser.add_argument(
-        "--prompts",
-        type=_list_of(int),
-        default=PROMPT_TOKENS,
-        metavar="N,N",
-        help="prompt lengths in tokens (default: 64,128,256)",
-    )
+    add_list("--prompts", int, PROMPT_TOKENS, "N,N", "prompt lengths in tokens")
     parser.add_argument(
         "--texts", type=int, default=8, metavar="N", help="prompts of each length (default: 8)"
     )
@@ -151,13 +127,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="answer tokens compared per prompt (default: %(default)s)",
     )
-    parser.add_argument(
+    add_list(
         "--temps",
-        type=_list_of(float),
-        default=TEMPERATURES,
-        metavar="T,T",
-        help="temperatures that the answers are drawn at, each for answers drawn at as much or "
-        "less; 0 takes the likeliest tokens, whose text repeats itself (default: 0.8)",
+        float,
+        TEMPERATURES,
+        "T,T",
+        "temperatures that the answers are drawn at, each for answers drawn at as much or less; 0 "
+        "takes the likeliest tokens, whose text repeats itself",
     )
     options.add_flags(parser.add_argument_group("choice"), CoreConfig, names=("max_kl",))
     options.add_flags(parser.add_argument_group("model"), LoadConfig, names=_LOADING)
@@ -168,6 +144,34 @@ def _switch(text: str) -> bool:
     if text not in ("on", "off"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither on nor off")
     return text == "on"
+
+
+def _add_list(
+    parser: argparse.ArgumentParser,
+    flag: str,
+    kind: Callable[[str], Any],
+    default: Sequence[Any],
+    metavar: str,
+    does: str,
+) -> None:
+    """A flag that takes a list of values, parted by commas; its help says the default."""
+    parser.add_argument(
+        flag,
+        type=_list_of(kind),
+        default=default,
+        metavar=metavar,
+        help=f"{does} (default: {_listed(default)})",
+    )
+
+
+def _listed(values: Sequence[Any]) -> str:
+    """A list as it is written after its flag."""
+    switch = ("off", "on")
+    words = [
+        switch[v] if isinstance(v, bool) else f"{v:g}" if isinstance(v, float) else str(v)
+        for v in values
+    ]
+    return ",".join(words)
 
 
 def _list_of(kind: Callable[[str], Any]):
