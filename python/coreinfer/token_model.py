@@ -35,6 +35,7 @@ StoppingCriterion = Callable[[np.ndarray, np.ndarray], bool]
 Tokens = Sequence[int] | np.ndarray
 TokenGenerator = Generator[int, Sequence[int] | None, bool]
 
+_TOKEN_IDS = "a sequence of token ids"  # in messages
 _SCORE_CHUNK = 64  # rows of (n_vocab) log-probabilities held at once for an echoed prompt
 
 
@@ -259,7 +260,7 @@ class TokenModel:
     # --- ids ---
 
     def checked_ids(
-        self, tokens: Tokens, name: str = "tokens", expected: str = "a sequence of token ids"
+        self, tokens: Tokens, name: str = "tokens", expected: str = _TOKEN_IDS
     ) -> np.ndarray:
         """`tokens` as int32 (n,); ValueError for anything that is not ids of the vocabulary."""
         n_vocab = self.n_vocab()
@@ -280,9 +281,9 @@ class TokenModel:
             )
         return np.ascontiguousarray(ids, dtype=np.int32)
 
-    def checked_prompt(self, tokens: Tokens, *expected: str) -> np.ndarray:
+    def checked_prompt(self, tokens: Tokens, expected: str = _TOKEN_IDS) -> np.ndarray:
         """`checked_ids`, and ValueError if there is none or more than the context holds."""
-        ids = self.checked_ids(tokens, "prompt", *expected)
+        ids = self.checked_ids(tokens, "prompt", expected)
         if ids.size == 0:
             raise ValueError(
                 "the prompt is empty: it has no token, and the model adds no BOS; give some text"

@@ -243,7 +243,7 @@ def _facts(llm: Llama, stream: TextStream) -> dict[str, Any]:
 def _start(llm: Llama) -> int:
     """Tokens that the answer was to begin with, dense."""
     core = llm.core if llm.decision is None else llm.decision.config
-    return core.start if isinstance(core, CoreConfig) and core.mode != "exact" else 0
+    return core.start if isinstance(core, CoreConfig) else 0
 
 
 def _auto_facts(llm: Llama) -> dict[str, Any] | None:
