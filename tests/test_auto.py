@@ -139,6 +139,16 @@ def test_nothing_begins_dense_where_the_dense_weights_do_not_stay():
     assert alone.config.start == 0 and alone.kl is None
 
 
+def test_without_the_dense_weights_a_temperature_above_all_measured_takes_what_the_highest_does():
+    rows = (row(0.2, 64, 0.03, 2.0, temperature=0.0), row(0.6, 64, 0.03, 1.2, temperature=0.8))
+    auto = Auto(CoreConfig(mode="auto"), Tuning(1, rows), ffn_resident=False)
+    assert sorted(setting.beta for setting in auto.settings) == [0.2, 0.6]
+    auto.begin(temperature=0.9)
+    decision = auto.decide(100, 0, 0.9, never)
+    assert decision.config.beta == 0.6 and decision.kl is None
+    assert decision.reason.endswith("not known: temperature 0.9, measured up to 0.8")
+
+
 def test_a_dense_beginning_s_stability_is_that_of_the_text_that_chooses():
     tuning = Tuning(1, (begun(32, 0.2, 2.0, stability=0.5),))
     waiting = decide(tuning, stability=0.1)

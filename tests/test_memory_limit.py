@@ -18,6 +18,7 @@ import make_synthetic_model
 from coreinfer import CoreConfig, Llama, _core
 from coreinfer.tuning import Row, Tuning
 from make_synthetic_model import make_paper_model
+from small_clusters import make_clusters
 from synthetic_shapes import PAPER
 
 MIB = 1 << 20
@@ -332,6 +333,26 @@ def test_a_memory_limit_is_planned_with_the_share_that_will_decode(model, core, 
     assert asked["core_share"] == share
 
 
+def asked_for(model, monkeypatch, rows: list[Row], **options) -> list[tuple[float, int, bool]]:
+    """Share of the neurons, samples, and whether beside the dense weights, of every attempt."""
+    tuning = Tuning(_core.GgufFile(os.fsencode(model)).fingerprint, tuple(rows))
+    asked = []
+
+    def engine(*args, **given):
+        asked.append((given["core_share"], given["samples"], given["needs_dense"]))
+        raise MemoryError
+
+    monkeypatch.setattr(_core, "Engine", engine)
+    with pytest.raises(MemoryError):
+        Llama(model, tuning=tuning, memory_limit="1GiB", verbose=False, **options)
+    return asked
+
+
+def measured(config: CoreConfig, **rest) -> Row:
+    figures = {"kl_error": 0.0, "agreement": 0.9, "stability": 0.5, "weight_share": 0.7}
+    return Row(config, 64, 0.01, **{**figures, "speed": 1.5, **rest})
+
+
 @pytest.mark.parametrize(
     ("tuned", "shares"),
     [
@@ -343,22 +364,43 @@ def test_a_memory_limit_is_planned_with_the_share_that_will_decode(model, core, 
 )
 def test_auto_s_limit_is_planned_with_what_may_decode(model, tuned, shares, monkeypatch):
     """With the dense weights any tuned setting; without them none that begins dense."""
-    figures = {"kl_error": 0.0, "agreement": 0.9, "stability": 0.5, "weight_share": 0.7}
+    rows = [measured(CoreConfig(beta=beta, start=start)) for beta, start in tuned]
+    dense = _core.PATCH_SAMPLES if tuned else _core.EXACT_SAMPLES
+    with_dense, without = asked_for(model, monkeypatch, rows)
+    assert with_dense == (shares[0], dense, True)
+    assert without == (shares[1], _core.PATCH_SAMPLES, False)
+
+
+def test_auto_s_limit_is_planned_for_answers_at_every_measured_temperature(model, monkeypatch):
+    greedy = measured(CoreConfig(beta=0.2, patch=False), temperature=0.0, speed=2.0)
+    drawn = measured(CoreConfig(beta=0.6))
+    slower = measured(CoreConfig(beta=0.9), speed=1.2)
+    with_dense, without = asked_for(model, monkeypatch, [greedy, drawn, slower])
+    assert with_dense[0] == 0.9
+    assert without == (0.6, _core.PATCH_SAMPLES, False)
+    assert asked_for(model, monkeypatch, [greedy])[1] == (0.2, 0, False)
+
+
+def test_auto_s_limit_is_planned_with_settings_measured_with_these_clusters(
+    model, tmp_path, monkeypatch
+):
+    scores = [np.ones((3, 8192), np.float32)] * 6
+    clusters = make_clusters(scores=scores, fingerprint=None)
+    clusters.save(tmp_path / "c.npz")
+    similar, rest = CoreConfig(mode="similar", gamma=0.8), {"cluster_similarity": 0.5}
     rows = [
-        Row(CoreConfig(beta=beta, start=start), 64, 0.01, speed=1.5, **figures)
-        for beta, start in tuned
+        measured(CoreConfig(beta=0.3), clusters=clusters.digest, speed=2.0),
+        measured(CoreConfig(beta=0.5)),
+        measured(similar, clusters=clusters.digest, **rest),
+        measured(replace(similar, gamma=0.95), clusters="others", **rest),
     ]
-    tuning = Tuning(_core.GgufFile(os.fsencode(model)).fingerprint, tuple(rows))
-    asked = []
-
-    def engine(*args, **options):
-        asked.append(options["core_share"])
-        raise MemoryError
-
-    monkeypatch.setattr(_core, "Engine", engine)
-    with pytest.raises(MemoryError):
-        Llama(model, tuning=tuning, memory_limit="1GiB", verbose=False)
-    assert asked == shares
+    for given in (clusters, tmp_path / "c.npz"):
+        asked = asked_for(model, monkeypatch, rows, clusters=given)
+        assert [share for share, _, _ in asked] == [0.8, 0.8]
+    # Some texts are decoded with their own neurons, none with those of other clusters.
+    asked = asked_for(model, monkeypatch, rows[:2] + rows[3:], clusters=clusters)
+    assert [share for share, _, _ in asked] == [0.5, 0.3]
+    assert [share for share, _, _ in asked_for(model, monkeypatch, rows)] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(("shape", "gib"), [("opt-6.7b", 8), ("opt-13b", 14)])

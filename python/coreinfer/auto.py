@@ -49,8 +49,9 @@ class Auto:
 
     Among several settings within what is allowed, for answers drawn at such a temperature, the
     fastest is taken, over an answer of `EXPECTED_ANSWER` tokens, or of the most that it may have
-    where that is fewer. Where the dense weights do not stay, none that begins dense is, and the
-    answer's length does not matter.
+    where that is fewer. Where the dense weights do not stay, none that begins dense is, the
+    answer's length does not matter, and one drawn at a higher temperature than any measured is
+    decoded as those of the highest are.
     """
 
     _AGAIN = 32  # tokens between looks at a text that is not stable yet
@@ -90,11 +91,23 @@ class Auto:
     ) -> None:
         """A text begins whose answer is drawn so, and has at most `n_answer` tokens, if known."""
         expected = min(n_answer or EXPECTED_ANSWER, EXPECTED_ANSWER) if self._resident else None
-        learned, own, similar = (
-            fastest(choices, expected, temperature) for choices in self._possible
-        )
-        self._choice, self._similar = learned or own, similar
+        self._temperature = temperature
+        self._choice, self._similar = self._fastest(expected, temperature)
         self._answer = f"an answer of {expected} tokens at temperature {temperature:g}"
+
+    def _fastest(
+        self, n_answer: int | None, temperature: float
+    ) -> tuple[Choice | None, Choice | None]:
+        """Of the prompt's own neurons, and of its cluster's."""
+        if not self._resident:
+            temperature = min(temperature, max(self._temperatures(), default=temperature))
+        learned, own, similar = (
+            fastest(choices, n_answer, temperature) for choices in self._possible
+        )
+        return learned or own, similar
+
+    def _temperatures(self) -> set[float]:
+        return {choice.temperature for choices in self._possible for choice in choices}
 
     @property
     def counting(self) -> CoreConfig:
@@ -106,8 +119,13 @@ class Auto:
 
     @property
     def settings(self) -> list[CoreConfig]:
-        """What some text may be decoded with beside exact mode."""
-        return [choice.config for choices in self._possible for choice in choices]
+        """What some text may be decoded with, beside exact mode where the dense weights stay."""
+        if self._resident:
+            choices = [choice for choices in self._possible for choice in choices]
+        else:
+            at = [self._fastest(None, temperature) for temperature in self._temperatures()]
+            choices = [choice for pair in at for choice in pair if choice is not None]
+        return [choice.config for choice in choices] or [self.counting]
 
     @property
     def by_clusters(self) -> CoreConfig | None:
@@ -148,6 +166,9 @@ class Auto:
         if n_tokens < choice.n_prompt:
             within = f"measured within {self._allowed} from {choice.n_prompt} on"
             return f"{n_tokens} tokens; {within}", choice.n_prompt
+        if choice.temperature < self._temperature:
+            measured = f"measured up to {choice.temperature:g}"
+            return f"temperature {self._temperature:g}, {measured}", None
         if choice.cluster_similarity is not None:
             near = similarity()
             if near < choice.cluster_similarity:  # and stays so: it is the prompt's

@@ -7,12 +7,14 @@ limited, and a GPU's always is, what decodes decides how much of it the dense we
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from . import _core
+from .auto import Auto
+from .clusters import Clusters
 from .config import CoreConfig, LoadConfig
 from .core_sets import CoreSet
-from .tuning import Tuning, fastest
+from .tuning import Tuning
 
 
 def load_engine(
@@ -20,48 +22,49 @@ def load_engine(
     config: LoadConfig,
     core: CoreConfig | CoreSet,
     find_tuning: Callable[[], Tuning | None] = lambda: None,
+    clusters: Clusters | None = None,
 ) -> _core.Engine:
-    """The engine of a file; `find_tuning` gives the table that `core="auto"` will go by.
+    """The engine of a file; by `find_tuning`'s table and `clusters` `core="auto"` will go.
 
     MemoryError where a limit is too low, naming one that is enough.
     """
     limited = config.memory_limit or config.n_gpu_layers
     if not (limited and isinstance(core, CoreConfig) and core.mode == "auto"):
-        return _load(file, config, core)
+        dense = isinstance(core, CoreConfig) and (core.mode == "exact" or core.start > 0)
+        return _load(file, config, [core], needs_dense=dense)
     # Where the dense weights stay, any of the tuned settings may decode, or exact mode, which needs
     # less beside them than a patched core set without. Where they do not, the limit must hold for
     # what then decodes.
     tuning = find_tuning()
-    choices = [] if tuning is None else tuning.choices(core.max_kl)
-    dense, alone = core.in_mode("exact"), core.in_mode("stable")
-    if choices:
-        configs = [choice.config for choice in choices]
-        patch = max(int(c.patch) for c in configs)
-        dense = CoreConfig(beta=max(c.beta for c in configs), patch=patch)
-    choice = fastest([c for c in choices if not c.config.start], None, 0.0)
-    if choice is not None:
-        alone = choice.config
+    with_dense, without = (
+        Auto(core, tuning, ffn_resident=resident, clusters=clusters).settings
+        for resident in (True, False)
+    )
     with contextlib.suppress(MemoryError):
-        engine = _load(file, config, dense)
-        if engine.ffn_resident:
-            return engine
-        del engine
-    return _load(file, config, alone)
+        return _load(file, config, with_dense, needs_dense=True)
+    return _load(file, config, without, needs_dense=False)
 
 
-def _load(file: _core.GgufFile, config: LoadConfig, core: CoreConfig | CoreSet) -> _core.Engine:
+def _load(
+    file: _core.GgufFile,
+    config: LoadConfig,
+    cores: Sequence[CoreConfig | CoreSet],
+    *,
+    needs_dense: bool,
+) -> _core.Engine:
+    """An engine with room for any of `cores`."""
     return _core.Engine(
         file,
         n_threads=config.n_threads or 0,
         f32_activations=config.f32_activations,
         memory_limit=config.memory_limit or 0,
-        core_share=_core_share(core),
-        needs_dense=isinstance(core, CoreConfig) and (core.mode == "exact" or core.start > 0),
+        core_share=max(map(_core_share, cores)),
+        needs_dense=needs_dense,
         n_ctx=config.n_ctx,
         n_batch=config.n_batch,
         type_k=config.type_k,
         type_v=config.type_v,
-        samples=_samples(core),
+        samples=max(map(_samples, cores)),
         n_gpu_layers=config.n_gpu_layers,
         main_gpu=config.main_gpu,
         vram_limit=config.vram_limit or 0,

@@ -63,7 +63,9 @@ class TokenModel:
         self._config = config
         self._tuning = tuning
         find_tuning = partial(tuning_of, tuning, model_path, file.fingerprint)
-        self._engine: _core.Engine | None = load_engine(file, config, core, find_tuning)
+        if clusters is not None and not isinstance(clusters, Clusters):
+            clusters = Clusters.load(clusters)  # before the weights, which are planned by it
+        self._engine: _core.Engine | None = load_engine(file, config, core, find_tuning, clusters)
         self._session: _core.Session | None = _core.Session(
             self._engine,
             n_ctx=config.n_ctx,
