@@ -219,6 +219,10 @@ def test_rejects_control_bytes_in_tensor_name(rejects):
     rejects(Gguf().tensor("a\x1b[31m", [8]), "the name 'a\\x1b[31m' holds a control byte")
 
 
+def test_rejects_tensor_name_that_is_not_utf8(rejects):
+    rejects(Gguf().tensor(b"a\xff", [8]), "tensor info 0: the name 'a\\xff' is not valid UTF-8")
+
+
 def test_rejects_duplicate_tensor_name(rejects):
     g = Gguf().tensor("a", [8]).tensor("b", [8]).tensor("a", [8])
     rejects(g, "tensor 'a' is there twice, expected once")
