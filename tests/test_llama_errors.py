@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -13,7 +15,9 @@ import numpy as np
 import pytest
 
 from coreinfer import CoreConfig, GGUFError, Llama, _core
+from coreinfer.cli import main
 from coreinfer.llama import ModelPathError
+from coreinfer.tokenizer import TokenizerError
 from make_synthetic_model import make_tiny_model
 from small_clusters import make_clusters_by_neurons
 from tiny_llama import PROMPT, load, take
@@ -129,6 +133,26 @@ def test_an_empty_text_is_the_bos_or_an_error(tiny, tmp_path):
     make_tiny_model(path, extra_metadata={"tokenizer.ggml.add_bos_token": False})
     with load(str(path)) as llm, pytest.raises(ValueError, match="empty.*adds no BOS"):
         llm("")
+
+
+def test_an_error_about_a_file_s_tokenizer_or_template_says_which_file(tmp_path, capsys):
+    path = str(tmp_path / "asks for an EOS.gguf")
+    make_tiny_model(path, extra_metadata={"tokenizer.ggml.add_eos_token": 1})
+    error = f"{path}: tokenizer.ggml.add_eos_token must be true or false, found 1"
+    with pytest.raises(TokenizerError, match=f"^{re.escape(error)}$"):
+        load(path)
+    assert main(["tokenize", path, "x"]) == 1
+    assert error in capsys.readouterr().err
+    assert main(["info", path, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["unsupported"] == [error]
+    path = str(tmp_path / "template.gguf")
+    for template, error in (
+        ("{% if %}", "the chat template is malformed"),
+        ("", "the file has no"),
+    ):
+        make_tiny_model(path, extra_metadata={"tokenizer.chat_template": template})
+        with load(path) as llm, pytest.raises(ValueError, match=f"^{re.escape(path)}: {error}"):
+            llm.create_chat_completion([{"role": "user", "content": "x"}])
 
 
 def test_sampling_before_reading_is_an_error(llm):

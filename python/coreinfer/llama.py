@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from . import _core, completion, foreign, models
-from .chat import ChatTemplate
+from .chat import ChatTemplate, ChatTemplateError
 from .completion import Request
 from .config import (
     CHAT_TEMPERATURE,
@@ -195,7 +195,7 @@ class Llama(TokenModel):
         file = _core.GgufFile(os.fsencode(path))
         # Before the weights: what the vocabulary takes counts when a memory limit is planned.
         self.metadata: dict[str, Any] = file.metadata
-        self._tokenizer = Tokenizer.from_metadata(self.metadata)
+        self._tokenizer = Tokenizer.from_metadata(self.metadata, path)
         super().__init__(
             path,
             file,
@@ -578,7 +578,10 @@ class Llama(TokenModel):
 
     def _template(self) -> ChatTemplate | None:
         if self._chat_template is None:
-            self._chat_template = ChatTemplate.from_metadata(self.metadata, self._tokenizer)
+            try:
+                self._chat_template = ChatTemplate.from_metadata(self.metadata, self._tokenizer)
+            except ChatTemplateError as error:
+                raise ChatTemplateError(f"{self.model_path}: {error}") from error
         return self._chat_template
 
     @property
@@ -592,8 +595,8 @@ class Llama(TokenModel):
         template = self._template()
         if template is None:
             raise ValueError(
-                "this model file has no chat template; use create_completion with a prompt in the "
-                "form that the model was trained on"
+                f"{self.model_path}: the file has no chat template; use create_completion with a "
+                "prompt in the form that the model was trained on"
             )
         text = template.render(plain, add_generation_prompt=True)
         ids = self.prompt_ids(text, add_bos=False)

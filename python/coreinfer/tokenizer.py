@@ -82,10 +82,11 @@ class Tokenizer:
         self._strips_after = _strips_after(metadata, self._marked)
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any]) -> Tokenizer:
+    def from_metadata(cls, metadata: Mapping[str, Any], path: str | None = None) -> Tokenizer:
         """Build from GGUF metadata (keys ``tokenizer.ggml.*``).
 
         Values are Python scalars, ``str``, and lists or numpy arrays; tokens may be ``bytes``.
+        Errors begin with the `path` of the file, if given.
 
         Raises
         ------
@@ -93,7 +94,12 @@ class Tokenizer:
             Model or pre-tokenizer unknown (the message lists those known), or metadata missing,
             malformed or contradictory.
         """
-        return cls(Vocabulary.from_metadata(metadata), metadata)
+        try:
+            return cls(Vocabulary.from_metadata(metadata), metadata)
+        except TokenizerError as error:
+            if path is None:
+                raise
+            raise TokenizerError(f"{path}: {error}") from error
 
     def tokenize(self, text: bytes | str, add_bos: bool = True, special: bool = False) -> list[int]:
         """Ids of `text`.

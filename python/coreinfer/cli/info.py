@@ -54,7 +54,8 @@ def collect(path: str) -> dict[str, Any]:
     except ValueError as error:
         unsupported.append(str(error))
     try:
-        tokenizer: dict[str, Any] | None = _tokenizer(Tokenizer.from_metadata(file.metadata))
+        made = Tokenizer.from_metadata(file.metadata, file.path)
+        tokenizer: dict[str, Any] | None = _tokenizer(made)
     except ValueError as error:
         tokenizer = None
         unsupported.append(str(error))

@@ -32,7 +32,8 @@ def call(args: argparse.Namespace) -> int:
     from ..tokenizer import Tokenizer
 
     text = read_stdin() if args.text == "-" else os.fsencode(args.text)
-    tokenizer = Tokenizer.from_metadata(GgufFile(os.fsencode(resolve(args.model))).metadata)
+    file = GgufFile(os.fsencode(resolve(args.model)))
+    tokenizer = Tokenizer.from_metadata(file.metadata, file.path)
     ids = tokenizer.tokenize(text, add_bos=not args.no_bos, special=args.special)
     texts = [tokenizer.token_bytes(i, special=True).decode("utf-8", "replace") for i in ids]
     if args.json:
