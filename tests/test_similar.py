@@ -29,7 +29,7 @@ from coreinfer.cluster_lookup import core_neurons
 from coreinfer.embedders import Embedder, as_embedder
 from coreinfer.tuning import Row, Tuning, cut, measure
 from make_synthetic_model import make_tiny_model
-from measure_similarity import compare, cut_prompts
+from measured_texts import compare, cut_prompts
 from reference.neurons import core_sizes
 from small_clusters import (
     NUMBERS,

@@ -12,7 +12,7 @@ from coreinfer import CoreConfig, Llama
 from coreinfer.cli import main, tune
 from coreinfer.tuning import Tuning, cut, measure, tuning_path
 from make_synthetic_model import make_tiny_model
-from measure_similarity import cut_prompts
+from measured_texts import cut_prompts
 
 SMALL = ["--prompts", "32", "--texts", "2", "-n", "6", "--betas", "0.5,0.9"]
 

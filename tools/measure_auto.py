@@ -13,14 +13,13 @@ tuning file expects of an answer of 256 tokens where core neurons decode.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 
 from coreinfer import CoreConfig, Llama
 from coreinfer.tuning import EXPECTED_ANSWER, Tuning, divergence, gain, tuning_path
-from measure_similarity import read_prompts, scored, summary
+from measured_texts import head, mean_and_error, parser_of, read_prompts, scored
 
 
 def measure(
@@ -53,14 +52,9 @@ def speed(tuning: Tuning, limit: float, temp: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--data", required=True, help="texts as JSON lines, or one .txt")
-    parser.add_argument("--fields", nargs="+", default=["text"])
+    parser = parser_of(__doc__, prompts=16, tokens=48)
     parser.add_argument("--max-kl", nargs="+", type=float, default=[0.05, 0.1, 0.2])
     parser.add_argument("--lengths", nargs="+", type=int, default=[64, 128, 256])
-    parser.add_argument("--prompts", type=int, default=16, help="of every length")
-    parser.add_argument("--tokens", type=int, default=48, help="of every continuation")
     parser.add_argument("--temp", type=float, default=0.0, help="0: the likeliest token")
     parser.add_argument("--tuning", help="instead of the tuning file beside the model")
     parser.add_argument("--clusters", help="a clusters file that the model was tuned with")
@@ -73,13 +67,14 @@ def main() -> None:
     most_dense = max((row.config.start for row in tuning.rows), default=0)
     with Llama(args.model, clusters=args.clusters, tuning=tuning, verbose=False) as llm:
         print(f"{Path(args.model).name}\n")
-        print("| prompt tokens | " + " | ".join(f"max_kl {k:g}" for k in args.max_kl) + " |")
-        print("| --- |" + " --- |" * len(args.max_kl))
+        print(head(["prompt tokens", *(f"max_kl {k:g}" for k in args.max_kl)]))
         for length in args.lengths:
             prompts = read_prompts(llm, args.data, args.fields, length, args.prompts)
-            rows = measure(llm, prompts, args.max_kl, args.tokens, args.temp, most_dense)
-            figures = [(*summary(r), len(r)) for r in rows.values()]
-            cells = [f"{kl:.3f} ± {error:.3f}, {by * n:.0f} of {n}" for kl, error, by, n in figures]
+            found = measure(llm, prompts, args.max_kl, args.tokens, args.temp, most_dense)
+            cells = []
+            for kl, by_core in (rows.T for rows in found.values()):
+                mean, error = mean_and_error(kl)
+                cells.append(f"{mean:.3f} ± {error:.3f}, {by_core.sum():.0f} of {kl.size}")
             print(f"| {length} | " + " | ".join(cells) + " |", flush=True)
         print("| speed | " + " | ".join(speed(tuning, k, args.temp) for k in args.max_kl) + " |")
 

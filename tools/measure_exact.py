@@ -14,7 +14,6 @@ their drafts are worth, and how well the set that drafts follows a long answer.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 
 from coreinfer import CoreConfig, Llama, _core
 from coreinfer.timings import since
-from measure_similarity import read_prompts
+from measured_texts import head, parser_of, read_prompts
 
 _PARTS = 10  # of the prompts, for the least speed: single answers are too short to time
 
@@ -107,23 +106,18 @@ def table(pairs: list[tuple[Answer, Answer]]) -> str:
     )
     came_true = f"{accepted} of {drafted}" if drafted else "none made"
     each = f"{1 + accepted / verifications:.2f}" if verifications else "–"
+    columns = ["identical", "exact ÷ dense", "median prompt", "least of tenths"]
+    columns += ["drafts that came true", "tokens a verification"]
     return (
-        "| identical | exact ÷ dense | median prompt | least of tenths | drafts that came true | "
-        "tokens a verification |\n| --- | --- | --- | --- | --- | --- |\n"
-        f"| {same} of {len(pairs)} | {speed(pairs):.3f} | {median:.3f} | "
+        f"{head(columns)}\n| {same} of {len(pairs)} | {speed(pairs):.3f} | {median:.3f} | "
         f"{min(map(speed, parts)):.3f} | {came_true} | {each} |"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--data", required=True, help="texts as JSON lines, or one .txt")
-    parser.add_argument("--fields", nargs="+", default=["text"])
-    parser.add_argument("--prompts", type=int, default=200)
+    parser = parser_of(__doc__, prompts=200, tokens=32)
     parser.add_argument("--skip", type=int, default=0, help="prompts of JSON lines to leave out")
     parser.add_argument("--length", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--tokens", type=int, default=32, help="of every answer")
     parser.add_argument("--beta", type=float, default=CoreConfig.beta, help="of the core drafts")
     parser.add_argument("--drafts", type=int, metavar="N", help="of the core, always and alone")
     parser.add_argument("--threads", type=int)

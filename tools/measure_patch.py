@@ -13,13 +13,12 @@ without.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 
 from coreinfer import Clusters, CoreConfig, Llama
-from measure_similarity import compare, read_prompts, summary
+from measured_texts import cell, compare, head, parser_of, read_prompts
 
 
 def ways(betas: list[float], rank: int, prior: bool) -> dict[tuple[float, str], CoreConfig]:
@@ -35,16 +34,11 @@ def ways(betas: list[float], rank: int, prior: bool) -> dict[tuple[float, str], 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--data", required=True, help="texts as JSON lines, or one .txt")
-    parser.add_argument("--fields", nargs="+", default=["text"])
+    parser = parser_of(__doc__, prompts=12, tokens=48)
     parser.add_argument("--clusters", help="the file whose prior is tried, too")
     parser.add_argument("--betas", nargs="+", type=float, default=[0.2, 0.4])
     parser.add_argument("--patch", type=int, default=64, help="its rank")
     parser.add_argument("--length", type=int, default=256, help="tokens of a prompt")
-    parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=48, help="of every continuation")
     args = parser.parse_args()
 
     clusters = None if args.clusters is None else Clusters.load(args.clusters)
@@ -56,11 +50,9 @@ def main() -> None:
         found = compare(llm, prompts, cores, args.tokens)
     columns = list(dict.fromkeys(name for _, name in cores))
     print(f"{Path(args.model).name}, {len(prompts)} prompts of {args.length} tokens\n")
-    print("| KL, agreement | " + " | ".join(columns) + " |")
-    print("| --- |" + " --- |" * len(columns))
+    print(head(["KL, agreement", *columns]))
     for beta in dict.fromkeys(beta for beta, _ in cores):
-        figures = [summary(found[beta, name]) for name in columns]
-        cells = [f"{kl:.3f} ± {error:.3f}, {hits:.2f}" for kl, error, hits in figures]
+        cells = [cell(found[beta, name]) for name in columns]
         print(f"| β = {beta:g} | " + " | ".join(cells) + " |")
     betas = sorted(args.betas)
     far = np.mean(found[betas[-1], "no patch"][:, 0])

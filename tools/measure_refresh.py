@@ -21,7 +21,7 @@ import numpy as np
 
 from coreinfer import Clusters, CoreConfig, Llama
 from coreinfer.tuning import divergence
-from measure_similarity import cut_text
+from measured_texts import cut_text, head, mean_and_error
 
 BLOCK = 256  # tokens that dense decoding scores at once
 
@@ -108,14 +108,12 @@ def main() -> None:
             statistic = f"{llm.clusters.n_clusters} clusters by {llm.clusters.by}"
     print(f"{Path(args.model).name}, {statistic}, beta {args.beta:g}, patch {args.patch},")
     print(f"prompts of {args.prompt} tokens, {len(pieces)} pieces\n")
-    print("| tokens | " + " | ".join(f"refresh {r or 'none'}" for r in refreshes) + " |")
-    print("| --- |" + " --- |" * len(refreshes))
+    print(head(["tokens", *(f"refresh {r or 'none'}" for r in refreshes)]))
     for first, last in windows(args.ends):
         cells = []
         for kl in found.values():
-            means = kl[:, first:last].mean(axis=1)
-            error = means.std(ddof=1) / np.sqrt(means.size) if means.size > 1 else np.nan
-            cells.append(f"{means.mean():.3f} ± {error:.3f}")
+            mean, error = mean_and_error(kl[:, first:last].mean(axis=1))
+            cells.append(f"{mean:.3f} ± {error:.3f}")
         print(f"| {first + 1}–{last} | " + " | ".join(cells) + " |")
 
 

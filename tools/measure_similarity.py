@@ -16,92 +16,12 @@ alone. Stability-guided decoding learns its patch from the first file's prior, t
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
-from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
 from coreinfer import Clusters, CoreConfig, Llama
-from coreinfer.tuning import agreement, cut, divergence
-
-Way = TypeVar("Way", bound=Hashable)
-
-
-def read_texts(path: str, fields: list[str]) -> list[str]:
-    """The fields of every line, joined by line breaks."""
-    rows = [json.loads(line) for line in Path(path).read_bytes().split(b"\n") if line.strip()]
-    return ["\n".join(row[field] for field in fields) for row in rows]
-
-
-def cut_prompts(llm: Llama, texts: list[str], length: int, n_prompts: int) -> list[np.ndarray]:
-    """The last `length` ids of the first texts that have as many; all ids for 0.
-
-    Where the tokenizer adds BOS, it is the first of them, as in any prompt.
-    """
-    n_bos = int(llm.tokenizer().add_bos)
-
-    def end(ids: np.ndarray) -> np.ndarray:
-        return np.concatenate([ids[:n_bos], ids[ids.size - length + n_bos :]]) if length else ids
-
-    ids = (llm.prompt_ids(text) for text in texts)
-    fitting = (end(i) for i in ids if i.size >= max(2, length))
-    return list(itertools.islice(fitting, n_prompts))
-
-
-def cut_text(llm: Llama, path: str, length: int, n_prompts: int) -> list[np.ndarray]:
-    """Prompts of `length` ids spread evenly over a text, as `coreinfer tune` cuts its own."""
-    ids = llm.checked_ids(llm.tokenize(Path(path).read_bytes(), add_bos=False, special=False))
-    tokenizer = llm.tokenizer()
-    return cut(ids, length, n_prompts, bos=tokenizer.bos_id if tokenizer.add_bos else None)
-
-
-def read_prompts(
-    llm: Llama, path: str, fields: list[str], length: int, n_prompts: int
-) -> list[np.ndarray]:
-    """By `cut_text` of a .txt file, else by `cut_prompts` of JSON lines; SystemExit for none."""
-    if Path(path).suffix == ".txt":
-        return cut_text(llm, path, length, n_prompts)
-    prompts = cut_prompts(llm, read_texts(path, fields), length, n_prompts)
-    if not prompts:
-        raise SystemExit(f"no text of {path} has {length} tokens")
-    return prompts
-
-
-def scored(
-    llm: Llama,
-    prompts: list[np.ndarray],
-    cores: dict[Way, CoreConfig],
-    n_continue: int,
-    temp: float = 0.0,
-) -> Iterator[tuple[Way, np.ndarray, np.ndarray]]:
-    """Per prompt and way: its name, dense ln p and its own, both (n_continue - 1, n_vocab)."""
-    for number, ids in enumerate(prompts):
-        llm.core = "off"
-        drawn = llm.generate(ids, temp=temp, seed=number)
-        continuation = list(itertools.islice(drawn, n_continue))
-        dense = llm.score(ids, continuation)[1:]
-        for name, core in cores.items():
-            llm.core = core
-            yield name, dense, llm.score(ids, continuation, temperature=temp)[1:]
-
-
-def compare(
-    llm: Llama, prompts: list[np.ndarray], cores: dict[Way, CoreConfig], n_continue: int
-) -> dict[Way, np.ndarray]:
-    """Per way of choosing neurons: (n_prompts, 2), KL to dense and agreement with dense."""
-    found: dict[Way, list[tuple[float, float]]] = {name: [] for name in cores}
-    for name, dense, got in scored(llm, prompts, cores, n_continue):
-        found[name].append((divergence(dense, got).mean(), agreement(dense, got)))
-    return {name: np.array(rows) for name, rows in found.items()}
-
-
-def summary(rows: np.ndarray) -> tuple[float, float, float]:
-    """Mean KL, its standard error, and mean agreement of (n_prompts, 2)."""
-    (kl, hits), n = rows.mean(axis=0), len(rows)
-    return kl, rows[:, 0].std(ddof=1) / np.sqrt(n) if n > 1 else np.nan, hits
+from measured_texts import cell, compare, cut_prompts, difference, head, read_texts
 
 
 def ways(clusters: Clusters, share: float, blends: list[float]) -> dict[str, CoreConfig]:
@@ -113,12 +33,6 @@ def ways(clusters: Clusters, share: float, blends: list[float]) -> dict[str, Cor
             mode="similar", gamma=share, blend=blend
         )
     return cores
-
-
-def difference(rows: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """Mean of the KL of `rows` less that of `other`, prompt by prompt, and its standard error."""
-    kl, error, _ = summary(rows - other)
-    return kl, error
 
 
 def lookup_cost(llm: Llama, prompts: list[np.ndarray]) -> tuple[float, float, float]:
@@ -174,16 +88,14 @@ def main() -> None:
                         f"{100 * lookup / prefill:.2f} % | {1e3 * embed:.1f} ms |"
                     )
             if i == 0:
-                print("\n| prompt tokens | " + " | ".join(rows) + " |")
-                print("| --- |" + " --- |" * len(rows))
-            figures = [(*summary(r), *difference(r, rows["stable"])) for r in rows.values()]
-            cells = [f"{kl:.3f} ± {e:.3f}, {hits:.2f}" for kl, e, hits, *_ in figures]
-            print(f"| {length or 'all'} | " + " | ".join(cells) + " |")
-            less = [f"{kl:+.3f} ± {e:.3f}" for *_, kl, e in figures[1:]]
+                print("\n" + head(["prompt tokens", *rows]))
+            print(f"| {length or 'all'} | " + " | ".join(map(cell, rows.values())) + " |")
+            stable, *others = rows.values()
+            less = [difference(other, stable) for other in others]
             print("| KL less that of stable | | " + " | ".join(less) + " |", flush=True)
         if cost:
-            print("\n| prompt tokens | clusters by | prefill | lookup, of it | embedding |")
-            print("| --- | --- | --- | --- | --- |")
+            columns = ["prompt tokens", "clusters by", "prefill", "lookup, of it", "embedding"]
+            print("\n" + head(columns))
             print("\n".join(cost))
 
 

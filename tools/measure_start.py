@@ -13,15 +13,13 @@ prompt's neurons, prompt by prompt.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from pathlib import Path
 
 import numpy as np
 
 from coreinfer import CoreConfig, Llama
-from coreinfer.tuning import agreement, divergence
-from measure_similarity import difference, read_prompts, summary
+from measured_texts import cell, compare, difference, head, parser_of, read_prompts
 
 WAYS = ("no patch", "patch", "chosen after N")
 
@@ -35,34 +33,25 @@ def measure(
     temp: float,
 ) -> dict[tuple[int, float, str], np.ndarray]:
     """By start, share and way: (n_prompts, 2), KL to dense and agreement with dense."""
-    found: dict[tuple[int, float, str], list[tuple[float, float]]] = {}
-    for number, prompt in enumerate(prompts):
-        llm.core = "off"
-        ids = llm.generate(prompt, temp=temp, seed=number)
-        text = list(itertools.islice(ids, max(starts) + n_tokens))
-        dense = llm.score(prompt, text)
-        for start, beta in itertools.product(starts, betas):
-            for way in WAYS:
-                # The first of these rows is dense in one way and not in the others.
-                rows = slice(start + 1, start + n_tokens)
-                chosen = start if way == WAYS[2] else 0
-                llm.core = CoreConfig(beta=beta, patch=way != WAYS[0], start=chosen)
-                got = llm.score(prompt, text[: start + n_tokens])[rows]
-                figures = (divergence(dense[rows], got).mean(), agreement(dense[rows], got))
-                found.setdefault((start, beta, way), []).append(figures)
-    return {key: np.array(rows) for key, rows in found.items()}
+    cores = {
+        (start, beta, way): CoreConfig(
+            beta=beta, patch=way != WAYS[0], start=start if way == WAYS[2] else 0
+        )
+        for start, beta, way in itertools.product(starts, betas, WAYS)
+    }
+
+    def looked_at(key: tuple[int, float, str]) -> slice:
+        start, *_ = key  # the row before these is dense in one way and not in the others
+        return slice(start, start + n_tokens - 1)
+
+    return compare(llm, prompts, cores, max(starts) + n_tokens, temp, looked_at)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--data", required=True, help="texts as JSON lines, or one .txt")
-    parser.add_argument("--fields", nargs="+", default=["text"])
+    parser = parser_of(__doc__, prompts=12, tokens=48)
     parser.add_argument("--starts", nargs="+", type=int, default=[32, 64])
     parser.add_argument("--betas", nargs="+", type=float, default=[0.2, 0.4])
     parser.add_argument("--length", type=int, default=256, help="tokens of a prompt")
-    parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=48, help="of every continuation, after N")
     parser.add_argument("--temp", type=float, default=0.0, help="0: the likeliest token")
     args = parser.parse_args()
     if min(args.starts) < 1 or args.tokens < 2:
@@ -72,13 +61,10 @@ def main() -> None:
         prompts = read_prompts(llm, args.data, args.fields, args.length, args.prompts)
         found = measure(llm, prompts, args.starts, args.betas, args.tokens, args.temp)
     print(f"{Path(args.model).name}, {len(prompts)} prompts of {args.length} tokens\n")
-    print("| KL, agreement | " + " | ".join(WAYS) + " | less the prompt's |")
-    print("| --- |" + " --- |" * (len(WAYS) + 1))
+    print(head(["KL, agreement", *WAYS, "less the prompt's"]))
     for start, beta in itertools.product(args.starts, args.betas):
-        figures = [summary(found[start, beta, way]) for way in WAYS]
-        cells = [f"{kl:.3f} ± {error:.3f}, {hits:.2f}" for kl, error, hits in figures]
-        less, error = difference(found[start, beta, WAYS[2]], found[start, beta, WAYS[1]])
-        cells.append(f"{less:+.3f} ± {error:.3f}")
+        none, patched, after = (found[start, beta, way] for way in WAYS)
+        cells = [cell(none), cell(patched), cell(after), difference(after, patched)]
         print(f"| N = {start}, β = {beta:g} | " + " | ".join(cells) + " |")
 
 
