@@ -23,6 +23,7 @@ def test_a_saved_state_goes_on_where_it_was(tiny, core):
         state = pickle.loads(pickle.dumps(llm.save_state()))
         take(3, llm.generate([1, 2, 3]))
         llm.load_state(state)
+        assert len(state.llama_state) > 1000 > len(repr(state))
         assert llm.eval_tokens == [*prompt, *expected[:4]]
         got = []
         for _ in range(5):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -131,7 +131,7 @@ class LlamaState:
 
     input_ids: np.ndarray  # int32 (n_tokens,)
     n_tokens: int
-    llama_state: bytes
+    llama_state: bytes = field(repr=False)  # megabytes
     llama_state_size: int
     seed: int
     core_set: CoreSet | None
