@@ -92,7 +92,11 @@ def test_seeds_repeat_a_generation_and_differ_from_each_other(tiny):
         assert [take(20, llm.generate(PROMPT, temp=2.0)) for _ in range(2)] == first
         assert first[0] != first[1]
         fixed = [take(20, llm.generate(PROMPT, temp=2.0, seed=9)) for _ in range(2)]
-        assert fixed[0] == fixed[1]
+        free = [take(20, llm.generate(PROMPT, temp=2.0, seed=-1)) for _ in range(2)]
+        assert fixed[0] == fixed[1] and free[0] != free[1]
+    with load(tiny, seed=-1) as one, load(tiny, seed=-1) as other:
+        drawn = [take(20, llm.generate(PROMPT, temp=2.0)) for llm in (one, other)]
+        assert drawn[0] != drawn[1]
 
 
 def test_penalties_count_the_prompt_and_what_follows(llm):

@@ -79,7 +79,7 @@ from tiny_llama import PROMPT, load, take
         (lambda m: m("x", suffix="y"), "does not support suffix='y'"),
         (lambda m: m("x", grammar="y"), "does not support grammar='y'"),
         (lambda m: m.create_chat_completion([{"role": "user"}], top_logprobs=2), "needs logprobs"),
-        (lambda m: m.set_seed(-1), "seed is -1"),
+        (lambda m: m.set_seed(-2), "seed is -2"),
     ],
 )
 def test_bad_arguments_are_value_errors_that_leave_the_object_usable(llm, call, error):

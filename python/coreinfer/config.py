@@ -513,9 +513,9 @@ class LoadConfig(Checked):
     )
     seed: int = parameter(
         RANDOM_SEED,
-        "seed of the sampler (default: a new one every time)",
+        "seed of the sampler (default, and -1: a new one every time)",
         "int",
-        low=0,
+        low=-1,
         high=2**64 - 1,
     )
     n_gpu_layers: int = parameter(
@@ -546,6 +546,11 @@ class LoadConfig(Checked):
     f32_activations: bool = parameter(
         False, "keep activations in float32 instead of 8 bits; slower, for comparisons", "bool"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seed == -1:  # llama.cpp's word for it
+            object.__setattr__(self, "seed", RANDOM_SEED)
 
 
 # llama-cpp-python names cache types by ggml's numbers.

@@ -310,7 +310,7 @@ class TokenModel:
             self._choice.forget()
 
     def set_seed(self, seed: int) -> None:
-        """Start the sequence of sampler seeds again; 0xFFFFFFFF takes one from the system."""
+        """Start the sequence of sampler seeds again; 0xFFFFFFFF or -1 takes one from the system."""
         self._seed = LoadConfig(seed=seed).seed
         self._random = random.Random(None if self._seed == RANDOM_SEED else self._seed)
 
