@@ -366,11 +366,14 @@ def test_auto_decides_at_once_where_the_free_memory_is_short(target, models, mon
 
     with_memory(least(load))
     planned, load_for = [], loading._load
-    monkeypatch.setattr(
-        loading, "_load", lambda *args: planned.append(args[2].mode) or load_for(*args)
-    )
+
+    def planned_load(file, config, cores, **rest):
+        planned.append([core.mode for core in cores])
+        return load_for(file, config, cores, **rest)
+
+    monkeypatch.setattr(loading, "_load", planned_load)
     with Llama(path, core="auto", **options) as llm:
-        assert planned == ["exact", "stable"]
+        assert planned == [["exact"], ["stable"]]
         with pytest.warns(UserWarning, match="dense FFN weights do not stay in memory"):
             llm("ab", max_tokens=1)
         assert llm.decision.config.mode == "stable" and llm.core_set.patch

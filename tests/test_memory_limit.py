@@ -339,7 +339,7 @@ def asked_for(model, monkeypatch, rows: list[Row], **options) -> list[tuple[floa
     asked = []
 
     def engine(*args, **given):
-        asked.append((given["core_share"], given["samples"], given["needs_dense"]))
+        asked.append((given["core_share"], given["samples"], given["dense"]))
         raise MemoryError
 
     monkeypatch.setattr(_core, "Engine", engine)
@@ -365,10 +365,37 @@ def measured(config: CoreConfig, **rest) -> Row:
 def test_auto_s_limit_is_planned_with_what_may_decode(model, tuned, shares, monkeypatch):
     """With the dense weights any tuned setting; without them none that begins dense."""
     rows = [measured(CoreConfig(beta=beta, start=start)) for beta, start in tuned]
-    dense = _core.PATCH_SAMPLES if tuned else _core.EXACT_SAMPLES
+    dense = _core.EXACT_SAMPLES + (_core.PATCH_SAMPLES if tuned else 0)  # exact until it is stable
     with_dense, without = asked_for(model, monkeypatch, rows)
     assert with_dense == (shares[0], dense, True)
     assert without == (shares[1], _core.PATCH_SAMPLES, False)
+
+
+EXACT_AT_FIRST = """
+import json, re, sys
+from coreinfer import CoreConfig, Llama, _core
+from coreinfer.tuning import Row, Tuning
+path, options = sys.argv[1], {"n_ctx": 512, "n_batch": 64, "verbose": False}
+core = CoreConfig(beta=0.2)
+try:
+    Llama(path, core=CoreConfig(beta=0.2, start=1), memory_limit=1 << 20, **options)
+except MemoryError as error:
+    needed = int(re.search(r"but (\\d+) MiB are needed", str(error))[1]) + int(sys.argv[2])
+row = Row(core, 400, 0.0, 0.0, 1.0, 0.0, 0.5, speed=2.0)
+tuning = Tuning(_core.GgufFile(path).fingerprint, (row,))
+with Llama(path, tuning=tuning, memory_limit=needed << 20, **options) as llm:
+    llm("word " * 60, max_tokens=4)
+    print(llm.decision.config.mode)
+"""
+
+
+@pytest.mark.parametrize(("more", "mode"), [(0, "stable"), (12, "exact")])
+def test_auto_s_limit_has_room_for_exact_mode_beside_a_patch_s_samples(model, more, mode):
+    """What holds the dense weights and a patched core set does not yet hold exact mode's rows."""
+    program = [sys.executable, "-W", "ignore", "-c", EXACT_AT_FIRST, model, str(more)]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [mode]
 
 
 def test_auto_s_limit_is_planned_for_answers_at_every_measured_temperature(model, monkeypatch):

@@ -34,7 +34,7 @@ MemoryBudget gpu_budget(const EngineOptions& options, const BackendInfo& info) {
   budget.process = info.device_own;
   budget.file_pages = false;
   budget.core_share = options.core_share;
-  budget.needs_dense = options.needs_dense;
+  budget.dense = options.dense;
   budget.name = options.vram_limit > 0 ? "vram_limit" : "the GPU's free memory";
   return budget;
 }
@@ -60,8 +60,8 @@ std::unique_ptr<Backend> make_backend(const EngineOptions& options, const GgufFi
   budget.first_layer = n_layer - n;
   budget.session = session;
   budget.session.cache = session.cache / static_cast<uint64_t>(n_layer) * static_cast<uint64_t>(n);
-  budget.session.counts = 0;   // on the host
-  budget.needs_dense = false;  // what is there stays there
+  budget.session.counts = 0;  // on the host
+  budget.dense.reset();       // what is there stays there
   if (options.memory_limit == 0) {
     MemoryPlan(budget, file, config, *gpu)
         .check_resident(
@@ -105,7 +105,7 @@ std::shared_ptr<const Engine> Engine::load(std::shared_ptr<const GgufFile> file,
     budget.limit = options.memory_limit;
     budget.process = memory_use().rss;
     budget.core_share = options.core_share;
-    budget.needs_dense = options.needs_dense;
+    budget.dense = options.dense;
   }
   budget.session = session;
   engine->memory_ = std::make_unique<MemoryPlan>(budget, *engine->file_, config, *engine->backend_);

@@ -29,7 +29,9 @@ struct EngineOptions {
   // Share of the FFN weights that decoding will want beside the dense ones, for the limit: beta of
   // the core sets to come, 0 when decoding stays dense.
   double core_share = 0.0;
-  bool needs_dense = false;  // decoding will want the dense FFN weights themselves, too
+  // Whether the dense FFN weights must stay within the limit, too, or must not, since core weights
+  // are all that will decode; nothing: they do where there is room.
+  std::optional<bool> dense;
   std::optional<SessionOptions> session;  // the one to come, for the limit; nothing: not counted
   int64_t samples = 0;                    // FFN samples that its prefills will keep
   std::function<void(float)> progress;    // of loading, in [0, 1]

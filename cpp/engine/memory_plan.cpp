@@ -74,8 +74,9 @@ MemoryPlan::MemoryPlan(const MemoryBudget& budget, const GgufFile& file, const M
   } else {
     matrix_bytes_ = layer_bytes_;  // the next layer, while this one is computed with
   }
-  ffn_resident_ = needed(true, budget.session, core_bytes_) <= budget.limit;
-  if (budget.needs_dense) {
+  ffn_resident_ =
+      budget.dense != false && needed(true, budget.session, core_bytes_) <= budget.limit;
+  if (budget.dense == true) {
     check_resident(
         "all FFN weights, which exact mode and an answer's dense beginning (start) need, this "
         "context and these core neurons: lower beta, n_ctx or n_batch, use a smaller cache type, "

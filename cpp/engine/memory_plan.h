@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "backend/backend.h"
@@ -24,9 +25,9 @@ struct MemoryBudget {
   uint64_t process = 0;     // bytes that are, before the model is loaded; those a GPU backend needs
   bool file_pages = true;   // pages of the mapped model file count when they are read
   double core_share = 0.0;  // of the FFN weights that decoding will want beside the dense ones
-  bool needs_dense = false;           // the dense FFN weights must stay, or the limit is too low
-  SessionMemory session;              // of the session to come
-  int64_t first_layer = 0;            // above 0: only this layer and all after it are here
+  std::optional<bool> dense;  // the dense FFN weights must stay, or the limit is too low; must not
+  SessionMemory session;      // of the session to come
+  int64_t first_layer = 0;    // above 0: only this layer and all after it are here
   std::string name = "memory_limit";  // of the limit, in messages
 };
 

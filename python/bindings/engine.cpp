@@ -54,11 +54,11 @@ nb::dict backend_dict(const Engine& engine) {
 }
 
 std::shared_ptr<const Engine> load(nb::handle source, int n_threads, bool f32_activations,
-                                   uint64_t memory_limit, double core_share, bool needs_dense,
-                                   std::optional<int64_t> n_ctx, int64_t n_batch,
-                                   const std::string& type_k, const std::string& type_v,
-                                   int64_t samples, int64_t n_gpu_layers, int main_gpu,
-                                   uint64_t vram_limit,
+                                   uint64_t memory_limit, double core_share,
+                                   std::optional<bool> dense, std::optional<int64_t> n_ctx,
+                                   int64_t n_batch, const std::string& type_k,
+                                   const std::string& type_v, int64_t samples, int64_t n_gpu_layers,
+                                   int main_gpu, uint64_t vram_limit,
                                    const std::function<void(float)>& progress) {
   EngineOptions options;
   options.n_gpu_layers = n_gpu_layers;
@@ -66,7 +66,7 @@ std::shared_ptr<const Engine> load(nb::handle source, int n_threads, bool f32_ac
   options.vram_limit = vram_limit;
   options.memory_limit = memory_limit;
   options.core_share = core_share;
-  options.needs_dense = needs_dense;
+  options.dense = dense;
   if (n_ctx) {
     options.session = {*n_ctx, n_batch, kv_type_from_name(type_k), kv_type_from_name(type_v)};
     options.samples = samples;
@@ -91,14 +91,15 @@ void bind_engine(nb::module_& m) {
   nb::class_<Engine>(m, "Engine", "A loaded model on a backend, constant; shared by sessions.")
       .def(nb::new_(&load), nb::arg("source"), nb::kw_only(), nb::arg("n_threads") = 0,
            nb::arg("f32_activations") = false, nb::arg("memory_limit") = 0,
-           nb::arg("core_share") = 0.0, nb::arg("needs_dense") = false,
+           nb::arg("core_share") = 0.0, nb::arg("dense") = nb::none(),
            nb::arg("n_ctx") = nb::none(), nb::arg("n_batch") = 512, nb::arg("type_k") = "f16",
            nb::arg("type_v") = "f16", nb::arg("samples") = 0, nb::arg("n_gpu_layers") = 0,
            nb::arg("main_gpu") = 0, nb::arg("vram_limit") = 0, nb::arg("progress") = nb::none(),
            "Loads a GGUF file (a path: str, bytes or os.PathLike; or a GgufFile). memory_limit "
            "leaves room for a Session of n_ctx, n_batch, type_k and type_v that keeps so many FFN "
-           "samples (n_ctx None: for none), and for core weights of core_share, with needs_dense "
-           "beside all dense ones. Raises GGUFError for a malformed or unsupported "
+           "samples (n_ctx None: for none), and for core weights of core_share, "
+           "beside all dense ones (dense True), without them (False), or as there is room. Raises "
+           "GGUFError for a malformed or unsupported "
            "file, OSError where it cannot be read and MemoryError for a limit that is too low.")
       .def_prop_ro("gguf", [](const Engine& e) { return gguf_object(e.shared_file()); })
       .def_prop_ro("config", &config_dict)

@@ -119,13 +119,13 @@ class Auto:
 
     @property
     def settings(self) -> list[CoreConfig]:
-        """What some text may be decoded with, beside exact mode where the dense weights stay."""
+        """What some text may be decoded with; exact mode is among it if the dense weights stay."""
         if self._resident:
-            choices = [choice for choices in self._possible for choice in choices]
-        else:
-            at = [self._fastest(None, temperature) for temperature in self._temperatures()]
-            choices = [choice for pair in at for choice in pair if choice is not None]
-        return [choice.config for choice in choices] or [self.counting]
+            tuned = [choice.config for choices in self._possible for choice in choices]
+            return [*tuned, self.counting.in_mode("exact")]
+        at = [self._fastest(None, temperature) for temperature in self._temperatures()]
+        tuned = [choice.config for pair in at for choice in pair if choice is not None]
+        return tuned or [self.counting]
 
     @property
     def by_clusters(self) -> CoreConfig | None:

@@ -30,19 +30,16 @@ def load_engine(
     """
     limited = config.memory_limit or config.n_gpu_layers
     if not (limited and isinstance(core, CoreConfig) and core.mode == "auto"):
-        dense = isinstance(core, CoreConfig) and (core.mode == "exact" or core.start > 0)
-        return _load(file, config, [core], needs_dense=dense)
-    # Where the dense weights stay, any of the tuned settings may decode, or exact mode, which needs
-    # less beside them than a patched core set without. Where they do not, the limit must hold for
-    # what then decodes.
+        needed = isinstance(core, CoreConfig) and (core.mode == "exact" or core.start > 0)
+        return _load(file, config, [core], dense=True if needed else None)
     tuning = find_tuning()
     with_dense, without = (
         Auto(core, tuning, ffn_resident=resident, clusters=clusters).settings
         for resident in (True, False)
     )
     with contextlib.suppress(MemoryError):
-        return _load(file, config, with_dense, needs_dense=True)
-    return _load(file, config, without, needs_dense=False)
+        return _load(file, config, with_dense, dense=True)
+    return _load(file, config, without, dense=False)
 
 
 def _load(
@@ -50,21 +47,21 @@ def _load(
     config: LoadConfig,
     cores: Sequence[CoreConfig | CoreSet],
     *,
-    needs_dense: bool,
+    dense: bool | None,
 ) -> _core.Engine:
-    """An engine with room for any of `cores`."""
+    """An engine with room for any of `cores`, beside the `dense` weights, or as there is room."""
     return _core.Engine(
         file,
         n_threads=config.n_threads or 0,
         f32_activations=config.f32_activations,
         memory_limit=config.memory_limit or 0,
         core_share=max(map(_core_share, cores)),
-        needs_dense=needs_dense,
+        dense=dense,
         n_ctx=config.n_ctx,
         n_batch=config.n_batch,
         type_k=config.type_k,
         type_v=config.type_v,
-        samples=max(map(_samples, cores)),
+        samples=_samples(cores),
         n_gpu_layers=config.n_gpu_layers,
         main_gpu=config.main_gpu,
         vram_limit=config.vram_limit or 0,
@@ -78,10 +75,9 @@ def _core_share(core: CoreConfig | CoreSet) -> float:
     return {"off": 0.0, "similar": core.gamma}.get(core.mode, core.beta)
 
 
-def _samples(core: CoreConfig | CoreSet) -> int:
-    """FFN samples that prefills keep for a patch, or exact mode until they are counted."""
-    if not isinstance(core, CoreConfig):
-        return 0
-    if core.mode == "exact":
-        return _core.EXACT_SAMPLES
-    return _core.PATCH_SAMPLES if core.mode in ("stable", "similar") and core.patch else 0
+def _samples(cores: Sequence[CoreConfig | CoreSet]) -> int:
+    """FFN samples that prefills keep for a patch, and exact mode, beside them, until counted."""
+    configs = [core for core in cores if isinstance(core, CoreConfig)]
+    patched = any(core.mode in ("stable", "similar") and core.patch for core in configs)
+    exact = any(core.mode == "exact" for core in configs)
+    return _core.PATCH_SAMPLES * patched + _core.EXACT_SAMPLES * exact
