@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -286,6 +288,7 @@ def test_llama_bench_is_found_on_the_path(fake, model, tmp_path, monkeypatch, ca
         (["--peer", "nothing"], "is not NAME=PATH"),
         (["--peer", "a=x", "--peer", "a=y"], "the name 'a' is taken"),
         (["--peer", "coreinfer=x"], "is taken"),
+        (["--peer", "a='x"], '--peer "a=\'x": No closing quotation'),
         (["--peer", "a=x", "--alpha", "0.3"], "--alpha is for core rows: give --beta"),
     ],
 )
@@ -293,6 +296,38 @@ def test_bad_arguments_are_an_error_before_anything_runs(tmp_path, capsys, args,
     assert run_tool("m.gguf", tmp_path, *args, "--no-plot") == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-1", "x"])
+def test_a_time_that_is_none_is_a_usage_error(tmp_path, capsys, value):
+    with pytest.raises(SystemExit):
+        run_tool("m.gguf", tmp_path, "--peer", "a=x", f"--timeout={value}")
+    assert "argument --timeout: " in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_before_anything_runs(fake, tmp_path, capsys):
+    peer = f"--peer=a={fake('a')}"
+    (tmp_path / "out").write_text("")
+    assert run_tool("m.gguf", tmp_path, peer, "--no-plot") == 1
+    assert capsys.readouterr().err == (
+        f"compare_llama_cpp: error: [Errno 17] File exists: '{tmp_path / 'out'}'\n"
+    )
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("stdout", ["ascii", "full"])
+def test_a_comparison_is_written_whatever_becomes_of_stdout(fake, model, tmp_path, stdout):
+    tool, out = compare_llama_cpp.__file__, tmp_path / "out"
+    argv = [sys.executable, tool, "-m", model, f"--peer=a={fake('a')}", "--out", str(out)]
+    argv += ["-p", "8", "-n", "4", "-r", "1", "-t", "1", "--bandwidth", "0", "--no-plot"]
+    with open("/dev/full" if stdout == "full" else tmp_path / "stdout", "w") as file:
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        done = subprocess.run([*argv, "--rounds", "1"], stdout=file, env=environment)
+    assert "÷ a" in (out / "comparison.md").read_text(encoding="utf-8")
+    if stdout == "full":
+        assert done.returncode != 0
+    else:
+        assert done.returncode == 0 and "\\xf7 a" in (tmp_path / "stdout").read_text()
 
 
 def test_no_peer_anywhere_is_an_error(tmp_path, monkeypatch, capsys):

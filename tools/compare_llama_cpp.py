@@ -10,7 +10,9 @@ llama-bench is one, too.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import math
 import os
 import shlex
 import shutil
@@ -37,6 +39,14 @@ def numbers(text: str) -> list[int]:
 def count(text: str) -> int:
     """A whole number of at least 1, for argparse."""
     return numbers(text)[0]
+
+
+def seconds(text: str) -> float:
+    """A finite number above 0, for argparse."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="GIB",
         help="memory that coreinfer-bench reads to measure bandwidth; 0 skips",
     )
-    p.add_argument("--timeout", type=float, default=1800.0, help="seconds for one process")
+    p.add_argument("--timeout", type=seconds, default=1800.0, help="seconds for one process")
     p.add_argument("--out", type=Path, default=Path("comparison"), metavar="DIRECTORY")
     p.add_argument("--no-plot", action="store_true", help="do not draw roofline.png")
     return p
@@ -106,7 +116,10 @@ def find_programs(args: argparse.Namespace) -> list[Program]:
             raise ValueError(f"--peer {peer!r} is not NAME=PATH")
         if name == OURS or name in {p.name for p in programs}:
             raise ValueError(f"--peer {peer!r}: the name {name!r} is taken")
-        binary, *arguments = [path] if Path(path).exists() else shlex.split(path)
+        try:
+            binary, *arguments = [path] if Path(path).exists() else shlex.split(path)
+        except ValueError as error:
+            raise ValueError(f"--peer {peer!r}: {error}") from None
         programs.append(
             Program(
                 name,
@@ -174,9 +187,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         programs = find_programs(args)
         core = core_flags(args)
+        # What would go wrong after an hour of measuring is said before it.
         if not args.no_plot:
-            import matplotlib  # noqa: F401  (said before an hour of measuring, not after)
-    except (ValueError, FileNotFoundError) as error:
+            import matplotlib  # noqa: F401
+        args.out.mkdir(parents=True, exist_ok=True)
+        if not os.access(args.out, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(args.out))
+    except (ValueError, OSError) as error:
         print(f"compare_llama_cpp: error: {error}", file=sys.stderr)
         return 1
     except ImportError:
@@ -199,8 +216,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     rounds, failures = run_rounds(programs, args.model, settings, args.rounds)
     lines = summarize(rounds, OURS)
     table = markdown(lines, failures, [p.name for p in programs if not p.ours])
-    print(table, end="")
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "comparison.md").write_text(table, encoding="utf-8")
     raw = {
         "rounds": [[asdict(m) for m in measured] for measured in rounds],
@@ -209,6 +224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     (args.out / "comparison.json").write_text(json.dumps(raw, indent=1), encoding="utf-8")
     if not args.no_plot and not plot(lines, OURS, args.out / "roofline.png"):
         print("compare_llama_cpp: no generation row to draw", file=sys.stderr)
+    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal has a sign for ÷
+    print(table, end="")
     return 1 if any(f.program == OURS for f in failures) else 0
 
 
