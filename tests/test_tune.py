@@ -221,6 +221,14 @@ def test_every_axis_is_measured_with_every_other(model, text, capsys):
     assert {line.split("|")[5].strip() for line in lines} == {"all", "1:"}
 
 
+def test_what_is_asked_for_twice_is_measured_once(model, text, capsys):
+    asked = ["--prompts", "16,16", "--texts", "2", "-n", "4", "--betas", "0.4,0.40"]
+    asked += ["--patches", "on,64", "--temps", "0,0"]
+    assert main(["tune", str(model), "--text", text, *asked]) == 0
+    assert len(Tuning.load(tuning_path(model)).rows) == 1
+    assert capsys.readouterr().err.count("within KL 0.05 at temperature 0: ") == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "error"),
     [

@@ -177,7 +177,7 @@ def _listed(values: Sequence[Any]) -> str:
 def _list_of(kind: Callable[[str], Any]):
     def parse(text: str) -> tuple:
         try:
-            values = tuple(kind(part) for part in text.split(","))
+            values = tuple(dict.fromkeys(kind(part) for part in text.split(",")))
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a list of {kind.__name__}") from None
         return values
@@ -238,6 +238,7 @@ def call(args: argparse.Namespace) -> int:
     elif args.gammas is not None or args.embedder is not None:
         idle = "--gammas" if args.gammas is not None else "--embedder"
         parser.error(f"{idle}: no effect without --clusters")
+    configs = list(dict.fromkeys(configs))  # as of --patches on,64
     for temperature in args.temps:
         options.make(
             parser, SamplingConfig, {"temperature": temperature}, {"temperature": "--temps"}
