@@ -381,6 +381,9 @@ def test_an_object_says_what_it_is(tiny):
 def test_what_llama_cpp_python_has_and_this_has_not_is_said(llm):
     with pytest.raises(AttributeError, match="has no attribute 'embed', which .*: coreinfer makes"):
         llm.embed("x")
+    for name in ("pooling_type", "logits_to_logprobs", "create_chat_completion_openai_v1"):
+        with pytest.raises(AttributeError, match=f"'{name}', which llama-cpp-python's has: "):
+            getattr(llm, name)
     with pytest.raises(AttributeError, match="no attribute 'emebd'$"):
         llm.emebd("x")
     assert not hasattr(llm, "create_embedding")

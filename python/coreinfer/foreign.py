@@ -103,6 +103,9 @@ _NO_EMBEDDINGS = "coreinfer makes no embeddings of texts"
 ATTRIBUTES: Mapping[str, str] = {
     "embed": _NO_EMBEDDINGS,
     "create_embedding": _NO_EMBEDDINGS,
+    "pooling_type": _NO_EMBEDDINGS,
+    "create_chat_completion_openai_v1": "create_chat_completion gives the same as a dictionary",
+    "logits_to_logprobs": "logprobs=N of a completion and score(...) give ln p",
     "set_cache": "the last text is kept by itself; save_state and load_state keep others",
     "scores": "eval_logits is the last position's, score(prompt, continuation) gives ln p of all",
     "ctx": "there is no llama.cpp behind it",
