@@ -249,6 +249,13 @@ def test_wrong_usage_names_a_flag_that_there_is(flags, error, text, no_model, ca
     assert error in capsys.readouterr().err
 
 
+def test_a_flag_that_is_like_none_is_given_no_other(text, capsys):
+    """The dashes that all flags begin with make them no more alike."""
+    with pytest.raises(SystemExit):
+        main(["tune", "model", "--text", text, "--lengths", "64"])
+    assert capsys.readouterr().err.endswith("unrecognized arguments: --lengths 64\n")
+
+
 def test_a_weighting_that_is_neither_on_nor_off_is_a_usage_error(text, capsys):
     with pytest.raises(SystemExit):
         main(["tune", "model", "--text", text, "--weighted", "off,yes"])

@@ -72,9 +72,9 @@ def _unrecognized(args: argparse.Namespace, unknown: list[str]) -> str:
     for action in args.parser._actions if "parser" in args else ():
         for spelled in (*action.option_strings, "--" + action.dest.replace("_", "-")):
             if action.option_strings:
-                meant.setdefault(spelled, max(action.option_strings, key=len))
+                meant.setdefault(spelled.lstrip("-"), max(action.option_strings, key=len))
     for given in unknown:
-        near = difflib.get_close_matches(given.split("=")[0], meant, n=1)
+        near = difflib.get_close_matches(given.split("=")[0].lstrip("-"), meant, n=1)
         if given.startswith("--") and near:
             message += f"; instead of {given} did you mean {meant[near[0]]}?"
     return message
