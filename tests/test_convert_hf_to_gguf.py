@@ -39,9 +39,10 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_context_length": 32,
 }
+YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 16}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"arch": "llama", **SMALL, "rope_scaling": LLAMA3},
-    "qwen2": {"arch": "qwen2", **SMALL, "n_head_kv": 2, "tied": False},
+    "qwen2": {"arch": "qwen2", **SMALL, "n_head_kv": 2, "tied": False, "rope_scaling": YARN},
     "qwen3": {"arch": "qwen3", **SMALL, "head_dim": 24},
     "gemma3": {
         "arch": "gemma3",
@@ -270,6 +271,36 @@ def test_newer_rope_parameters_mean_the_same(tmp_path):
     assert shape_from_config(config) == old == shape
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {"original_context_length": 32}),  # all that the model was trained for
+        ({"original_max_position_embeddings": 8}, {"original_context_length": 8}),
+        (
+            {"beta_fast": 16, "beta_slow": 2, "mscale": None},
+            {"original_context_length": 32, "yarn_beta_fast": 16, "yarn_beta_slow": 2},
+        ),
+        (
+            {"attention_factor": 1.5},  # in place of 0.1 ln 4 + 1
+            {"original_context_length": 32, "attn_factor": 1.5 / 1.1386294361119891},
+        ),
+        (
+            {"mscale": 0.5, "mscale_all_dim": 2.0},
+            {
+                "original_context_length": 32,
+                "attn_factor": 1.0693147180559945 / 1.2772588722239782 / 1.1386294361119891,
+            },
+        ),
+    ],
+)
+def test_yarn_parameters_become_those_of_gguf(tmp_path, fields, expected):
+    shape = make_tiny_model(tmp_path / "m.gguf", **MODELS["qwen2"] | {"rope_scaling": None})
+    config = config_of(shape) | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0} | fields}
+    scaling = shape_from_config(config).rope_scaling
+    assert scaling.pop("type") == "yarn" and scaling.pop("factor") == 4.0
+    assert scaling == pytest.approx(expected)
+
+
 def test_sliding_window_of_mistral_bounds_the_context():
     config = {
         "architectures": ["MistralForCausalLM"],
@@ -295,7 +326,8 @@ def test_sliding_window_of_mistral_bounds_the_context():
         ("llama", {"architectures": None}, "none"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("llama", {"attention_bias": True}, "attention_bias"),
-        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic'"),
+        ("qwen2", {"rope_scaling": YARN | {"truncate": False}}, "truncate is False"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
         ("opt", {"activation_function": "gelu"}, "activation_function"),
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),

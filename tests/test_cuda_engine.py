@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from reference import neurons as oracle
 from reference.model import ReferenceModel
 from reference.quant import kl_divergence, log_softmax
 
+GOLDEN = np.load(Path(__file__).parent / "golden" / "transformers_logits.npz")
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3", "opt"]
 
 
@@ -78,6 +80,20 @@ def test_logits_equal_the_float64_oracle(batches, models, arch):
     for i in range(21, 25):
         session.decode(int(tokens[i]))
         np.testing.assert_allclose(session.logits(), expected[i], atol=tolerance)
+
+
+@pytest.mark.parametrize("case", ["llama_yarn", "qwen2_yarn_long"])
+def test_logits_equal_transformers(batches, tmp_path, case):
+    path = str(tmp_path / "m.gguf")
+    make_tiny_model(path, **json.loads(str(GOLDEN["cases"]))[case])
+    tokens, expected = GOLDEN[f"{case}.tokens"], GOLDEN[f"{case}.logits"]
+    session = _core.Session(on_gpu(path, f32_activations=True), type_k="f32", type_v="f32")
+    for at, logits in zip(GOLDEN[f"{case}.positions"], expected, strict=True):
+        session.keep(0)
+        if at > 0:
+            session.prefill(tokens[:at])
+        session.decode(int(tokens[at]))
+        np.testing.assert_allclose(session.logits(), logits, atol=3e-4 * expected.std())
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "Q4_0", "Q4_K", "Q6_K"])

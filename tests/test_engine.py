@@ -4,6 +4,7 @@ against what `transformers` computed (tests/golden, see tools/update_goldens.py)
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ STATISTICS = ["count", "count_gate", "count_abs", "flock"]
 DTYPES = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
 GOLDEN = np.load(Path(__file__).parent / "golden" / "transformers_logits.npz")
 CASES = json.loads(str(GOLDEN["cases"]))
+YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 64}
 PROMPT_LENGTH = 21  # above the 16 rows of the exact path, so that both paths run
 
 
@@ -188,7 +190,14 @@ def test_rope_and_head_variants(models, arch):
             {"extra_metadata": {"gemma3.attn_logit_softcapping": 1.0}},
             {"extra_metadata": {"gemma3.final_logit_softcapping": 1.0}},
         ],
-        "qwen2": [{"tied": False}],
+        "qwen2": [
+            {"tied": False},
+            {"rope_scaling": YARN},
+            {"rope_scaling": YARN | {"yarn_beta_fast": 8.0, "yarn_beta_slow": 0.5}},
+            {"rope_scaling": YARN | {"factor": 0.5}},
+            {"rope_scaling": YARN, "extra_metadata": {"qwen2.rope.scaling.attn_factor": 1.3}},
+            {"extra_metadata": {"qwen2.rope.scaling.attn_factor": 1.3}},
+        ],
         "qwen3": [{"tied": True, "head_dim": 32}],
         "opt": [{"n_head": 8, "n_head_kv": 8, "head_dim": 32}],
     }
@@ -217,8 +226,10 @@ def test_rope_and_head_variants(models, arch):
         ("llama", "logit_scale", 16),
         ("llama", "residual_scale", 0.22),
         ("llama", "residual_scale", "large"),
-        ("qwen3", "rope.scaling.attn_factor", 1.2),
-        ("qwen2", "rope.scaling.type", "yarn"),
+        ("qwen3", "rope.scaling.attn_factor", 0.0),
+        ("qwen3", "rope.scaling.attn_factor", float("nan")),
+        ("llama", "rope.scaling.type", "longrope"),
+        ("gemma3", "rope.scaling.type", "yarn"),
         ("opt", "attention.max_alibi_bias", 8.0),
         ("gemma3", "attention.sliding_window_pattern", [1, 0]),
     ],
@@ -228,6 +239,60 @@ def test_what_is_not_computed_is_refused(models, arch, key, value):
     with pytest.raises(_core.GGUFError) as error:
         _core.Engine(path)
     assert path in str(error.value) and f"{arch}.{key}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope.scaling.factor", None),
+        ("rope.scaling.factor", 0.0),
+        ("rope.scaling.factor", float("nan")),
+        ("rope.scaling.factor", "four"),
+        ("rope.scaling.original_context_length", 0),
+        ("rope.scaling.original_context_length", 64.5),
+        ("rope.scaling.yarn_beta_slow", 0.0),
+        ("rope.scaling.yarn_beta_fast", 1.0),  # no more than the slow one
+        ("rope.scaling.yarn_beta_fast", float("inf")),
+        ("rope.scaling.yarn_ext_factor", 0.5),
+        ("rope.scaling.yarn_attn_factor", 1.5),
+        ("rope.scaling.yarn_log_multiplier", -1.0),
+        ("rope.freq_base", 1.0),
+    ],
+)
+def test_malformed_yarn_is_refused_by_its_key(models, key, value):
+    metadata = {f"llama.{key}": value}
+    path = models("llama", rope_scaling=YARN, extra_metadata=metadata)
+    with pytest.raises(_core.GGUFError) as error:
+        _core.Engine(path)
+    assert path in str(error.value) and f"llama.{key}" in str(error.value)
+
+
+def test_yarn_keys_that_change_nothing_are_accepted(models):
+    """Also in a file without YaRN: llama.cpp's own writer puts the unset ones into every file."""
+    unset = {
+        "yarn_ext_factor": -1.0,
+        "yarn_attn_factor": 1.0,
+        "yarn_beta_fast": 32.0,
+        "yarn_beta_slow": 1.0,
+        "yarn_log_multiplier": 0.0,
+    }
+    same = {"yarn_ext_factor": 1.0, "yarn_attn_factor": 0.1 * math.log(4.0) + 1.0}
+    trained = YARN | {"original_context_length": 256}  # which absent means, too
+    for neutral, scaling, other in [
+        (unset, None, None),
+        (unset, YARN, YARN),
+        (same, YARN, YARN),
+        ({"original_context_length": None}, trained, trained),
+    ]:
+        metadata = {f"llama.rope.scaling.{k}": v for k, v in neutral.items()}
+        paths = (
+            models("llama", rope_scaling=scaling, extra_metadata=metadata),
+            models("llama", rope_scaling=other),
+        )
+        got, expected = (
+            logits_after(_core.Session(_core.Engine(p)), tokens_of(20, 320)) for p in paths
+        )
+        np.testing.assert_array_equal(got, expected)
 
 
 def test_keys_that_change_nothing_are_accepted(models):

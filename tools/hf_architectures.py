@@ -4,6 +4,7 @@ two changes of values (llama's rotary row order, Gemma's norms as 1 + w). Nothin
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -202,7 +203,7 @@ def _rotary_shape(arch: str, config: dict[str, Any]) -> ModelShape:
         tied=config.get("tie_word_embeddings", False),
         rope_freq_base=rope.get("rope_theta", 10000.0),
         norm_eps=config["rms_norm_eps"],
-        rope_scaling=_rope_scaling(rope),
+        rope_scaling=_rope_scaling(rope, config["max_position_embeddings"]),
         sliding_window=window if gemma3 else None,
     )
 
@@ -214,7 +215,7 @@ def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     return {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
 
 
-def _rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
+def _rope_scaling(rope: dict[str, Any], n_ctx: int) -> dict[str, Any] | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
@@ -228,9 +229,34 @@ def _rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
             "high_freq_factor": rope["high_freq_factor"],
             "original_context_length": rope["original_max_position_embeddings"],
         }
+    if kind == "yarn":
+        return _yarn(rope, n_ctx)
     raise CheckpointError(
-        f"config.json: rope scaling {kind!r} is not supported, expected default, linear or llama3"
+        f"config.json: rope scaling {kind!r} is not supported, expected default, linear, yarn or "
+        "llama3"
     )
+
+
+def _yarn(rope: dict[str, Any], n_ctx: int) -> dict[str, Any]:
+    """A GGUF has a factor beside the one that follows from YaRN's, where transformers has one in
+    its place or works it out with other weights."""
+    _expect(rope, "truncate", True)
+
+    def magnitude(weight: float = 1.0) -> float:
+        return 0.1 * weight * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
+
+    wanted = rope.get("attention_factor")
+    if wanted is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        wanted = magnitude(rope["mscale"]) / magnitude(rope["mscale_all_dim"])
+    scaling = {
+        "type": "yarn",
+        "factor": rope["factor"],
+        "original_context_length": rope.get("original_max_position_embeddings", n_ctx),
+        "yarn_beta_fast": rope.get("beta_fast"),
+        "yarn_beta_slow": rope.get("beta_slow"),
+        "attn_factor": wanted and wanted / magnitude(),
+    }
+    return {key: value for key, value in scaling.items() if value}
 
 
 def _check_gemma3(config: dict[str, Any], rope: dict[str, Any], head_dim: int) -> None:

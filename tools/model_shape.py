@@ -32,6 +32,7 @@ FILE_TYPES = {
     "BF16": 32,
 }  # general.file_type
 QUANTIZATION_VERSION = 2
+YARN_FIELDS = ("yarn_beta_fast", "yarn_beta_slow", "yarn_log_multiplier")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class ModelShape:
     tied: bool = False
     rope_freq_base: float = 10000.0
     norm_eps: float = 1e-5
-    # {"type": "linear", "factor": f}, or {"type": "llama3", "factor", "low_freq_factor",
+    # {"type": "linear", "factor": f}, or {"type": "yarn", "factor", "original_context_length",
+    # perhaps "attn_factor" and YARN_FIELDS}, or {"type": "llama3", "factor", "low_freq_factor",
     # "high_freq_factor", "original_context_length"} (llama only: stored as rope_freqs.weight)
     rope_scaling: dict[str, Any] | None = None
     sliding_window: int | None = None  # gemma3's local layers
@@ -83,8 +85,12 @@ class ModelShape:
         if self.arch == "opt" and not self.tied:
             raise ValueError("opt has a tied head: tied must be True")
         kind = self.rope_scaling and self.rope_scaling["type"]
-        allowed = {"llama": (None, "linear", "llama3"), "opt": (None,)}
-        if kind not in allowed.get(self.arch, (None, "linear")):
+        allowed = {
+            "llama": (None, "linear", "yarn", "llama3"),
+            "gemma3": (None, "linear"),
+            "opt": (None,),
+        }
+        if kind not in allowed.get(self.arch, (None, "linear", "yarn")):
             raise ValueError(f"rope_scaling type {kind!r} does not exist for {self.arch}")
         return self
 
@@ -203,9 +209,16 @@ def architecture_fields(shape: ModelShape, file_type: str, name: str) -> dict[st
     if arch == "llama":
         fields["llama.rope.dimension_count"] = shape.head_dim
         fields["llama.vocab_size"] = shape.n_vocab
-    if shape.rope_scaling and shape.rope_scaling["type"] == "linear":
-        fields[f"{arch}.rope.scaling.type"] = "linear"
-        fields[f"{arch}.rope.scaling.factor"] = float(shape.rope_scaling["factor"])
+    scaling = shape.rope_scaling or {}
+    if scaling.get("type") in ("linear", "yarn"):
+        fields[f"{arch}.rope.scaling.type"] = scaling["type"]
+        fields[f"{arch}.rope.scaling.factor"] = float(scaling["factor"])
+    if scaling.get("type") == "yarn":
+        key = f"{arch}.rope.scaling.original_context_length"
+        fields[key] = scaling["original_context_length"]
+        for field in ("attn_factor", *YARN_FIELDS):
+            if field in scaling:
+                fields[f"{arch}.rope.scaling.{field}"] = float(scaling[field])
     if shape.sliding_window:
         fields[f"{arch}.attention.sliding_window"] = shape.sliding_window
     fields["general.file_type"] = FILE_TYPES[file_type]

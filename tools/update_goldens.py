@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,12 @@ CASES: dict[str, dict[str, Any]] = {
         "head_dim": 32,
         "rope_scaling": LLAMA3,
     },
+    "llama_yarn": {
+        "arch": "llama",
+        "seed": 11,
+        **SMALL,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_context_length": 32},
+    },
     "qwen2": {"arch": "qwen2", "seed": 4, **SMALL},
     "qwen3": {"arch": "qwen3", "seed": 5, **SMALL, "head_dim": 24},
     "gemma3": {
@@ -84,6 +91,34 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "opt": {"arch": "opt", "seed": 8, **SMALL, "n_head_kv": 4},
     "qwen3_long": {"arch": "qwen3", "seed": 9, **SMALL, "n_ctx": 128, "head_dim": 40, "tied": True},
+    "qwen2_yarn_long": {
+        "arch": "qwen2",
+        "seed": 12,
+        **SMALL,
+        "n_ctx": 128,
+        "rope_freq_base": 500.0,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 2.5,
+            "original_context_length": 48,
+            "yarn_beta_fast": 3.0,
+            "yarn_beta_slow": 0.25,
+            "attn_factor": 1.3,
+        },
+    },
+    "qwen3_yarn": {
+        "arch": "qwen3",
+        "seed": 13,
+        **SMALL,
+        "head_dim": 40,
+        "rope_freq_base": 1e6,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 16.0,
+            "original_context_length": 1000,
+            "yarn_log_multiplier": 0.5,
+        },
+    },
     "gemma3_long": {
         "arch": "gemma3",
         "seed": 10,
@@ -170,6 +205,14 @@ def rope_of(shape: ModelShape) -> dict[str, Any]:
     out = {"rope_type": scaling.pop("type"), "rope_theta": shape.rope_freq_base}
     if "original_context_length" in scaling:
         scaling["original_max_position_embeddings"] = scaling.pop("original_context_length")
+    for theirs, ours in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
+        if ours in scaling:
+            scaling[theirs] = scaling.pop(ours)
+    if "yarn_log_multiplier" in scaling:
+        scaling |= {"mscale": 1.0, "mscale_all_dim": scaling.pop("yarn_log_multiplier")}
+    if "attn_factor" in scaling:  # theirs takes the place of the computed factor
+        computed = 0.1 * math.log(scaling["factor"]) + 1.0
+        scaling["attention_factor"] = scaling.pop("attn_factor") * computed
     return out | scaling
 
 

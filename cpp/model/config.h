@@ -40,6 +40,7 @@ struct ModelConfig {
 
   RopeKind rope = RopeKind::kNone;
   int64_t rope_dim = 0;
+  float rope_scale = 1.0f;  // cos and sin are multiplied by it
   float attention_scale = 0.0f;
   float attention_softcap = 0.0f;  // 0: none
   float final_softcap = 0.0f;      // 0: none

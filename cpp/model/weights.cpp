@@ -92,6 +92,7 @@ LayerWeights load_layer(Loader& loader, const ModelConfig& c, const LayerConfig&
   a.rope = c.rope;
   a.rope_dim = c.rope_dim;
   a.rope_freq = layer.rope_freq;
+  a.rope_scale = c.rope_scale;
 
   w.attn_post_norm = loader.norm("post_attention_norm", c.n_embd, c.post_norm, Presence::kNever);
   w.ffn_norm = loader.norm("ffn_norm", c.n_embd, always, c.norm_bias);

@@ -7,6 +7,7 @@ restricted to given columns. No chunking, no threads, no quantised arithmetic.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,9 @@ class Config:
     head_dim: int
     norm_eps: float
     rope_base: float
-    rope_scale: float  # positions are multiplied by it (1 / linear factor)
+    rope_factor: float  # angles are divided by it
+    yarn: tuple[float, float, float] | None  # original context, beta_fast, beta_slow
+    rope_magnitude: float  # cos and sin are multiplied by it
     attn_scale: float
     window: int | None  # sliding window of local layers
     pattern: int | list[int]  # of local layers: every which one is global, or a flag for each
@@ -53,8 +56,20 @@ class Config:
             return file.field(f"{arch}.{key}", default)
 
         scaling = file.field(f"{arch}.rope.scaling.type", "none")
-        if scaling not in ("none", "linear"):
+        known = ("none", "linear", *(["yarn"] if arch in ("llama", "qwen2", "qwen3") else []))
+        if scaling not in known:
             raise ValueError(f"the oracle does not know rope scaling {scaling!r}")
+        factor = float(get("rope.scaling.factor", 1.0)) if scaling != "none" else 1.0
+        magnitude = float(get("rope.scaling.attn_factor", 1.0))
+        yarn = None
+        if scaling == "yarn":
+            original = float(get("rope.scaling.original_context_length", get("context_length")))
+            fast, slow = (
+                get(f"rope.scaling.yarn_beta_{k}", d) for k, d in (("fast", 32), ("slow", 1))
+            )
+            yarn = (original, fast, slow)
+            weight = get("rope.scaling.yarn_log_multiplier", 0.0)
+            magnitude *= yarn_magnitude(factor, 1.0) / yarn_magnitude(factor, weight)
         n_layer, n_embd, n_head = (
             int(get(key)) for key in ("block_count", "embedding_length", "attention.head_count")
         )
@@ -72,7 +87,9 @@ class Config:
             head_dim=head_dim,
             norm_eps=float(get(f"attention.{eps_key}")),
             rope_base=float(get("rope.freq_base", 10000.0)),
-            rope_scale=1.0 / float(get("rope.scaling.factor", 1.0)) if scaling == "linear" else 1.0,
+            rope_factor=factor,
+            yarn=yarn,
+            rope_magnitude=magnitude,
             attn_scale=narrow**-0.5,
             window=int(window) or None,
             pattern=get("attention.sliding_window_pattern", GEMMA3_GLOBAL_EVERY),
@@ -88,6 +105,24 @@ class Config:
         else:
             slides = self.pattern == 0 or (layer + 1) % self.pattern != 0
         return self.window is not None and slides
+
+    def rope_frequencies(self, layer: int) -> np.ndarray:
+        """Radians a position, for each pair of rotated dimensions, without what tensors add."""
+        half = self.head_dim // 2
+        if self.is_local(layer):
+            return frequencies(self.local_rope_base, half)
+        own = frequencies(self.rope_base, half)
+        if self.yarn is None:
+            return own / self.rope_factor
+        original, fast, slow = self.yarn
+
+        def pair_that_turns(times: float) -> float:
+            return half * math.log(original / (times * 2 * math.pi)) / math.log(self.rope_base)
+
+        first = max(math.floor(pair_that_turns(fast)), 0)
+        last = min(math.ceil(pair_that_turns(slow)), 2 * half - 1)
+        interpolated = np.clip((np.arange(half) - first) / max(last - first, 0.001), 0, 1)
+        return own * (1 - interpolated) + own / self.rope_factor * interpolated
 
 
 @dataclass
@@ -253,14 +288,11 @@ class ReferenceModel:
         """Rotate pairs of dimensions: (2j, 2j+1) for llama, (j, j + head_dim/2) for the others."""
         config = self.config
         half = config.head_dim // 2
-        local = config.is_local(layer)
-        base = config.local_rope_base if local else config.rope_base
-        frequency = base ** (-np.arange(half, dtype=np.float64) / half)
+        frequency = config.rope_frequencies(layer)
         if "rope_freqs.weight" in self.file:
             frequency = frequency / self.weight("rope_freqs.weight")
-        scale = 1.0 if local else config.rope_scale
-        angle = (positions[:, None] * scale * frequency)[:, None, :]  # (n, 1, half)
-        cos, sin = np.cos(angle), np.sin(angle)
+        angle = (positions[:, None] * frequency)[:, None, :]  # (n, 1, half)
+        cos, sin = np.cos(angle) * config.rope_magnitude, np.sin(angle) * config.rope_magnitude
         even = np.s_[..., 0::2] if config.arch == "llama" else np.s_[..., :half]
         odd = np.s_[..., 1::2] if config.arch == "llama" else np.s_[..., half:]
         out = np.empty_like(x)
@@ -285,6 +317,16 @@ class ReferenceModel:
             kept[:, core] = h[:, core]
             h = kept
         return self._linear(h, f"{blk}.ffn_down"), h, act
+
+
+def frequencies(base: float, half: int) -> np.ndarray:
+    """base ** (-i / half) of `half` pairs."""
+    return base ** (-np.arange(half, dtype=np.float64) / half)
+
+
+def yarn_magnitude(factor: float, weight: float) -> float:
+    """What YaRN multiplies cos and sin by, so that attention stays as sharp."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def softcapped(x: np.ndarray, cap: float) -> np.ndarray:

@@ -1,6 +1,9 @@
 #include "model/arch/arch.h"
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
+#include <numbers>
 
 #include "base/error.h"
 
@@ -42,7 +45,6 @@ constexpr Unsupported kUnsupported[] = {
     {"logit_scale", 1},
     {"residual_scale", 1},
     {"rope.scaling.alpha", 0},
-    {"rope.scaling.attn_factor", 1},
     {"use_parallel_residual", 0},
 };
 
@@ -201,13 +203,14 @@ void HyperParameters::read_sizes() {
   c.layers.resize(static_cast<size_t>(c.n_layer));
 }
 
-float HyperParameters::rope_scaling_factor() const {
+RopeScaling HyperParameters::linear_scaling() const {
   const Metadata& metadata = file.metadata();
   const std::string type = metadata.maybe_string(key("rope.scaling.type")).value_or("linear");
-  if (type == "none") return 1.0f;
+  if (type == "none") return {};
   if (type != "linear") {
     throw_error(ErrorKind::kGguf,
-                "%s: %s is \"%s\", supported: \"none\", \"linear\" (and rope_freqs.weight)",
+                "%s: %s is \"%s\", supported: \"none\", \"linear\" (and rope_freqs.weight), and in "
+                "llama, qwen2 and qwen3 \"yarn\"",
                 file.path().c_str(), key("rope.scaling.type").c_str(), type.c_str());
   }
   float factor = 0.0f;
@@ -220,16 +223,71 @@ float HyperParameters::rope_scaling_factor() const {
     throw_error(ErrorKind::kGguf, "%s: %s is %g, expected a finite number of at least 0",
                 file.path().c_str(), key("rope.scaling.factor").c_str(), factor);
   }
-  return factor == 0.0f ? 1.0f : factor;
+  return {factor == 0.0f ? 1.0f : factor};
 }
 
-std::shared_ptr<const std::vector<float>> HyperParameters::rope_frequencies(float base,
-                                                                            float factor) const {
+// What llama.cpp and Transformers both compute. llama.cpp reads the two betas and the logarithm's
+// multiplier (Transformers' mscale_all_dim, with an mscale of 1) in some architectures only, and
+// takes the defaults in llama and qwen; here the file's values hold, as in Transformers.
+RopeScaling HyperParameters::read_yarn(float base) {
+  RopeScaling s;
+  s.factor = number("rope.scaling.factor", 0.0);
+  s.yarn_context = integer_or("rope.scaling.original_context_length", config.n_ctx, 1, kMaxContext);
+  s.beta_slow = number_or("rope.scaling.yarn_beta_slow", s.beta_slow, 0.0);
+  s.beta_fast = number_or("rope.scaling.yarn_beta_fast", s.beta_fast, s.beta_slow);
+  if (base <= 1.0f) {
+    throw_error(ErrorKind::kGguf, "%s: %s is %g, expected a number above 1 for YaRN",
+                file.path().c_str(), key("rope.freq_base").c_str(), base);
+  }
+  constexpr double kAny = -std::numeric_limits<double>::infinity();
+  const float ramp = number_or("rope.scaling.yarn_ext_factor", 1.0f, kAny);
+  if (ramp >= 0.0f && ramp != 1.0f) {  // below 0: not set
+    throw_error(ErrorKind::kGguf, "%s: %s is %g, which is not supported; expected 1 or no such key",
+                file.path().c_str(), key("rope.scaling.yarn_ext_factor").c_str(), ramp);
+  }
+  const auto magnitude = [&](double weight) {
+    return s.factor > 1.0f ? 0.1 * weight * std::log(static_cast<double>(s.factor)) + 1.0 : 1.0;
+  };
+  const double multiplier = number_or("rope.scaling.yarn_log_multiplier", 0.0f, -1e-30);
+  const double scale = magnitude(1.0) / magnitude(multiplier);
+  // In Transformers this takes the place of the computed factor, in the paper's code it is
+  // multiplied by it, and llama.cpp passes it over. Where these agree it changes nothing.
+  const double replaced = number_or("rope.scaling.yarn_attn_factor", 1.0f, 0.0);
+  if (replaced != 1.0 && std::abs(replaced / scale - 1.0) > 1e-4) {
+    throw_error(ErrorKind::kGguf,
+                "%s: %s is %g, which is not supported; expected 1, %g or no such key",
+                file.path().c_str(), key("rope.scaling.yarn_attn_factor").c_str(), replaced, scale);
+  }
+  config.rope_scale *= static_cast<float>(scale);
+  return s;
+}
+
+std::shared_ptr<const std::vector<float>> HyperParameters::rope_frequencies(
+    float base, const RopeScaling& scaling) const {
   const int64_t n = config.rope_dim / 2;
+  // YaRN: pairs up to the first keep their frequency, from the last on it is divided.
+  const auto pair_turning = [&](double times) {
+    return static_cast<double>(n) *
+           std::log(static_cast<double>(scaling.yarn_context) / (times * 2.0 * std::numbers::pi)) /
+           std::log(static_cast<double>(base));
+  };
+  double first = 0.0, last = 0.0;
+  if (scaling.yarn_context > 0) {
+    first = std::max(0.0, std::floor(pair_turning(scaling.beta_fast)));
+    last = std::min(static_cast<double>(config.rope_dim - 1),
+                    std::ceil(pair_turning(scaling.beta_slow)));
+    last = std::max(last, first + 0.001);
+  }
   auto freq = std::make_shared<std::vector<float>>(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) {
     const double power = -2.0 * static_cast<double>(i) / static_cast<double>(config.rope_dim);
-    (*freq)[static_cast<size_t>(i)] = static_cast<float>(std::pow(base, power) / factor);
+    const double own = std::pow(base, power);
+    double divided = 1.0;
+    if (scaling.yarn_context > 0) {
+      divided = std::clamp((static_cast<double>(i) - first) / (last - first), 0.0, 1.0);
+    }
+    (*freq)[static_cast<size_t>(i)] =
+        static_cast<float>(own / scaling.factor * divided + own * (1.0 - divided));
   }
   if (config.rope_factors == Presence::kNever) return freq;
   const Mat factors = file.maybe("rope_freqs.weight", {n});
@@ -258,6 +316,7 @@ void HyperParameters::read_rope_shape(RopeKind kind) {
     throw_error(ErrorKind::kGguf, "%s: %s is %lld, expected an even number", file.path().c_str(),
                 key("rope.dimension_count").c_str(), static_cast<long long>(config.rope_dim));
   }
+  config.rope_scale = number_or("rope.scaling.attn_factor", 1.0f, 0.0);
 }
 
 void HyperParameters::read_rope(RopeKind kind) {
@@ -272,7 +331,8 @@ void HyperParameters::read_rope(RopeKind kind) {
   }
   config.rope_factors = Presence::kMaybe;
   const float base = number_or("rope.freq_base", 10000.0f, 0.0);
-  const auto freq = rope_frequencies(base, rope_scaling_factor());
+  const bool yarn = file.metadata().maybe_string(key("rope.scaling.type")) == "yarn";
+  const auto freq = rope_frequencies(base, yarn ? read_yarn(base) : linear_scaling());
   for (LayerConfig& layer : config.layers) layer.rope_freq = freq;
 }
 

@@ -18,6 +18,16 @@ std::string supported_architectures();
 
 namespace arch {
 
+// How the angles of rotary positions are scaled: all divided by `factor`, or, with YaRN, those of
+// pairs that turn less than beta_slow times within the original context, while those that turn more
+// than beta_fast times stay as they are, and between them there is a ramp.
+struct RopeScaling {
+  float factor = 1.0f;
+  int64_t yarn_context = 0;  // positions of the original context; 0: no YaRN
+  float beta_fast = 32.0f;
+  float beta_slow = 1.0f;
+};
+
 // Metadata keys of one architecture, "llama.block_count" from key("block_count"), and the parts
 // that all readers share.
 class HyperParameters {
@@ -35,16 +45,19 @@ class HyperParameters {
   // n_layer, n_embd, n_ff, heads, head_dim, n_vocab, n_ctx, softcaps; refuses mixture-of-experts
   // files, and keys that ask for what no architecture here does.
   void read_sizes();
-  // Inverse frequencies base^(-2i/rope_dim) / factor, divided by rope_freqs.weight where the
+  // Inverse frequencies base^(-2i/rope_dim), scaled, divided by rope_freqs.weight where the
   // architecture may have it and the file does.
-  std::shared_ptr<const std::vector<float>> rope_frequencies(float base, float factor) const;
-  // How many elements of a head are rotated, and in which order.
+  std::shared_ptr<const std::vector<float>> rope_frequencies(float base,
+                                                             const RopeScaling& scaling) const;
+  // How many elements of a head are rotated, in which order, and the factor on cos and sin.
   void read_rope_shape(RopeKind kind);
-  // The same and base, linear scaling and Llama-3 factors, alike for all layers, which all see the
-  // whole context.
+  // The same and base, linear scaling, YaRN and Llama-3 factors, alike for all layers, which all
+  // see the whole context.
   void read_rope(RopeKind kind);
-  // The linear scaling factor (1: none); an error for kinds that are not supported.
-  float rope_scaling_factor() const;
+  // Linear scaling; an error for kinds that are not supported.
+  RopeScaling linear_scaling() const;
+  // YaRN's, and its factor on cos and sin into the configuration.
+  RopeScaling read_yarn(float base);
 
   const GgufFile& file;
   ModelConfig config;
