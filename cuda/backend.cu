@@ -510,12 +510,14 @@ void CudaBackend::exact_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, 
                                Rows h, Rows act_gate, const Ready& ready) {
   const CudaWeight& up = cuda_weight(*ffn.up);
   const CudaWeight* gate = ffn.gate ? &cuda_weight(*ffn.gate) : nullptr;
-  const float* bias = ffn.up_bias ? ffn.up_bias->data() : nullptr;
+  const float* up_bias = ffn.up_bias ? ffn.up_bias->data() : nullptr;
+  const float* gate_bias = ffn.gate_bias ? ffn.gate_bias->data() : nullptr;
   if (gate != nullptr && gate->view().format() != up.view().format()) {
     // Of two types: two products, then the activation.
     hidden_.ensure(context_, static_cast<size_t>(kExactRows * h.width) * sizeof(float), "hidden");
     const Rows g{hidden_.as<float>(), x.n, h.width, h.width};
-    const Linear both[] = {{&up, ffn.up_bias.get(), h, false}, {gate, nullptr, g, false}};
+    const Linear both[] = {{&up, ffn.up_bias.get(), h, false},
+                           {gate, ffn.gate_bias.get(), g, false}};
     exact_linear(x, norm, both, ready);
     return activate_rows(*context_, epilogue_of(act), h, g.data, g.stride, act_gate.data,
                          act_gate.stride);
@@ -537,8 +539,8 @@ void CudaBackend::exact_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, 
     ready_.prepared.values_stride = h.stride;
   }
   a.epilogue = epilogue_of(act);
-  a.jobs[a.n_jobs++] = {up.view(), bias, h.data, h.stride, 0, 0};
-  if (gate != nullptr) a.jobs[a.n_jobs++] = {gate->view(), nullptr, nullptr, 0, 0, 0};
+  a.jobs[a.n_jobs++] = {up.view(), up_bias, h.data, h.stride, 0, 0};
+  if (gate != nullptr) a.jobs[a.n_jobs++] = {gate->view(), gate_bias, nullptr, 0, 0, 0};
   a.act_gate = act_gate.data;
   a.act_gate_stride = act_gate.data != nullptr ? act_gate.stride : 0;
   matvec(*context_, a, inputs.floats(up));
@@ -570,6 +572,7 @@ void CudaBackend::ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Ac
     }
     gemm_->multiply(products, values, stride, x.n);
     if (ffn.up_bias) add_bias(*context_, h, ffn.up_bias->data());
+    if (ffn.gate && ffn.gate_bias) add_bias(*context_, gate, ffn.gate_bias->data());
     return activate_rows(*context_, epilogue_of(act), h, gate.data, gate.stride, act_gate.data,
                          act_gate.stride);
   }

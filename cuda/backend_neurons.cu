@@ -37,7 +37,7 @@ struct Plan {
   Target gate, up, down;
   PickedColumns columns;                                 // of a quantised down projection
   size_t neurons = 0, steps = 0, source = 0, input = 0;  // offsets of tables
-  size_t up_bias = 0;
+  size_t gate_bias = 0, up_bias = 0;
 };
 
 size_t align(size_t n) { return (n + 255) / 256 * 256; }
@@ -157,6 +157,8 @@ CompactWeights CudaBackend::compact(std::span<const CompactSource> layers, Room*
         source.down.type, source.down.rows, source.down.cols,
         picked ? plan.columns.n_chunks() : chunks_of(source.down.type, n), offset, &plan.down.view);
     offset = plan.down.layout.end;
+    plan.gate_bias = offset;
+    if (source.gate_bias) offset = align(offset + static_cast<size_t>(n) * sizeof(float));
     plan.up_bias = offset;
     if (source.up_bias) offset = align(offset + static_cast<size_t>(n) * sizeof(float));
     result.source_bytes += source.down.bytes();
@@ -204,11 +206,14 @@ CompactWeights CudaBackend::compact(std::span<const CompactSource> layers, Room*
     const auto down = finish(plan.down, source.down);
     if (picked) down->set_input_columns(reinterpret_cast<const int32_t*>(base + plan.input));
     ffn.down = down;
-    if (source.up_bias) {
-      auto* bias = reinterpret_cast<float*>(base + plan.up_bias);
-      gather_floats(*context_, source.up_bias->data(), neurons, n, bias);
-      ffn.up_bias = std::make_shared<SharedFloats>(memory, bias, n);
-    }
+    const auto take_bias = [&](const BufferPtr& from, size_t at) -> BufferPtr {
+      if (!from) return nullptr;
+      auto* bias = reinterpret_cast<float*>(base + at);
+      gather_floats(*context_, from->data(), neurons, n, bias);
+      return std::make_shared<SharedFloats>(memory, bias, n);
+    };
+    ffn.gate_bias = take_bias(source.gate_bias, plan.gate_bias);
+    ffn.up_bias = take_bias(source.up_bias, plan.up_bias);
     ffn.down_bias = source.down_bias;
     result.layers.push_back(std::move(ffn));
     if (source.finished) source.finished();

@@ -380,6 +380,9 @@ __global__ void __launch_bounds__(kMatvecWarps* kWarp)
       *out = job.accumulate != 0 ? before + y : y;
       continue;
     }
+    // A gate's bias is rare: read here, it takes no register from the sums.
+    const float* const gate_bias = gated ? a.jobs[1].bias : nullptr;
+    if (gate_bias != nullptr) y += gate_bias[row_here];
     const float act = activated(a.epilogue, gated ? y : y + bias);
     if (a.act_gate != nullptr) a.act_gate[(first + r_here) * a.act_gate_stride + row_here] = act;
     *out = gated ? act * (up + bias) : act;

@@ -41,9 +41,9 @@ LLAMA3 = {
 }
 YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 16}
 MODELS: dict[str, dict[str, Any]] = {
-    "llama": {"arch": "llama", **SMALL, "rope_scaling": LLAMA3},
+    "llama": {"arch": "llama", **SMALL, "rope_scaling": LLAMA3, "mlp_bias": True},
     "qwen2": {"arch": "qwen2", **SMALL, "n_head_kv": 2, "tied": False, "rope_scaling": YARN},
-    "qwen3": {"arch": "qwen3", **SMALL, "head_dim": 24},
+    "qwen3": {"arch": "qwen3", **SMALL, "head_dim": 24, "attention_bias": True},
     "gemma3": {
         "arch": "gemma3",
         **SMALL,
@@ -84,6 +84,8 @@ def config_of(shape: ModelShape) -> dict[str, Any]:
         "head_dim": shape.head_dim,
         "rms_norm_eps": shape.norm_eps,
         "rope_theta": shape.rope_freq_base,
+        "attention_bias": shape.attention_bias,
+        "mlp_bias": shape.mlp_bias,
     }
     scaling = dict(shape.rope_scaling or {})
     if scaling:
@@ -325,7 +327,8 @@ def test_sliding_window_of_mistral_bounds_the_context():
         ("llama", {"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
         ("llama", {"architectures": None}, "none"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ("llama", {"attention_bias": True}, "attention_bias"),
+        ("qwen2", {"attention_bias": True}, "attention_bias"),
+        ("qwen3", {"mlp_bias": True}, "mlp_bias"),
         ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic'"),
         ("qwen2", {"rope_scaling": YARN | {"truncate": False}}, "truncate is False"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),

@@ -108,9 +108,17 @@ def test_fast_activations_stay_close_to_the_oracle(batches, models, dtype):
     assert kl_divergence(expected[29:], got).mean() < 0.004
 
 
-@pytest.mark.parametrize("arch", ["llama", "opt"])
-def test_core_sets_and_scores_through_them_equal_the_oracle(batches, models, arch):
-    path = models(arch)
+@pytest.mark.parametrize(
+    ("arch", "shape"),
+    [
+        ("llama", {}),
+        ("llama", {"mlp_bias": True, "attention_bias": True}),
+        ("llama", {"mlp_bias": True, "types": {"ffn_gate": "F16"}}),
+        ("opt", {}),
+    ],
+)
+def test_core_sets_and_scores_through_them_equal_the_oracle(batches, models, arch, shape):
+    path = models(arch, **shape)
     engine = on_gpu(path, f32_activations=True)
     reference = ReferenceModel(path)
     tokens = tokens_of(24, engine.n_vocab, seed=2)

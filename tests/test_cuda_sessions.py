@@ -28,14 +28,15 @@ def engines(target, n_gpu_layers, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("sessions")
     made = {}
 
-    def get(arch: str = "llama", dtype: str = "F32") -> list[_core.Engine]:
-        if (arch, dtype) not in made:
-            path = str(folder / f"{arch}_{dtype}.gguf")
-            make_tiny_model(path, arch, dtype, n_layer=2)
-            made[arch, dtype] = [
+    def get(arch: str = "llama", dtype: str = "F32", **shape) -> list[_core.Engine]:
+        key = (arch, dtype, *shape.items())
+        if key not in made:
+            path = str(folder / f"{len(made)}.gguf")
+            make_tiny_model(path, arch, dtype, n_layer=2, **shape)
+            made[key] = [
                 _core.Engine(path, n_gpu_layers=n, f32_activations=True) for n in (n_gpu_layers, 0)
             ]
-        return made[arch, dtype]
+        return made[key]
 
     return get
 
@@ -65,10 +66,19 @@ def test_weighted_statistics_pick_the_cpus_neurons(engines, arch, statistic):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=0.02 * np.max(wanted))
 
 
-@pytest.mark.parametrize(("arch", "dtype"), [("llama", "Q4_0"), ("gemma3", "Q4_K"), ("opt", "F16")])
-def test_patched_neurons_answer_as_on_the_cpu(engines, arch, dtype):
-    ours, cpu = (_core.Session(e, n_ctx=96, n_batch=20, **CACHE) for e in engines(arch, dtype))
-    fitted = read(engines(arch, dtype)[1])
+@pytest.mark.parametrize(
+    ("arch", "dtype", "shape"),
+    [
+        ("llama", "Q4_0", {}),
+        ("llama", "Q8_0", {"mlp_bias": True, "attention_bias": True}),
+        ("gemma3", "Q4_K", {}),
+        ("opt", "F16", {}),
+    ],
+)
+def test_patched_neurons_answer_as_on_the_cpu(engines, arch, dtype, shape):
+    both = engines(arch, dtype, **shape)
+    ours, cpu = (_core.Session(e, n_ctx=96, n_batch=20, **CACHE) for e in both)
+    fitted = read(both[1])
     fitted.fit_patch(rank=4)
     for session in (ours, cpu):
         session.prefill(PROMPT)
@@ -81,7 +91,7 @@ def test_patched_neurons_answer_as_on_the_cpu(engines, arch, dtype):
         ours.decode(int(MORE[ours.n_past - len(PROMPT)]))
         np.testing.assert_array_equal(ours.logits(), row)
     # And it is the patch that was computed.
-    plain = read(engines(arch, dtype)[0]).verify(MORE)
+    plain = read(both[0]).verify(MORE)
     assert np.abs(got - plain).max() > 0.01 * np.std(wanted)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,8 @@ def test_rope_and_head_variants(models, arch):
                 }
             },
             {"n_head": 8, "n_head_kv": 1, "head_dim": 16},
+            {"attention_bias": True},
+            {"mlp_bias": True},
         ],
         "gemma3": [
             {"sliding_window": 3},
@@ -189,6 +192,7 @@ def test_rope_and_head_variants(models, arch):
             {"extra_metadata": {"gemma3.rope.freq_base_swa": 500.0}},
             {"extra_metadata": {"gemma3.attn_logit_softcapping": 1.0}},
             {"extra_metadata": {"gemma3.final_logit_softcapping": 1.0}},
+            {"attention_bias": True},
         ],
         "qwen2": [
             {"tied": False},
@@ -198,7 +202,7 @@ def test_rope_and_head_variants(models, arch):
             {"rope_scaling": YARN, "extra_metadata": {"qwen2.rope.scaling.attn_factor": 1.3}},
             {"extra_metadata": {"qwen2.rope.scaling.attn_factor": 1.3}},
         ],
-        "qwen3": [{"tied": True, "head_dim": 32}],
+        "qwen3": [{"tied": True, "head_dim": 32}, {"attention_bias": True}],
         "opt": [{"n_head": 8, "n_head_kv": 8, "head_dim": 32}],
     }
     for overrides in variants[arch]:
@@ -400,6 +404,43 @@ def test_score_through_a_core_set_equals_the_oracle(models, arch, dtype):
     got = session.score(tokens[20:])
     expected = ReferenceModel(path).score(tokens[:20], tokens[20:], core.layers)
     np.testing.assert_allclose(got, expected, atol=1e-3)
+
+
+MIXED = {"types": {"ffn_gate": "Q4_K", "ffn_up": "Q8_0"}}
+
+
+@pytest.mark.parametrize(("dtype", "more"), [("F32", {}), ("Q4_0", {}), ("F16", MIXED)])
+def test_biases_of_a_gated_ffn_go_with_their_neurons(models, forced_isa, dtype, more):
+    path = models("llama", dtype, mlp_bias=True, **more)
+    engine = engine_on(forced_isa, path, f32_activations=True)
+    reference = ReferenceModel(path)
+    tokens = tokens_of(26, engine.n_vocab, seed=4)
+    forward = reference.forward(tokens[:20])
+    session = _core.Session(engine, type_k="f32", type_v="f32")
+    for statistic in ("flock", "count_gate"):
+        session.reset()
+        session.prefill(tokens[:20], statistic=statistic, alpha=0.4)
+        core = session.select(beta=0.35)
+        expected = oracle.core_sets(statistic, forward.h, forward.act, 0.4, 0.35)
+        for got, wanted in zip(core.layers, expected, strict=True):
+            assert oracle.jaccard(got, wanted) >= 0.99
+        session.set_core(core)
+        got = session.score(tokens[20:])
+        np.testing.assert_allclose(
+            got, reference.score(tokens[:20], tokens[20:], core.layers), atol=1e-3
+        )
+
+
+@pytest.mark.parametrize("name", ["gate", "up", "down"])
+def test_biases_of_another_length_are_refused_by_name(tmp_path, monkeypatch, name):
+    def specs(shape):
+        bias = f"blk.1.ffn_{name}.bias"
+        return [replace(s, shape=(33,)) if s.name == bias else s for s in tensor_specs(shape)]
+
+    monkeypatch.setattr(make_synthetic_model, "tensor_specs", specs)
+    make_tiny_model(tmp_path / "m.gguf", "llama", mlp_bias=True)
+    with pytest.raises(_core.GGUFError, match=rf"blk\.1\.ffn_{name}\.bias': .*33"):
+        _core.Engine(str(tmp_path / "m.gguf"))
 
 
 def test_core_of_all_neurons_decodes_like_dense(models):

@@ -43,14 +43,16 @@ print(json.dumps({
 """
 
 
+WIDE = replace(
+    PAPER["llama2-7b"], n_layer=6, n_embd=1024, n_ff=8192, n_head=8, n_head_kv=2, n_vocab=2048
+)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """150 MiB of FFN weights in 6 layers, and little else."""
     path = tmp_path_factory.mktemp("limit") / "wide.gguf"
-    shape = replace(
-        PAPER["llama2-7b"], n_layer=6, n_embd=1024, n_ff=8192, n_head=8, n_head_kv=2, n_vocab=2048
-    )
-    make_paper_model(path, shape, "Q8_0")
+    make_paper_model(path, WIDE, "Q8_0")
     return str(path)
 
 
@@ -164,6 +166,22 @@ def test_dense_decoding_works_a_layer_at_a_time(model):
         session.decode(5)
         logits.append(session.logits())
     np.testing.assert_array_equal(*logits)
+
+
+@pytest.mark.parametrize("shape", [replace(WIDE, mlp_bias=True)], ids=["llama with biases"])
+def test_other_layouts_of_a_layer_come_in_and_are_gathered_alike(tmp_path, shape):
+    path = str(tmp_path / "wide.gguf")
+    make_paper_model(path, shape, "Q8_0")
+    tokens = np.arange(100, 140, dtype=np.int32)
+    results = []
+    for engine, beta in [(_core.Engine(path), None), (small_limit(path), 0.1)]:
+        session = _core.Session(engine, n_ctx=64, n_batch=16)
+        session.prefill(tokens, statistic="flock", beta=beta)
+        session.decode(5)  # dense
+        session.set_core(session.select(beta=0.1))
+        results.append((session.logits(), session.score(tokens[:5])))
+    for limited, free in zip(results[1], results[0], strict=True):
+        np.testing.assert_array_equal(limited, free)
 
 
 def small_limit(path: str) -> _core.Engine:

@@ -175,8 +175,10 @@ def _rotary_shape(arch: str, config: dict[str, Any]) -> ModelShape:
         "hidden_activation" if gemma3 else "hidden_act",
         "gelu_pytorch_tanh" if gemma3 else "silu",
     )
-    _expect(config, "attention_bias", False)
-    _expect(config, "mlp_bias", False)
+    if arch == "qwen2":
+        _expect(config, "attention_bias", False)  # it has biases, but none on the output
+    if arch != "llama":
+        _expect(config, "mlp_bias", False)
     n_head, n_embd, n_ctx = (
         config["num_attention_heads"],
         config["hidden_size"],
@@ -205,6 +207,8 @@ def _rotary_shape(arch: str, config: dict[str, Any]) -> ModelShape:
         norm_eps=config["rms_norm_eps"],
         rope_scaling=_rope_scaling(rope, config["max_position_embeddings"]),
         sliding_window=window if gemma3 else None,
+        attention_bias=bool(config.get("attention_bias")) and arch != "qwen2",
+        mlp_bias=bool(config.get("mlp_bias")),
     )
 
 

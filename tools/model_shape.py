@@ -56,6 +56,8 @@ class ModelShape:
     # "high_freq_factor", "original_context_length"} (llama only: stored as rope_freqs.weight)
     rope_scaling: dict[str, Any] | None = None
     sliding_window: int | None = None  # gemma3's local layers
+    attention_bias: bool = False  # of q, k, v and output (opt has them, qwen2 but the last)
+    mlp_bias: bool = False  # of gate, up and down (llama; opt has them)
 
     @property
     def n_q(self) -> int:
@@ -84,6 +86,10 @@ class ModelShape:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
         if self.arch == "opt" and not self.tied:
             raise ValueError("opt has a tied head: tied must be True")
+        if self.attention_bias and self.arch in ("qwen2", "opt"):
+            raise ValueError(f"attention_bias is not a choice for {self.arch}")
+        if self.mlp_bias and self.arch != "llama":
+            raise ValueError(f"mlp_bias is for llama, not {self.arch}")
         kind = self.rope_scaling and self.rope_scaling["type"]
         allowed = {
             "llama": (None, "linear", "yarn", "llama3"),
@@ -116,6 +122,9 @@ def tensor_specs(shape: ModelShape) -> list[TensorSpec]:
     n_embd, n_ff, n_vocab = shape.n_embd, shape.n_ff, shape.n_vocab
     n_q, n_kv = shape.n_q, shape.n_kv
     opt, gemma3 = shape.arch == "opt", shape.arch == "gemma3"
+    qkv_bias = opt or shape.attention_bias or shape.arch == "qwen2"
+    output_bias = opt or shape.attention_bias
+    mlp_bias = opt or shape.mlp_bias
     specs: list[TensorSpec] = []
 
     def matrix(name: str, rows: int, columns: int, gain: float) -> None:
@@ -147,24 +156,26 @@ def tensor_specs(shape: ModelShape) -> list[TensorSpec]:
         norm(f"{blk}.attn_norm", n_embd)
         for name, rows, gain in (("q", n_q, 1.4), ("k", n_kv, 1.4), ("v", n_kv, 1.0)):
             matrix(f"{blk}.attn_{name}", rows, n_embd, gain)
-            if opt or shape.arch == "qwen2":
+            if qkv_bias:
                 bias(f"{blk}.attn_{name}", rows, 0.3)
         if shape.arch in ("qwen3", "gemma3"):
             norm(f"{blk}.attn_q_norm", shape.head_dim)
             norm(f"{blk}.attn_k_norm", shape.head_dim)
         matrix(f"{blk}.attn_output", n_embd, n_q, 1.0)
-        if opt:
+        if output_bias:
             bias(f"{blk}.attn_output", n_embd, 0.1)
         if gemma3:
             norm(f"{blk}.post_attention_norm", n_embd)
         norm(f"{blk}.ffn_norm", n_embd)
         if shape.gated:
             matrix(f"{blk}.ffn_gate", n_ff, n_embd, 1.0)
+            if mlp_bias:
+                bias(f"{blk}.ffn_gate", n_ff, 0.3)
         matrix(f"{blk}.ffn_up", n_ff, n_embd, 1.0)
-        if opt:
+        if mlp_bias:
             bias(f"{blk}.ffn_up", n_ff, 0.3)
         matrix(f"{blk}.ffn_down", n_embd, n_ff, 2.0)
-        if opt:
+        if mlp_bias:
             bias(f"{blk}.ffn_down", n_embd, 0.1)
         if gemma3:
             norm(f"{blk}.post_ffw_norm", n_embd)

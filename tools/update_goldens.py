@@ -91,6 +91,21 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "opt": {"arch": "opt", "seed": 8, **SMALL, "n_head_kv": 4},
     "qwen3_long": {"arch": "qwen3", "seed": 9, **SMALL, "n_ctx": 128, "head_dim": 40, "tied": True},
+    "llama_biases": {
+        "arch": "llama",
+        "seed": 14,
+        **SMALL,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "qwen3_biases": {"arch": "qwen3", "seed": 15, **SMALL, "attention_bias": True},
+    "gemma3_biases": {
+        "arch": "gemma3",
+        "seed": 16,
+        **SMALL,
+        "sliding_window": 8,
+        "attention_bias": True,
+    },
     "qwen2_yarn_long": {
         "arch": "qwen2",
         "seed": 12,
@@ -178,6 +193,7 @@ def config_of(shape: ModelShape, extra_metadata: dict[str, Any]) -> transformers
         "head_dim": shape.head_dim,
         "rms_norm_eps": shape.norm_eps,
         "rope_parameters": rope_of(shape),
+        "attention_bias": shape.attention_bias,
     }
     if shape.arch == "gemma3":
         local_base = extra_metadata.get("gemma3.rope.freq_base_swa", 10000.0)
@@ -196,6 +212,8 @@ def config_of(shape: ModelShape, extra_metadata: dict[str, Any]) -> transformers
         "qwen2": transformers.Qwen2Config,
         "qwen3": transformers.Qwen3Config,
     }
+    if shape.arch == "llama":
+        common["mlp_bias"] = shape.mlp_bias
     return kinds[shape.arch](**common)
 
 

@@ -91,6 +91,7 @@ struct FfnWeights {
   WeightPtr gate;       // (n_ff, n_embd); null where the architecture has no gate
   WeightPtr up;         // (n_ff, n_embd)
   WeightPtr down;       // (n_embd, n_ff)
+  BufferPtr gate_bias;  // (n_ff) or null
   BufferPtr up_bias;    // (n_ff) or null
   BufferPtr down_bias;  // (n_embd) or null
   // A low-rank part that answers for neurons that are not here: y += patch_out (patch_in h), h the
@@ -173,6 +174,7 @@ struct CompactSource {
   Mat gate;  // (n_ff, n_embd); empty where there is no gate
   Mat up;    // (n_ff, n_embd)
   Mat down;  // (n_embd, n_ff)
+  BufferPtr gate_bias;
   BufferPtr up_bias;
   BufferPtr down_bias;
   bool zeros = false;                // most inputs of `down` are zero: load_for_zeros
@@ -240,9 +242,9 @@ class Backend {
   virtual void norm(Rows x, const Norm& norm, Rows out) = 0;
   // Every output of `linears` from one shared, normalised input.
   virtual void linear(Rows x, const Norm& norm, std::span<const Linear> linears) = 0;
-  // h = act(G x') * (U x') with a gate, act(U x' + bias) without; x' = norm(x). Where act_gate.data
-  // is given it receives act(G x') too (count_gate; without a gate the same as h). What lies
-  // between the rows of h may be overwritten.
+  // h = act(G x') * (U x') with a gate, act(U x') without; x' = norm(x), and each product has its
+  // bias added. Where act_gate.data is given it receives act(G x') too (count_gate; without a gate
+  // the same as h). What lies between the rows of h may be overwritten.
   virtual void ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Activation act, Rows h,
                           Rows act_gate) = 0;
   // Head norms and rope on q and k, k and v stored at positions [first, first + n), then each row's

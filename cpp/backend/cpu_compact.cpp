@@ -191,12 +191,16 @@ CompactWeights CpuBackend::compact(std::span<const CompactSource> layers, Room* 
     if (!source.gate.empty()) ffn.gate = take();
     ffn.up = take();
     ffn.down = take();
-    if (source.up_bias) {
-      ffn.up_bias = allocate(static_cast<int64_t>(source.neurons.size()));
+    const auto picked = [&](const BufferPtr& bias) -> BufferPtr {
+      if (!bias) return nullptr;
+      BufferPtr values = allocate(static_cast<int64_t>(source.neurons.size()));
       for (size_t i = 0; i < source.neurons.size(); ++i) {
-        ffn.up_bias->data()[i] = source.up_bias->data()[source.neurons[i]];
+        values->data()[i] = bias->data()[source.neurons[i]];
       }
-    }
+      return values;
+    };
+    ffn.gate_bias = picked(source.gate_bias);
+    ffn.up_bias = picked(source.up_bias);
     ffn.down_bias = source.down_bias;
     result.layers.push_back(std::move(ffn));
   }

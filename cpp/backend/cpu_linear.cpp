@@ -111,6 +111,7 @@ class HiddenTask final : public ProductTask {
     const int64_t strip = unit.parts[0].strip, row = strip * kStripRows;
     const int64_t rows = rows_of(*ffn_.up, strip);
     add_bias(ffn_.up_bias.get(), row, rows, n, tiles[0]);
+    if (ffn_.gate) add_bias(ffn_.gate_bias.get(), row, rows, n, tiles[1]);
     for (int64_t t = 0; t < n; ++t) {
       float* const up = tiles[0] + t * kStripRows;
       float* const h = h_.data + (first + t) * h_.stride + row;

@@ -162,6 +162,7 @@ class SplitBackend final : public Backend {
     parts.down = part_of(ffn.down);
     if (!split(*ffn.up).on_gpu()) return cpu_->ffn_hidden(x, norm, parts, act, h, act_gate);
     const std::lock_guard lock(mutex_);
+    if (ffn.gate_bias) parts.gate_bias = on_gpu(*ffn.gate_bias);
     if (ffn.up_bias) parts.up_bias = on_gpu(*ffn.up_bias);
     const Rows there = bring(x, 0), hidden = room(h, 1);
     const Rows gate = act_gate.data != nullptr ? room(act_gate, 2) : Rows{};
@@ -201,6 +202,7 @@ class SplitBackend final : public Backend {
       for (const CompactSource& layer : layers) {
         CompactSource source = layer;
         const bool gpu = is_on_gpu(layer.up);
+        if (gpu && layer.gate_bias) source.gate_bias = on_gpu(*layer.gate_bias);
         if (gpu && layer.up_bias) source.up_bias = on_gpu(*layer.up_bias);
         sources[gpu ? 1 : 0].push_back(std::move(source));
       }

@@ -51,7 +51,7 @@ struct ModelConfig {
   Presence rope_factors = Presence::kNever;  // rope_freqs.weight, which is in rope_freq then
   Presence qkv_bias = Presence::kNever;
   Presence attn_output_bias = Presence::kNever;
-  Presence ffn_bias = Presence::kNever;   // of up and down; a gate has none
+  Presence ffn_bias = Presence::kNever;
   Presence norm_bias = Presence::kNever;  // of every norm but the head norms
   Presence qk_norm = Presence::kNever;
   Presence post_norm = Presence::kNever;  // after attention and after the FFN

@@ -101,6 +101,7 @@ LayerWeights load_layer(Loader& loader, const ModelConfig& c, const LayerConfig&
   s.gate = loader.mat("ffn_gate.weight", {c.n_embd, c.n_ff}, c.gated ? always : Presence::kNever);
   s.up = loader.mat("ffn_up.weight", {c.n_embd, c.n_ff}, always);
   s.down = loader.mat("ffn_down.weight", {c.n_ff, c.n_embd}, always);
+  s.gate_bias = loader.vector("ffn_gate.bias", c.n_ff, c.gated ? c.ffn_bias : Presence::kNever);
   s.up_bias = loader.vector("ffn_up.bias", c.n_ff, c.ffn_bias);
   s.down_bias = loader.vector("ffn_down.bias", c.n_embd, c.ffn_bias);
   s.zeros = c.activation == Activation::kRelu;
@@ -108,6 +109,7 @@ LayerWeights load_layer(Loader& loader, const ModelConfig& c, const LayerConfig&
   if (c.gated) w.ffn.gate = loader.matrix(s.gate);
   w.ffn.up = loader.matrix(s.up);
   w.ffn.down = loader.matrix(s.down, s.zeros);
+  w.ffn.gate_bias = s.gate_bias;
   w.ffn.up_bias = s.up_bias;
   w.ffn.down_bias = s.down_bias;
   return w;
@@ -146,6 +148,7 @@ FfnWeights ModelWeights::stage_ffn(size_t layer) const {
   ffn.gate = load(w.source.gate);
   ffn.up = load(w.source.up);
   ffn.down = load(w.source.down, w.source.zeros);
+  ffn.gate_bias = w.source.gate_bias;
   ffn.up_bias = w.source.up_bias;
   ffn.down_bias = w.source.down_bias;
   return ffn;

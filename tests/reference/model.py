@@ -309,7 +309,7 @@ class ReferenceModel:
             act = np.maximum(up, 0)
             h = act
         else:
-            gate = x @ self.weight(f"{blk}.ffn_gate.weight").T
+            gate = self._linear(x, f"{blk}.ffn_gate")
             act = gelu_tanh(gate) if self.config.arch == "gemma3" else silu(gate)
             h = act * up
         if core is not None:

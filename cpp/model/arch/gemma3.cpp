@@ -53,6 +53,8 @@ ModelConfig read_gemma3(const GgufFile& file) {
   c.embedding_scale = std::sqrt(static_cast<float>(c.n_embd));
   c.qk_norm = Presence::kAlways;
   c.post_norm = Presence::kAlways;
+  c.qkv_bias = Presence::kMaybe;
+  c.attn_output_bias = Presence::kMaybe;
   // The 27B model alone scales queries by its n_embd / n_head instead of by the head's length.
   if (c.n_layer == kLayers27B) {
     c.attention_scale = 1.0f / std::sqrt(static_cast<float>(c.n_embd / c.n_head));

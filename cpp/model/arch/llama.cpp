@@ -10,6 +10,7 @@ ModelConfig read_llama(const GgufFile& file) {
   h.read_rope(RopeKind::kInterleaved);
   h.config.qkv_bias = Presence::kMaybe;
   h.config.attn_output_bias = Presence::kMaybe;
+  h.config.ffn_bias = Presence::kMaybe;
   return h.config;
 }
 

@@ -23,6 +23,8 @@ ModelConfig read_qwen2(const GgufFile& file) {
 ModelConfig read_qwen3(const GgufFile& file) {
   HyperParameters h = read_common(file);
   h.config.qk_norm = Presence::kAlways;
+  h.config.qkv_bias = Presence::kMaybe;
+  h.config.attn_output_bias = Presence::kMaybe;
   return h.config;
 }
 
