@@ -151,6 +151,7 @@ DIGITS = ["1 2", "12 3", "123 4", "Ġ 1234", "Ġ 1"]
         ("qwen2", ["Ġ", "1", "2", "3", "4"]),
         ("llama-bpe", ["Ġ", "123", "4"]),
         ("tekken", ["Ġ", "1", "2", "3", "4"]),
+        ("gpt-4o", ["Ġ", "123", "4"]),
         ("default", ["Ġ", "123", "4"]),
     ],
 )
@@ -175,10 +176,13 @@ def test_pre_tokenizers_cut_digits_as_their_models_do(pre, expected):
         ("default", "`b", ["`", "b"]),
         ("tekken", "bS", ["b", "S"]),
         ("qwen2", "bS", ["bS"]),
+        ("gpt-4o", "bS", ["b", "S"]),
+        ("gpt-4o", "b'S", ["b'S"]),
+        ("tekken", "b'S", ["b", "'S"]),
     ],
 )
 def test_pre_tokenizers_cut_words_as_their_models_do(pre, text, expected):
-    merges = ["' S", ". Ċ", "Ċ Ċ", "ĊĊ b", "Ġ Ġ", "Ġ b", ". b", "$ b", "b S"]
+    merges = ["' S", ". Ċ", "Ċ Ċ", "ĊĊ b", "Ġ Ġ", "Ġ b", ". b", "$ b", "b S", "b 'S"]
     metadata = byte_level(pre, merges, bos_token_id=0, add_bos_token=False)
     assert texts(metadata, Tokenizer.from_metadata(metadata).tokenize(text)) == expected
 

@@ -15,7 +15,16 @@ from hf_checkpoint import CheckpointError, read_json
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLIT_PATTERNS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
+_CAPITAL, _SMALL = (rf"[\p{{{kind}}}\p{{Lm}}\p{{Lo}}\p{{M}}]" for kind in (r"Lu}\p{Lt", "Ll"))
+_BY_CASE = "|".join(
+    rf"[^\r\n\p{{L}}\p{{N}}]?{word}(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    for word in (f"{_CAPITAL}*{_SMALL}+", f"{_CAPITAL}+{_SMALL}*")
+)
+SPLIT_PATTERNS = {
+    _WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe",
+    _WORDS + r"\p{N}" + _REST: "qwen2",
+    _BY_CASE + r"|\p{N}{1,3}" + _REST.replace(r"[\r\n]*|\s*", r"[\r\n/]*|\s*"): "gpt-4o",
+}
 
 
 def tokenizer_fields(directory: Path, n_vocab: int, config: dict[str, Any]) -> dict[str, Any]:
@@ -136,7 +145,7 @@ def _pre_tokenizer(path: Path, tokenizer: dict[str, Any]) -> str:
         if kinds == ["Split", "ByteLevel"] and not own_regex:
             name = SPLIT_PATTERNS.get(steps[0]["pattern"].get("Regex", ""))
             if (
-                name == "llama-bpe"
+                name in ("llama-bpe", "gpt-4o")
                 and not normalizers
                 or name == "qwen2"
                 and normalizers in ([], ["NFC"])
@@ -144,7 +153,7 @@ def _pre_tokenizer(path: Path, tokenizer: dict[str, Any]) -> str:
                 return name
     raise CheckpointError(
         f"{path}: pre-tokenizer {kinds} with normalizers {normalizers} is none "
-        f"of the known ones (gpt-2, smollm, llama-bpe, qwen2)"
+        f"of the known ones (gpt-2, smollm, llama-bpe, gpt-4o, qwen2)"
     )
 
 

@@ -21,11 +21,11 @@ _LINES = r"(?:[^\S\r\n]*+[\r\n]++)++|\s+(?!\S)|\s"
 _WORDS_AND_LINES = (
     _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}++|%s| ?[^\s\p{L}\p{N}]++[\r\n]*+|" + _LINES
 )
-# Mistral's: words break where capitals follow small letters (a to z only, as llama.cpp has it).
+# Words break where capitals follow small letters (a to z only, as llama.cpp has it).
 _NOT_SMALL, _NOT_CAPITAL = r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?(?:{_NOT_SMALL}*{_NOT_CAPITAL}+|{_NOT_SMALL}+{_NOT_CAPITAL}*)"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n/]*+|" + _LINES
+_BY_CASE = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?(?:{_NOT_SMALL}*{_NOT_CAPITAL}+|{_NOT_SMALL}+{_NOT_CAPITAL}*)%s"
+    r"|%s| ?[^\s\p{L}\p{N}]++[\r\n/]*+|" + _LINES
 )
 
 # Patterns applied one after the other, each to the pieces the last one left.
@@ -34,7 +34,8 @@ _PATTERNS = {
     "smollm": (r"\p{N}", _GPT2),
     "qwen2": (_WORDS_AND_LINES % r"\p{N}",),
     "llama-bpe": (_WORDS_AND_LINES % r"\p{N}{1,3}",),
-    "tekken": (_TEKKEN,),
+    "tekken": (_BY_CASE % ("", r"\p{N}"),),  # Mistral's
+    "gpt-4o": (_BY_CASE % (f"(?:{_CONTRACTION})?", r"\p{N}{1,3}"),),
     "default": (r"[\p{P}$+<=>^~|]++", _GPT2, r"\p{N}++", "[0-9][0-9][0-9]"),
 }
 # Other names for the same patterns.
@@ -43,6 +44,7 @@ _ALIASES = {
     "smollm": "starcoder refact command-r codeshell exaone minerva-7b mellum2",
     "qwen2": "deepseek-r1-qwen stablelm2 hunyuan megrez solar-open grok-2 kormo f2llmv2",
     "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 smaug-bpe dbrx",
+    "gpt-4o": "llama4 kanana2 talkie",
 }
 PRE_TOKENIZERS = {name: name for name in _PATTERNS} | {
     alias: name for name, aliases in _ALIASES.items() for alias in aliases.split()
