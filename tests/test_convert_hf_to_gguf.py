@@ -50,6 +50,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "n_layer": 6,
         "rope_scaling": {"type": "linear", "factor": 8.0},
     },
+    "phi3": {
+        "arch": "phi3",
+        **SMALL,
+        "n_head_kv": 2,
+        "rope_dim": 12,
+        "rope_scaling": {
+            "type": "longrope",
+            "original_context_length": 16,
+            "attn_factor": 1.1180339887498949,  # sqrt(1 + ln 2 / ln 16)
+            "short_factor": [1.0, 1.0, 1.25, 1.5, 1.75, 2.0],
+            "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+        },
+    },
     "opt": {"arch": "opt", **SMALL},
 }
 BYTE_LEVEL = {
@@ -92,6 +105,13 @@ def config_of(shape: ModelShape) -> dict[str, Any]:
         if "original_context_length" in scaling:
             scaling["original_max_position_embeddings"] = scaling.pop("original_context_length")
         config["rope_scaling"] = scaling
+    if shape.arch == "phi3":
+        # Phi-3's has this one beside the scaling, and leaves the factor on cos and sin out.
+        key = "original_max_position_embeddings"
+        config[key] = scaling.pop(key)
+        del scaling["attn_factor"], config["head_dim"]
+        config["partial_rotary_factor"] = shape.n_rotated / shape.head_dim
+        config["sliding_window"] = shape.sliding_window
     if shape.arch == "gemma3":
         return config | {
             "hidden_activation": "gelu_pytorch_tanh",
@@ -152,7 +172,7 @@ def make_directory(folder: Path, name: str, dtype: str = "F32") -> tuple[Path, P
     tensors = {
         hf_name(shape.arch, n): from_gguf_values(shape, n, file.load(n))
         for n in file.names()
-        if n != "rope_freqs.weight"
+        if not n.startswith("rope_")
     }
     if shape.arch == "opt":
         tensors["lm_head.weight"] = tensors["model.decoder.embed_tokens.weight"]
@@ -329,6 +349,9 @@ def test_sliding_window_of_mistral_bounds_the_context():
         ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("qwen2", {"attention_bias": True}, "attention_bias"),
         ("qwen3", {"mlp_bias": True}, "mlp_bias"),
+        ("phi3", {"attention_bias": True}, "attention_bias"),
+        ("phi3", {"rope_scaling": {"rope_type": "longrope"}}, "'longrope'"),
+        ("phi3", {"rope_scaling": {"type": "su", "long_factor": [1.0]}}, "short_factor is missing"),
         ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic'"),
         ("qwen2", {"rope_scaling": YARN | {"truncate": False}}, "truncate is False"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
@@ -423,6 +446,11 @@ L3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|"
+    r"'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @pytest.mark.parametrize(
@@ -434,6 +462,11 @@ L3 = (
             None,
             [{"type": "Split", "pattern": {"Regex": L3}}, BYTE_LEVEL | {"use_regex": False}],
             "llama-bpe",
+        ),
+        (
+            None,
+            [{"type": "Split", "pattern": {"Regex": O200K}}, BYTE_LEVEL | {"use_regex": False}],
+            "gpt-4o",
         ),
         (
             {"type": "NFC"},

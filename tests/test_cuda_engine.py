@@ -23,7 +23,7 @@ from reference.model import ReferenceModel
 from reference.quant import kl_divergence, log_softmax
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "transformers_logits.npz")
-ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3", "opt"]
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3", "phi3", "opt"]
 
 
 def tokens_of(n: int, n_vocab: int, seed: int = 0) -> np.ndarray:
@@ -82,7 +82,7 @@ def test_logits_equal_the_float64_oracle(batches, models, arch):
         np.testing.assert_allclose(session.logits(), expected[i], atol=tolerance)
 
 
-@pytest.mark.parametrize("case", ["llama_yarn", "qwen2_yarn_long"])
+@pytest.mark.parametrize("case", ["llama_yarn", "qwen2_yarn_long", "phi3_long"])
 def test_logits_equal_transformers(batches, tmp_path, case):
     path = str(tmp_path / "m.gguf")
     make_tiny_model(path, **json.loads(str(GOLDEN["cases"]))[case])
@@ -114,6 +114,7 @@ def test_fast_activations_stay_close_to_the_oracle(batches, models, dtype):
         ("llama", {}),
         ("llama", {"mlp_bias": True, "attention_bias": True}),
         ("llama", {"mlp_bias": True, "types": {"ffn_gate": "F16"}}),
+        ("phi3", {}),
         ("opt", {}),
     ],
 )
@@ -180,6 +181,18 @@ def least(load: Callable[[int], object]) -> int:
     raise AssertionError(message)
 
 
+def test_fused_tensors_are_planned_as_the_matrices_that_they_become(target, models):  # noqa: F811
+    """Each takes whole pages of the device's memory, as much as where it is a tensor by itself."""
+    plain = {"n_layer": 2, "n_ff": 9600, "n_vocab": 320}  # 2.5 MiB: one page and a quarter
+    phi3 = plain | {"sliding_window": None, "rope_dim": None, "rope_scaling": None}
+    options = {"n_ctx": 64, "n_batch": 20, "core_share": 0.1}
+    apart, fused = (
+        least_limit(path, **options)
+        for path in (models("llama", "Q8_0", **plain), models("phi3", "Q8_0", **phi3))
+    )
+    assert fused == apart
+
+
 COUNTED = ("graph_launches", "kernel_launches", "allocations", "copies")
 
 
@@ -202,6 +215,7 @@ def counted_steps(session: _core.Session, tokens) -> list[list[int]]:
         ("llama", "Q8_0", "limited"),
         ("gemma3", "F16", "patched"),
         ("opt", "F16", "limited"),
+        ("phi3", "Q8_0", "limited"),
     ],
 )
 def test_a_token_is_one_graph_launch_and_three_copies(target, models, arch, dtype, mode):  # noqa: F811
@@ -486,7 +500,7 @@ def test_the_device_takes_part():
     assert "without cuBLAS" not in _core.testing.AnyBackend("CUDA").description
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3", "opt"])
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "phi3", "opt"])
 @pytest.mark.parametrize("n", [1, 2])
 def test_the_last_layers_on_the_gpu_and_the_others_on_the_cpu_give_the_oracles_logits(
     target,  # noqa: F811
@@ -510,7 +524,7 @@ def test_the_last_layers_on_the_gpu_and_the_others_on_the_cpu_give_the_oracles_l
 
 
 def test_core_neurons_and_saved_states_work_across_both_devices(target, models):  # noqa: F811
-    for arch in ("llama", "opt"):
+    for arch in ("llama", "phi3", "opt"):
         path = models(arch)
         tokens = tokens_of(24, 320, seed=2)
         engine = _core.Engine(path, n_gpu_layers=2, f32_activations=True)

@@ -72,6 +72,7 @@ def test_weighted_statistics_pick_the_cpus_neurons(engines, arch, statistic):
         ("llama", "Q4_0", {}),
         ("llama", "Q8_0", {"mlp_bias": True, "attention_bias": True}),
         ("gemma3", "Q4_K", {}),
+        ("phi3", "Q4_0", {}),
         ("opt", "F16", {}),
     ],
 )

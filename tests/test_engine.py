@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from reference.model import Forward, ReferenceModel
 from reference.quant import kl_divergence, log_softmax
 
 ISAS = testing.available_isas()
-ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3", "opt"]
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3", "phi3", "opt"]
 STATISTICS = ["count", "count_gate", "count_abs", "flock"]
 DTYPES = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
 GOLDEN = np.load(Path(__file__).parent / "golden" / "transformers_logits.npz")
@@ -203,6 +204,13 @@ def test_rope_and_head_variants(models, arch):
             {"extra_metadata": {"qwen2.rope.scaling.attn_factor": 1.3}},
         ],
         "qwen3": [{"tied": True, "head_dim": 32}, {"attention_bias": True}],
+        "phi3": [
+            {"sliding_window": None},
+            {"rope_dim": None, "rope_scaling": None, "head_dim": 96},
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "tied": True},
+            {"extra_metadata": {"phi3.rope.scaling.type": None}},  # files of 2024 have none
+            {"extra_metadata": {"phi3.rope.scaling.factor": 2.0}},
+        ],
         "opt": [{"n_head": 8, "n_head_kv": 8, "head_dim": 32}],
     }
     for overrides in variants[arch]:
@@ -317,10 +325,115 @@ def test_keys_that_change_nothing_are_accepted(models):
     np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize("arch", ["gemma3", "opt"])
+def test_longrope_takes_the_factors_that_the_sessions_context_asks_for(models, forced_isa):
+    path = models("phi3")
+    engine = engine_on(forced_isa, path, f32_activations=True)
+    tokens = tokens_of(30, engine.n_vocab, seed=1)
+    contexts = (64, 65)  # the original context, and one more
+    sessions = [_core.Session(engine, type_k="f32", type_v="f32", n_ctx=n) for n in contexts]
+    expected = [ReferenceModel(path, n_ctx=n).forward(tokens).logits for n in contexts]
+    assert np.abs(expected[0] - expected[1]).max() > 0.1 * expected[0].std()
+    for session in sessions:
+        session.prefill(tokens[:20])
+    for at in range(20, 30):
+        for session, wanted in zip(sessions, expected, strict=True):
+            session.decode(int(tokens[at]))
+            np.testing.assert_allclose(session.logits(), wanted[at], atol=3e-4 * wanted.std())
+    states = [session.save_state() for session in sessions]
+    for session, state, other in zip(sessions, states, states[::-1], strict=True):
+        with pytest.raises(ValueError, match="n_ctx"):
+            session.load_state(other)
+        session.load_state(state)
+    longer = _core.Session(engine, type_k="f32", type_v="f32", n_ctx=200)
+    longer.load_state(states[1])
+    np.testing.assert_array_equal(longer.logits(), sessions[1].logits())
+
+
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        (LONG, {"without": [LONG]}),
+        (SHORT, {"without": [SHORT]}),
+        (SHORT, {"without": [LONG, SHORT]}),
+        (LONG, {"without": [LONG], "extra_metadata": {"phi3.rope.scaling.type": None}}),
+        (LONG, {"types": {LONG: "F16"}}),
+        (SHORT, {"value": (SHORT, np.nan)}),
+        (LONG, {"value": (LONG, 0.0)}),
+        (LONG, {"resized": (LONG, (12,))}),
+        ("blk.1.ffn_up.weight", {"resized": ("blk.1.ffn_up.weight", (512, 256))}),
+        ("blk.1.attn_qkv.weight", {"resized": ("blk.1.attn_qkv.weight", (500, 256))}),
+        ("blk.1.attn_q.weight", {"without": ["blk.1.attn_qkv.weight"]}),
+        ("original_context_length", {"key": "rope.scaling.original_context_length"}),
+        ("rope.dimension_count", {"key": "rope.dimension_count", "to": 49}),
+        ("rope.dimension_count", {"key": "rope.dimension_count", "to": 66}),
+        ("rope.scaling.type", {"key": "rope.scaling.type", "to": "yarn"}),
+        ("attention.sliding_window", {"key": "attention.sliding_window", "to": 2**31}),
+    ],
+)
+def test_malformed_phi3_is_refused_by_name(tmp_path, monkeypatch, name, changes):
+    options = dict(changes)
+    without, resized = options.pop("without", []), options.pop("resized", ("", ()))
+    value, key = options.pop("value", ("", 0.0)), options.pop("key", None)
+    if key is not None:
+        options["extra_metadata"] = {f"phi3.{key}": options.pop("to", None)}
+
+    def specs(shape):
+        kept = [spec for spec in tensor_specs(shape) if spec.name not in without]
+        return [replace(s, shape=resized[1]) if s.name == resized[0] else s for s in kept]
+
+    def edit(tensor, values):
+        if tensor == value[0]:
+            values = values.copy()
+            values[5] = value[1]
+        return values[: resized[1][0]] if tensor == resized[0] else values
+
+    monkeypatch.setattr(make_synthetic_model, "tensor_specs", specs)
+    make_tiny_model(tmp_path / "m.gguf", "phi3", edit=edit, **options)
+    with pytest.raises(_core.GGUFError, match=re.escape(name)):
+        _core.Engine(str(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [("llama", "F32"), ("llama", "Q4_0"), ("qwen2", "F16")])
+def test_fused_queries_keys_and_values_are_those_of_three_tensors(
+    tmp_path, monkeypatch, arch, dtype
+):
+    """llama.cpp's converter writes them for any architecture when it is asked to."""
+    apart: dict[str, np.ndarray] = {}
+
+    def keep(name, values):
+        apart[name] = values
+        return values
+
+    biases = {"attention_bias": True} if arch == "llama" else {}
+    make_tiny_model(tmp_path / "apart.gguf", arch, dtype, edit=keep, **biases)
+
+    def specs(shape):
+        for spec in tensor_specs(shape):
+            head, _, part = spec.name.rpartition(".attn_")
+            if part in ("q.weight", "q.bias"):
+                rows = (shape.n_q + 2 * shape.n_kv, *spec.shape[1:])
+                yield replace(spec, name=f"{head}.attn_qkv.{part[2:]}", shape=rows)
+            elif part not in ("k.weight", "v.weight", "k.bias", "v.bias"):
+                yield spec
+
+    def fuse(name, values):
+        parts = [name.replace("qkv", part) for part in ("q", "k", "v")]
+        return np.concatenate([apart[p] for p in parts]) if "qkv" in name else apart[name]
+
+    monkeypatch.setattr(make_synthetic_model, "tensor_specs", specs)
+    make_tiny_model(tmp_path / "fused.gguf", arch, dtype, edit=fuse, **biases)
+    paths = [str(tmp_path / f"{name}.gguf") for name in ("apart", "fused")]
+    got = [logits_after(_core.Session(_core.Engine(p)), tokens_of(20, 320)) for p in paths]
+    np.testing.assert_array_equal(*got)
+
+
+@pytest.mark.parametrize("arch", ["gemma3", "phi3", "opt"])
 def test_rope_factors_are_refused_where_nothing_reads_them(tmp_path, monkeypatch, arch):
     def specs(shape):
-        factors = TensorSpec("rope_freqs.weight", (shape.head_dim // 2,), "norm", 0.0, 2.0)
+        factors = TensorSpec("rope_freqs.weight", (shape.n_rotated // 2,), "norm", 0.0, 2.0)
         return [*tensor_specs(shape), factors]
 
     monkeypatch.setattr(make_synthetic_model, "tensor_specs", specs)

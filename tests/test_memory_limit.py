@@ -168,7 +168,11 @@ def test_dense_decoding_works_a_layer_at_a_time(model):
     np.testing.assert_array_equal(*logits)
 
 
-@pytest.mark.parametrize("shape", [replace(WIDE, mlp_bias=True)], ids=["llama with biases"])
+@pytest.mark.parametrize(
+    "shape",
+    [replace(WIDE, mlp_bias=True), replace(WIDE, arch="phi3")],
+    ids=["llama with biases", "phi3"],
+)
 def test_other_layouts_of_a_layer_come_in_and_are_gathered_alike(tmp_path, shape):
     path = str(tmp_path / "wide.gguf")
     make_paper_model(path, shape, "Q8_0")

@@ -241,7 +241,7 @@ def test_forward_equals_transformers(case, tmp_path):
     )
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "gemma3", "opt"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "gemma3", "phi3", "opt"])
 def model(request, tmp_path_factory) -> ReferenceModel:
     path = tmp_path_factory.mktemp("tiny") / "m.gguf"
     make_tiny_model(path, request.param)

@@ -22,6 +22,16 @@ SHAPES = {
     "qwen2": {"n_embd": 64, "n_head": 4, "n_head_kv": 2, "n_ff": 96},
     "qwen3": {"n_embd": 64, "n_head": 2, "n_head_kv": 1, "head_dim": 40, "n_ff": 96},
     "gemma3": {"n_embd": 48, "n_head": 2, "n_head_kv": 1, "head_dim": 24, "sliding_window": 17},
+    "phi3": {
+        "n_embd": 64,
+        "n_head": 4,
+        "n_head_kv": 2,
+        "head_dim": 16,
+        "n_ff": 72,
+        "sliding_window": 19,
+        "rope_dim": 12,
+        "rope_scaling": None,
+    },
     "opt": {"n_embd": 64, "n_head": 4, "n_head_kv": 4, "head_dim": 16, "n_ff": 96},
 }
 REFUSED = (ValueError, RuntimeError, ArithmeticError)

@@ -114,7 +114,7 @@ def test_rope_factors_leave_short_waves_and_stretch_long_ones():
         "original_context_length": 64,
     }
     shape = ModelShape("llama", 1, 64, 64, 1, 1, 64, 300, 64, rope_scaling=scaling)
-    factors = rope_factors(shape)
+    factors = rope_factors(shape, "rope_freqs.weight")
     waves = 2 * np.pi * 10000.0 ** (np.arange(32) / 32)
     assert (factors[waves < 16] == 1).all() and (factors[waves > 64] == 8).all()
     between = factors[(waves > 16) & (waves < 64)]

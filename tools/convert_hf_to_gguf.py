@@ -47,7 +47,7 @@ def convert(directory: Path, out: Path, outtype: str = "F16") -> ModelShape:
     def data(tensor: StoredTensor) -> Iterator[np.ndarray]:
         source = sources[tensor.name]
         values = (
-            rope_factors(shape)
+            rope_factors(shape, tensor.name)
             if source is None
             else to_gguf_values(shape, tensor.name, checkpoint.load(source))
         )

@@ -19,6 +19,7 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Gemma3ForCausalLM": "gemma3",
+    "Phi3ForCausalLM": "phi3",
     "OPTForCausalLM": "opt",
 }
 _ROTARY = {
@@ -42,6 +43,7 @@ _GEMMA3 = _ROTARY | {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_PHI3 = _ROTARY | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 _OPT = {
     "token_embd": "model.decoder.embed_tokens",
     "position_embd": "model.decoder.embed_positions",
@@ -56,7 +58,7 @@ _OPT = {
     "ffn_up": "fc1",
     "ffn_down": "fc2",
 }
-_NAMES = {"gemma3": _GEMMA3, "opt": _OPT}
+_NAMES = {"gemma3": _GEMMA3, "phi3": _PHI3, "opt": _OPT}
 # What a config.json of Gemma 3 may leave out, and what it then means.
 _GEMMA3_DEFAULTS = {
     "num_attention_heads": 8,
@@ -169,14 +171,14 @@ def _opt_shape(config: dict[str, Any]) -> ModelShape:
 
 
 def _rotary_shape(arch: str, config: dict[str, Any]) -> ModelShape:
-    gemma3 = arch == "gemma3"
+    gemma3, phi3 = arch == "gemma3", arch == "phi3"
     _expect(
         config,
         "hidden_activation" if gemma3 else "hidden_act",
         "gelu_pytorch_tanh" if gemma3 else "silu",
     )
-    if arch == "qwen2":
-        _expect(config, "attention_bias", False)  # it has biases, but none on the output
+    if arch in ("qwen2", "phi3"):  # qwen2 has biases, but none on the output
+        _expect(config, "attention_bias", False)
     if arch != "llama":
         _expect(config, "mlp_bias", False)
     n_head, n_embd, n_ctx = (
@@ -190,8 +192,12 @@ def _rotary_shape(arch: str, config: dict[str, Any]) -> ModelShape:
     if gemma3:
         _check_gemma3(config, rope, head_dim)
         rope = rope.get("full_attention", rope)
-    elif window and config.get("use_sliding_window", True):
+    elif window and config.get("use_sliding_window", True) and not phi3:
         n_ctx, window = min(n_ctx, window), None  # up to there the window hides nothing
+    rotated = head_dim
+    if phi3:
+        part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+        rotated = int(head_dim * part)
     return ModelShape(
         arch,
         config["num_hidden_layers"],
@@ -205,8 +211,9 @@ def _rotary_shape(arch: str, config: dict[str, Any]) -> ModelShape:
         tied=config.get("tie_word_embeddings", False),
         rope_freq_base=rope.get("rope_theta", 10000.0),
         norm_eps=config["rms_norm_eps"],
-        rope_scaling=_rope_scaling(rope, config["max_position_embeddings"]),
-        sliding_window=window if gemma3 else None,
+        rope_scaling=_rope_scaling(rope, config),
+        sliding_window=window if gemma3 or phi3 else None,
+        rope_dim=rotated if rotated != head_dim else None,
         attention_bias=bool(config.get("attention_bias")) and arch != "qwen2",
         mlp_bias=bool(config.get("mlp_bias")),
     )
@@ -219,7 +226,7 @@ def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     return {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
 
 
-def _rope_scaling(rope: dict[str, Any], n_ctx: int) -> dict[str, Any] | None:
+def _rope_scaling(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any] | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
@@ -233,12 +240,28 @@ def _rope_scaling(rope: dict[str, Any], n_ctx: int) -> dict[str, Any] | None:
             "high_freq_factor": rope["high_freq_factor"],
             "original_context_length": rope["original_max_position_embeddings"],
         }
+    if "long_factor" in rope:  # phi3's, under several names
+        return _longrope(rope, config)
     if kind == "yarn":
-        return _yarn(rope, n_ctx)
+        return _yarn(rope, config["max_position_embeddings"])
     raise CheckpointError(
-        f"config.json: rope scaling {kind!r} is not supported, expected default, linear, yarn or "
-        "llama3"
+        f"config.json: rope scaling {kind!r} is not supported, expected default, linear, yarn, "
+        "llama3 or (with long_factor and short_factor) longrope"
     )
+
+
+def _longrope(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    key = "original_max_position_embeddings"
+    original = rope[key] if key in rope else config[key]
+    factor = config["max_position_embeddings"] / original
+    computed = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return {
+        "type": "longrope",
+        "original_context_length": original,
+        "attn_factor": rope.get("attention_factor") or computed,
+        "short_factor": rope["short_factor"],
+        "long_factor": rope["long_factor"],
+    }
 
 
 def _yarn(rope: dict[str, Any], n_ctx: int) -> dict[str, Any]:

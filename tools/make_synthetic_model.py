@@ -56,7 +56,7 @@ def make_tiny_model(
     Parameters
     ----------
     path : file to write (replaced as a whole)
-    arch : llama, qwen2, qwen3, gemma3 or opt
+    arch : llama, qwen2, qwen3, gemma3, phi3 or opt
     dtype : tensor type of all matrices; norms, biases and position tables are always F32
     types : tensor type of matrices by part of the name, e.g. ``{"ffn_down": "Q6_K"}``, or of any
         tensor by its full name
@@ -176,7 +176,7 @@ def _type_of(spec: TensorSpec, dtype: str, types: Mapping[str, str]) -> str:
 
 def _float_values(rng: np.random.Generator, spec: TensorSpec, shape: ModelShape) -> np.ndarray:
     if spec.kind == "rope_factors":
-        return rope_factors(shape)
+        return rope_factors(shape, spec.name)
     noise = rng.standard_normal(spec.shape, dtype=np.float32) * np.float32(spec.scale)
     return noise + np.float32(spec.center)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "opt")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "phi3", "opt")
 FILE_TYPES = {
     "F32": 0,
     "F16": 1,
@@ -32,6 +32,10 @@ FILE_TYPES = {
     "BF16": 32,
 }  # general.file_type
 QUANTIZATION_VERSION = 2
+ROPE_TENSORS = {
+    "llama3": ("rope_freqs.weight",),
+    "longrope": ("rope_factors_long.weight", "rope_factors_short.weight"),
+}
 YARN_FIELDS = ("yarn_beta_fast", "yarn_beta_slow", "yarn_log_multiplier")
 
 
@@ -53,9 +57,12 @@ class ModelShape:
     norm_eps: float = 1e-5
     # {"type": "linear", "factor": f}, or {"type": "yarn", "factor", "original_context_length",
     # perhaps "attn_factor" and YARN_FIELDS}, or {"type": "llama3", "factor", "low_freq_factor",
-    # "high_freq_factor", "original_context_length"} (llama only: stored as rope_freqs.weight)
+    # "high_freq_factor", "original_context_length"} (llama only: stored as rope_freqs.weight), or
+    # {"type": "longrope", "short_factor", "long_factor" (lists), "original_context_length",
+    # "attn_factor"} (phi3 only: stored as rope_factors_short.weight and rope_factors_long.weight)
     rope_scaling: dict[str, Any] | None = None
-    sliding_window: int | None = None  # gemma3's local layers
+    sliding_window: int | None = None  # gemma3's local layers, phi3's all
+    rope_dim: int | None = None  # rotated part of a head (phi3); None: all of it
     attention_bias: bool = False  # of q, k, v and output (opt has them, qwen2 but the last)
     mlp_bias: bool = False  # of gate, up and down (llama; opt has them)
 
@@ -68,6 +75,11 @@ class ModelShape:
     def n_kv(self) -> int:
         """Rows of the key and of the value projection."""
         return self.n_head_kv * self.head_dim
+
+    @property
+    def n_rotated(self) -> int:
+        """Elements of a head that are rotated."""
+        return self.rope_dim or self.head_dim
 
     @property
     def gated(self) -> bool:
@@ -94,10 +106,18 @@ class ModelShape:
         allowed = {
             "llama": (None, "linear", "yarn", "llama3"),
             "gemma3": (None, "linear"),
+            "phi3": (None, "linear", "longrope"),
             "opt": (None,),
         }
         if kind not in allowed.get(self.arch, (None, "linear", "yarn")):
             raise ValueError(f"rope_scaling type {kind!r} does not exist for {self.arch}")
+        if kind == "longrope":
+            for key in ("short_factor", "long_factor"):
+                if len(self.rope_scaling[key]) != self.n_rotated // 2:
+                    raise ValueError(
+                        f"{key} has {len(self.rope_scaling[key])} values, expected "
+                        f"{self.n_rotated // 2}"
+                    )
         return self
 
 
@@ -121,7 +141,7 @@ def tensor_specs(shape: ModelShape) -> list[TensorSpec]:
     """All tensors in file order. Scales keep activations near 1 and logits a few units apart."""
     n_embd, n_ff, n_vocab = shape.n_embd, shape.n_ff, shape.n_vocab
     n_q, n_kv = shape.n_q, shape.n_kv
-    opt, gemma3 = shape.arch == "opt", shape.arch == "gemma3"
+    opt, gemma3, phi3 = (shape.arch == arch for arch in ("opt", "gemma3", "phi3"))
     qkv_bias = opt or shape.attention_bias or shape.arch == "qwen2"
     output_bias = opt or shape.attention_bias
     mlp_bias = opt or shape.mlp_bias
@@ -149,12 +169,13 @@ def tensor_specs(shape: ModelShape) -> list[TensorSpec]:
     norm("output_norm", n_embd, 3.0 / embd_gain)
     if not shape.tied:
         matrix("output", n_vocab, n_embd, 3.0)
-    if shape.rope_scaling and shape.rope_scaling["type"] == "llama3":
-        specs.append(TensorSpec("rope_freqs.weight", (shape.head_dim // 2,), "rope_factors", 0.0))
+    for name in ROPE_TENSORS.get((shape.rope_scaling or {}).get("type"), ()):
+        specs.append(TensorSpec(name, (shape.n_rotated // 2,), "rope_factors", 0.0))
     for i in range(shape.n_layer):
         blk = f"blk.{i}"
         norm(f"{blk}.attn_norm", n_embd)
-        for name, rows, gain in (("q", n_q, 1.4), ("k", n_kv, 1.4), ("v", n_kv, 1.0)):
+        apart = (("q", n_q, 1.4), ("k", n_kv, 1.4), ("v", n_kv, 1.0))
+        for name, rows, gain in (("qkv", n_q + 2 * n_kv, 1.3),) if phi3 else apart:
             matrix(f"{blk}.attn_{name}", rows, n_embd, gain)
             if qkv_bias:
                 bias(f"{blk}.attn_{name}", rows, 0.3)
@@ -167,11 +188,11 @@ def tensor_specs(shape: ModelShape) -> list[TensorSpec]:
         if gemma3:
             norm(f"{blk}.post_attention_norm", n_embd)
         norm(f"{blk}.ffn_norm", n_embd)
-        if shape.gated:
+        if shape.gated and not phi3:
             matrix(f"{blk}.ffn_gate", n_ff, n_embd, 1.0)
             if mlp_bias:
                 bias(f"{blk}.ffn_gate", n_ff, 0.3)
-        matrix(f"{blk}.ffn_up", n_ff, n_embd, 1.0)
+        matrix(f"{blk}.ffn_up", 2 * n_ff if phi3 else n_ff, n_embd, 1.0)
         if mlp_bias:
             bias(f"{blk}.ffn_up", n_ff, 0.3)
         matrix(f"{blk}.ffn_down", n_embd, n_ff, 2.0)
@@ -182,12 +203,18 @@ def tensor_specs(shape: ModelShape) -> list[TensorSpec]:
     return specs
 
 
-def rope_factors(shape: ModelShape) -> np.ndarray:
-    """Llama 3.1's frequency divisors, float32 (head_dim / 2,): 1 for short waves, `factor` for
-    waves longer than the original context, a blend between."""
+def rope_factors(shape: ModelShape, name: str) -> np.ndarray:
+    """Frequency divisors in the tensor `name`, float32 (n_rotated / 2,).
+
+    Those of Llama 3.1 are 1 for short waves, `factor` for waves longer than the original context,
+    a blend between.
+    """
     scaling = shape.rope_scaling
     if scaling is None:
-        raise ValueError("rope_factors needs a shape with rope_scaling of type llama3")
+        raise ValueError(f"{name} needs a shape with rope_scaling")
+    if scaling["type"] == "longrope":
+        key = "long_factor" if name == "rope_factors_long.weight" else "short_factor"
+        return np.array(scaling[key], np.float32)
     pair = np.arange(0, shape.head_dim, 2, dtype=np.float64) / shape.head_dim
     turns = scaling["original_context_length"] / (2 * math.pi * shape.rope_freq_base**pair)
     low, high, factor = (scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"])
@@ -230,6 +257,13 @@ def architecture_fields(shape: ModelShape, file_type: str, name: str) -> dict[st
         for field in ("attn_factor", *YARN_FIELDS):
             if field in scaling:
                 fields[f"{arch}.rope.scaling.{field}"] = float(scaling[field])
+    if arch == "phi3":
+        fields["phi3.rope.dimension_count"] = shape.n_rotated
+        original = scaling.get("original_context_length", shape.n_ctx)
+        fields["phi3.rope.scaling.original_context_length"] = original
+    if scaling.get("type") == "longrope":
+        fields["phi3.rope.scaling.type"] = "longrope"
+        fields["phi3.rope.scaling.attn_factor"] = float(scaling["attn_factor"])
     if shape.sliding_window:
         fields[f"{arch}.attention.sliding_window"] = shape.sliding_window
     fields["general.file_type"] = FILE_TYPES[file_type]

@@ -30,6 +30,26 @@ TINY = {
         norm_eps=1e-6,
         sliding_window=8,
     ),
+    "phi3": ModelShape(
+        "phi3",
+        3,
+        256,
+        512,
+        4,
+        2,
+        64,
+        336,
+        256,
+        sliding_window=16,
+        rope_dim=48,
+        rope_scaling={
+            "type": "longrope",
+            "original_context_length": 64,
+            "attn_factor": 1.2,
+            "short_factor": [1.0 + 0.05 * i for i in range(24)],
+            "long_factor": [1.0 + 0.5 * i for i in range(24)],
+        },
+    ),
     "opt": ModelShape("opt", 3, 256, 1024, 4, 4, 64, 336, 256, tied=True),
 }
 LLAMA31_SCALING = {

@@ -134,6 +134,47 @@ CASES: dict[str, dict[str, Any]] = {
             "yarn_log_multiplier": 0.5,
         },
     },
+    "phi3_long": {
+        "arch": "phi3",
+        "seed": 17,
+        **SMALL,
+        "n_ctx": 128,
+        "sliding_window": 40,
+        "rope_dim": 12,
+        "rope_scaling": {
+            "type": "longrope",
+            "original_context_length": 32,
+            "attn_factor": 1.18,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            "long_factor": [1.0, 1.5, 2.5, 4.0, 6.0, 9.0],
+        },
+    },
+    "phi3_short": {  # a context that is not above the original one
+        "arch": "phi3",
+        "seed": 18,
+        **SMALL,
+        "n_embd": 192,
+        "n_head": 2,
+        "head_dim": 96,
+        "tied": True,
+        "sliding_window": None,
+        "rope_dim": None,
+        "rope_scaling": {
+            "type": "longrope",
+            "original_context_length": 64,
+            "attn_factor": 1.18,
+            "short_factor": [1.0 + 0.1 * i for i in range(48)],
+            "long_factor": [2.0 + 0.4 * i for i in range(48)],
+        },
+    },
+    "phi3_plain": {
+        "arch": "phi3",
+        "seed": 19,
+        **SMALL,
+        "sliding_window": 8,
+        "rope_dim": None,
+        "rope_scaling": None,
+    },
     "gemma3_long": {
         "arch": "gemma3",
         "seed": 10,
@@ -159,7 +200,7 @@ def build(
     model = transformers.AutoModelForCausalLM.from_config(config_of(shape, extra_metadata or {}))
     state = {}
     for tensor in GGUFReader(str(path)).tensors:
-        if tensor.name != "rope_freqs.weight":
+        if not tensor.name.startswith("rope_"):
             values = np.array(tensor.data, np.float32).reshape(tensor.shape[::-1])
             state[hf_name(shape.arch, tensor.name)] = torch.tensor(
                 from_gguf_values(shape, tensor.name, values)
@@ -195,6 +236,12 @@ def config_of(shape: ModelShape, extra_metadata: dict[str, Any]) -> transformers
         "rope_parameters": rope_of(shape),
         "attention_bias": shape.attention_bias,
     }
+    if shape.arch == "phi3":
+        del common["head_dim"], common["attention_bias"]
+        original = (shape.rope_scaling or {}).get("original_context_length", shape.n_ctx)
+        return transformers.Phi3Config(
+            **common, original_max_position_embeddings=original, sliding_window=shape.sliding_window
+        )
     if shape.arch == "gemma3":
         local_base = extra_metadata.get("gemma3.rope.freq_base_swa", 10000.0)
         local = {"rope_type": "default", "rope_theta": local_base}
@@ -228,8 +275,11 @@ def rope_of(shape: ModelShape) -> dict[str, Any]:
             scaling[theirs] = scaling.pop(ours)
     if "yarn_log_multiplier" in scaling:
         scaling |= {"mscale": 1.0, "mscale_all_dim": scaling.pop("yarn_log_multiplier")}
-    if "attn_factor" in scaling:  # theirs takes the place of the computed factor
-        computed = 0.1 * math.log(scaling["factor"]) + 1.0
+    if shape.arch == "phi3":
+        out["partial_rotary_factor"] = shape.n_rotated / shape.head_dim
+    if "attn_factor" in scaling:  # theirs takes the place of the factor computed for YaRN
+        yarn = out["rope_type"] == "yarn"
+        computed = 0.1 * math.log(scaling["factor"]) + 1.0 if yarn else 1.0
         scaling["attention_factor"] = scaling.pop("attn_factor") * computed
     return out | scaling
 

@@ -1,6 +1,7 @@
 #include "backend/split_backend.h"
 
 #include <algorithm>
+#include <iterator>
 #include <mutex>
 #include <utility>
 
@@ -255,7 +256,11 @@ class SplitBackend final : public Backend {
     }
   }
 
-  bool is_on_gpu(const Mat& mat) const { return part_.matrices.count(mat.data) != 0; }
+  // Matrices are tensors of the file, or rows of them.
+  bool is_on_gpu(const Mat& mat) const {
+    const auto after = part_.tensors.upper_bound(mat.data);
+    return after != part_.tensors.begin() && mat.data < std::prev(after)->second;
+  }
 
   // A buffer of ours on the GPU; one that a compaction there has made is there already.
   BufferPtr on_gpu(const Buffer& buffer) {

@@ -6,16 +6,17 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
-#include <set>
 
 #include "backend/backend.h"
 
 namespace coreinfer {
 
 struct GpuPart {
-  int64_t first_layer = 0;              // this one and all after it
-  std::set<const std::byte*> matrices;  // where the model file has theirs
+  int64_t first_layer = 0;  // this one and all after it
+  // Where the model file has theirs: each tensor's begin and end.
+  std::map<const std::byte*, const std::byte*> tensors;
 };
 
 std::unique_ptr<Backend> make_split_backend(std::unique_ptr<Backend> cpu,

@@ -21,7 +21,8 @@ GpuPart last_layers(const GgufFile& file, int64_t n_layer, int64_t n) {
   for (const TensorInfo& info : file.tensors()) {
     long long layer = -1;
     if (std::sscanf(info.name.c_str(), "blk.%lld.", &layer) == 1 && layer >= part.first_layer) {
-      part.matrices.insert(file.mat(info).data);
+      const Mat mat = file.mat(info);
+      part.tensors.emplace(mat.data, mat.data + mat.bytes());
     }
   }
   return part;

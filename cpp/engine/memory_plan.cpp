@@ -35,7 +35,11 @@ MemoryPlan::MemoryPlan(const MemoryBudget& budget, const GgufFile& file, const M
   const auto loaded = [&](const TensorInfo& info) {
     if (info.n_dims != 2) return info.nbytes;
     const Mat mat = file.mat(info);
-    return backend.loaded_bytes(mat.type, mat.rows, mat.cols);
+    uint64_t bytes = 0;
+    for (const int64_t rows : rows_of_matrices(info, config)) {
+      bytes += backend.loaded_bytes(mat.type, rows, mat.cols);
+    }
+    return bytes;
   };
   const auto bytes_of = [&](const std::string& name) {
     const TensorInfo* info = file.find(name);
@@ -43,8 +47,9 @@ MemoryPlan::MemoryPlan(const MemoryBudget& budget, const GgufFile& file, const M
   };
   for (int64_t i = budget.first_layer; i < config.n_layer; ++i) {
     const std::string layer = "blk." + std::to_string(i) + ".";
-    const uint64_t gate = bytes_of(layer + "ffn_gate.weight");
-    const uint64_t up = bytes_of(layer + "ffn_up.weight");
+    uint64_t gate = bytes_of(layer + "ffn_gate.weight");
+    uint64_t up = bytes_of(layer + "ffn_up.weight");
+    if (config.fused_ffn) gate = up /= 2;
     const TensorInfo* info = file.find(layer + "ffn_down.weight");
     const uint64_t down = info != nullptr ? loaded(*info) : 0;
     const bool quantized = info != nullptr && traits(file.mat(*info).type).quantized;

@@ -92,6 +92,8 @@ std::vector<std::byte> Session::save_state() {
   w.value(engine_->file().fingerprint());
   w.value(cache_->spec().type_k);
   w.value(cache_->spec().type_v);
+  const ModelConfig& c = engine_->config();
+  if (c.has_long_rope()) w.value(static_cast<uint8_t>(c.takes_long_rope(n_ctx())));
   w.array(tokens_);
   w.value(n_dense_);
   w.array(logits_);
@@ -143,6 +145,12 @@ void Session::load_state(std::span<const std::byte> state) {
   const auto type_v = r.value<KvType>();
   if (type_k != cache_->spec().type_k || type_v != cache_->spec().type_v) {
     throw_error(ErrorKind::kValue, "the saved state has other cache types (type_k, type_v)");
+  }
+  if (c.has_long_rope() && (r.value<uint8_t>() != 0) != c.takes_long_rope(n_ctx())) {
+    throw_error(ErrorKind::kValue,
+                "the saved state has a context on the other side of this model's original one, "
+                "%lld, than n_ctx (%lld): its keys are rotated by other angles",
+                static_cast<long long>(c.short_rope_context), static_cast<long long>(n_ctx()));
   }
   std::vector<int32_t> tokens = r.array<int32_t>();
   check_tokens(tokens);

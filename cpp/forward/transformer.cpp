@@ -100,7 +100,8 @@ void Transformer::attention(const LayerWeights& w, int64_t layer, int64_t first,
                         {w.k.get(), w.k_bias.get(), k, false},
                         {w.v.get(), w.v_bias.get(), v, false}};
   backend_.linear(x, w.attn_norm, qkv);
-  backend_.attend(w.attention, q, k, v, cache, layer, first, attended);
+  const bool is_long = config_.takes_long_rope(cache.spec().n_ctx);
+  backend_.attend(is_long ? w.attention_long : w.attention, q, k, v, cache, layer, first, attended);
   if (w.attn_post_norm.weight) {
     const Rows block = block_->rows(x.n, config_.n_embd);
     const Linear o[] = {{w.o.get(), w.o_bias.get(), block, false}};

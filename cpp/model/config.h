@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -19,6 +20,7 @@ struct LayerConfig {
   int64_t window = 0;  // sliding attention window, own position included; 0: all positions
   // (rope_dim / 2) angles per position, scaling applied; null without rope.
   std::shared_ptr<const std::vector<float>> rope_freq;
+  std::shared_ptr<const std::vector<float>> rope_freq_long;  // null: there is one kind alone
 };
 
 struct ModelConfig {
@@ -37,6 +39,7 @@ struct ModelConfig {
   float norm_eps = 1e-5f;
   Activation activation = Activation::kSilu;
   bool gated = true;
+  bool fused_ffn = false;  // gate and up are one tensor in the file, the gate's rows first
 
   RopeKind rope = RopeKind::kNone;
   int64_t rope_dim = 0;
@@ -49,6 +52,10 @@ struct ModelConfig {
   int64_t position_offset = -1;
 
   Presence rope_factors = Presence::kNever;  // rope_freqs.weight, which is in rope_freq then
+  // rope_factors_short.weight and rope_factors_long.weight, in rope_freq and rope_freq_long then.
+  Presence long_rope_factors = Presence::kNever;
+  // A session with a longer context than this takes rope_freq_long for all of its positions.
+  int64_t short_rope_context = std::numeric_limits<int64_t>::max();
   Presence qkv_bias = Presence::kNever;
   Presence attn_output_bias = Presence::kNever;
   Presence ffn_bias = Presence::kNever;
@@ -57,6 +64,8 @@ struct ModelConfig {
   Presence post_norm = Presence::kNever;  // after attention and after the FFN
   std::vector<LayerConfig> layers;
 
+  bool has_long_rope() const { return long_rope_factors != Presence::kNever; }
+  bool takes_long_rope(int64_t context) const { return context > short_rope_context; }
   int64_t n_embd_q() const { return n_head * head_dim; }
   int64_t n_embd_kv() const { return n_head_kv * head_dim; }
 };

@@ -32,6 +32,8 @@ class Loader {
     return weight;
   }
 
+  bool has(const char* name) const { return file_.has(prefix_ + name); }
+
   BufferPtr vector(const char* name, int64_t n, Presence presence) {
     const Mat m = mat(name, {n}, presence);
     return m.empty() ? nullptr : backend_.load_vector(m);
@@ -44,6 +46,16 @@ class Loader {
     norm.weight = vector((name + ".weight").c_str(), n, presence);
     norm.bias = vector((name + ".bias").c_str(), n, bias);
     return norm;
+  }
+
+  // Elements [first, first + n) of a vector of floats.
+  BufferPtr part(const char* name, const Mat& whole, int64_t first, int64_t n) {
+    if (whole.empty()) return nullptr;
+    if (traits(whole.type).quantized) {
+      throw_error(ErrorKind::kGguf, "%s: %s%s is %s, expected floats", file_.path().c_str(),
+                  prefix_.c_str(), name, std::string(traits(whole.type).name).c_str());
+    }
+    return backend_.load_vector({whole.type, 1, n, whole.data + row_bytes(whole.type, first)});
   }
 
   void finish() {
@@ -66,18 +78,40 @@ class Loader {
   std::set<std::string> asked_;
 };
 
+// Queries, keys and values: a tensor each, or one after the other in one.
+void load_qkv(Loader& loader, const ModelConfig& c, LayerWeights& w) {
+  const int64_t q = c.n_embd_q(), kv = c.n_embd_kv();
+  if (!loader.has("attn_qkv.weight")) {
+    const auto always = Presence::kAlways;
+    w.q = loader.matrix(loader.mat("attn_q.weight", {c.n_embd, q}, always));
+    w.k = loader.matrix(loader.mat("attn_k.weight", {c.n_embd, kv}, always));
+    w.v = loader.matrix(loader.mat("attn_v.weight", {c.n_embd, kv}, always));
+  } else {
+    const Mat all = loader.mat("attn_qkv.weight", {c.n_embd, q + 2 * kv}, Presence::kAlways);
+    w.q = loader.matrix(all.slice(0, q));
+    w.k = loader.matrix(all.slice(q, kv));
+    w.v = loader.matrix(all.slice(q + kv, kv));
+  }
+  const char* fused = "attn_qkv.bias";
+  if (!loader.has(fused)) {
+    w.q_bias = loader.vector("attn_q.bias", q, c.qkv_bias);
+    w.k_bias = loader.vector("attn_k.bias", kv, c.qkv_bias);
+    w.v_bias = loader.vector("attn_v.bias", kv, c.qkv_bias);
+  } else {
+    const Mat all = loader.mat(fused, {q + 2 * kv}, c.qkv_bias);
+    w.q_bias = loader.part(fused, all, 0, q);
+    w.k_bias = loader.part(fused, all, q, kv);
+    w.v_bias = loader.part(fused, all, q + kv, kv);
+  }
+}
+
 LayerWeights load_layer(Loader& loader, const ModelConfig& c, const LayerConfig& layer,
                         bool ffn_resident) {
   LayerWeights w;
   const auto always = Presence::kAlways;
   w.attn_norm = loader.norm("attn_norm", c.n_embd, always, c.norm_bias);
-  w.q = loader.matrix(loader.mat("attn_q.weight", {c.n_embd, c.n_embd_q()}, always));
-  w.k = loader.matrix(loader.mat("attn_k.weight", {c.n_embd, c.n_embd_kv()}, always));
-  w.v = loader.matrix(loader.mat("attn_v.weight", {c.n_embd, c.n_embd_kv()}, always));
+  load_qkv(loader, c, w);
   w.o = loader.matrix(loader.mat("attn_output.weight", {c.n_embd_q(), c.n_embd}, always));
-  w.q_bias = loader.vector("attn_q.bias", c.n_embd_q(), c.qkv_bias);
-  w.k_bias = loader.vector("attn_k.bias", c.n_embd_kv(), c.qkv_bias);
-  w.v_bias = loader.vector("attn_v.bias", c.n_embd_kv(), c.qkv_bias);
   w.o_bias = loader.vector("attn_output.bias", c.n_embd, c.attn_output_bias);
 
   AttentionSpec& a = w.attention;
@@ -93,13 +127,21 @@ LayerWeights load_layer(Loader& loader, const ModelConfig& c, const LayerConfig&
   a.rope_dim = c.rope_dim;
   a.rope_freq = layer.rope_freq;
   a.rope_scale = c.rope_scale;
+  w.attention_long = a;
+  w.attention_long.rope_freq = layer.rope_freq_long;
 
   w.attn_post_norm = loader.norm("post_attention_norm", c.n_embd, c.post_norm, Presence::kNever);
   w.ffn_norm = loader.norm("ffn_norm", c.n_embd, always, c.norm_bias);
   w.ffn_post_norm = loader.norm("post_ffw_norm", c.n_embd, c.post_norm, Presence::kNever);
   CompactSource& s = w.source;
-  s.gate = loader.mat("ffn_gate.weight", {c.n_embd, c.n_ff}, c.gated ? always : Presence::kNever);
-  s.up = loader.mat("ffn_up.weight", {c.n_embd, c.n_ff}, always);
+  if (c.fused_ffn) {
+    const Mat both = loader.mat("ffn_up.weight", {c.n_embd, 2 * c.n_ff}, always);
+    s.gate = both.slice(0, c.n_ff);
+    s.up = both.slice(c.n_ff, c.n_ff);
+  } else {
+    s.gate = loader.mat("ffn_gate.weight", {c.n_embd, c.n_ff}, c.gated ? always : Presence::kNever);
+    s.up = loader.mat("ffn_up.weight", {c.n_embd, c.n_ff}, always);
+  }
   s.down = loader.mat("ffn_down.weight", {c.n_ff, c.n_embd}, always);
   s.gate_bias = loader.vector("ffn_gate.bias", c.n_ff, c.gated ? c.ffn_bias : Presence::kNever);
   s.up_bias = loader.vector("ffn_up.bias", c.n_ff, c.ffn_bias);
@@ -116,6 +158,14 @@ LayerWeights load_layer(Loader& loader, const ModelConfig& c, const LayerConfig&
 }
 
 }  // namespace
+
+std::vector<int64_t> rows_of_matrices(const TensorInfo& info, const ModelConfig& config) {
+  if (info.name.ends_with(".attn_qkv.weight")) {
+    return {config.n_embd_q(), config.n_embd_kv(), config.n_embd_kv()};
+  }
+  if (config.fused_ffn && info.name.ends_with(".ffn_up.weight")) return {config.n_ff, config.n_ff};
+  return {info.ne[1]};
+}
 
 size_t ModelWeights::ffn_bytes() const {
   size_t bytes = 0;
@@ -194,7 +244,10 @@ ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, Backe
     }
   }
   loader.leave_layers();
-  loader.mat("rope_freqs.weight", {config.rope_dim / 2}, config.rope_factors);
+  const int64_t n_pairs = config.rope_dim / 2;
+  loader.mat("rope_freqs.weight", {n_pairs}, config.rope_factors);
+  loader.mat("rope_factors_short.weight", {n_pairs}, config.long_rope_factors);
+  loader.mat("rope_factors_long.weight", {n_pairs}, config.long_rope_factors);
   loader.finish();
   return w;
 }

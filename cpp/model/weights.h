@@ -21,6 +21,7 @@ struct LayerWeights {
   WeightPtr o;                               // (n_embd, n_head * head_dim)
   BufferPtr q_bias, k_bias, v_bias, o_bias;  // null where the model has none
   AttentionSpec attention;                   // with the head norms and rope of this layer
+  AttentionSpec attention_long;              // the same for contexts that take rope_freq_long
   Norm attn_post_norm;                       // no weight: none
   Norm ffn_norm;
   FfnWeights ffn;  // empty where dense FFN weights are not resident
@@ -63,6 +64,9 @@ struct WeightOptions {
   bool memory_limited = false;          // resident pages count, those of the mapped file too
   std::function<void(float)> progress;  // gets [0, 1]
 };
+
+// Rows of the matrices that a tensor of the file is loaded as, which are several where it is fused.
+std::vector<int64_t> rows_of_matrices(const TensorInfo& info, const ModelConfig& config);
 
 // Throws kGguf for a missing, misshapen, unsupported or unexpected tensor.
 ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, Backend& backend,

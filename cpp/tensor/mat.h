@@ -19,6 +19,7 @@ struct Mat {
   bool empty() const { return data == nullptr; }
   size_t stride() const { return row_bytes(type, cols); }
   size_t bytes() const { return stride() * static_cast<size_t>(rows); }
+  Mat slice(int64_t first, int64_t n) const { return {type, n, cols, row(first)}; }  // rows
   const std::byte* row(int64_t r) const { return data + static_cast<size_t>(r) * stride(); }
 };
 

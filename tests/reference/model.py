@@ -1,4 +1,5 @@
-"""A float64 forward pass over a GGUF file, for llama, qwen2, qwen3, gemma3 and opt.
+"""A float64 forward pass over a GGUF file, for llama, qwen2, qwen3, gemma3, phi3 and
+opt.
 
 In: a file and token ids. Out: logits of every token, and the activations of every FFN layer.
 Prefill, decode and score are the same function here; decoding with core neurons is the FFN
@@ -39,6 +40,9 @@ class Config:
     yarn: tuple[float, float, float] | None  # original context, beta_fast, beta_slow
     rope_magnitude: float  # cos and sin are multiplied by it
     attn_scale: float
+    rope_dim: int  # rotated elements at the start of a head
+    n_ctx: int  # of the session; above the original context phi3's long factors hold
+    original_context: int
     window: int | None  # sliding window of local layers
     pattern: int | list[int]  # of local layers: every which one is global, or a flag for each
     local_rope_base: float
@@ -46,17 +50,21 @@ class Config:
     final_softcap: float
 
     @classmethod
-    def read(cls, file: GgufTensors) -> Config:
-        """Config of a file; ValueError for an architecture or rope scaling not covered here."""
+    def read(cls, file: GgufTensors, n_ctx: int | None = None) -> Config:
+        """Config of a file; ValueError for an architecture or rope scaling not covered here.
+
+        n_ctx None: what the model was trained for.
+        """
         arch = file.field("general.architecture")
-        if arch not in ("llama", "qwen2", "qwen3", "gemma3", "opt"):
+        if arch not in ("llama", "qwen2", "qwen3", "gemma3", "phi3", "opt"):
             raise ValueError(f"the oracle does not know architecture {arch!r}")
 
         def get(key: str, default: float | None = None) -> float:
             return file.field(f"{arch}.{key}", default)
 
         scaling = file.field(f"{arch}.rope.scaling.type", "none")
-        known = ("none", "linear", *(["yarn"] if arch in ("llama", "qwen2", "qwen3") else []))
+        own = {"gemma3": (), "opt": (), "phi3": ("longrope",)}.get(arch, ("yarn",))
+        known = ("none", "linear", *own)
         if scaling not in known:
             raise ValueError(f"the oracle does not know rope scaling {scaling!r}")
         factor = float(get("rope.scaling.factor", 1.0)) if scaling != "none" else 1.0
@@ -76,7 +84,7 @@ class Config:
         head_dim = int(get("attention.key_length", n_embd // n_head))
         narrow = n_embd // n_head if arch == "gemma3" and n_layer == GEMMA3_LAYERS_27B else head_dim
         eps_key = "layer_norm_epsilon" if arch == "opt" else "layer_norm_rms_epsilon"
-        window = get("attention.sliding_window", 0) if arch == "gemma3" else 0
+        window = get("attention.sliding_window", 0) if arch in ("gemma3", "phi3") else 0
         return cls(
             arch=arch,
             n_layer=n_layer,
@@ -91,6 +99,9 @@ class Config:
             yarn=yarn,
             rope_magnitude=magnitude,
             attn_scale=narrow**-0.5,
+            rope_dim=int(get("rope.dimension_count", head_dim)),
+            n_ctx=n_ctx or int(get("context_length")),
+            original_context=int(get("rope.scaling.original_context_length", 0)),
             window=int(window) or None,
             pattern=get("attention.sliding_window_pattern", GEMMA3_GLOBAL_EVERY),
             local_rope_base=float(get("rope.freq_base_swa", GEMMA3_LOCAL_ROPE_BASE)),
@@ -100,7 +111,9 @@ class Config:
 
     def is_local(self, layer: int) -> bool:
         """Whether a layer sees only the last `window` tokens."""
-        if isinstance(self.pattern, list):
+        if self.arch == "phi3":
+            slides = True
+        elif isinstance(self.pattern, list):
             slides = bool(self.pattern[layer])
         else:
             slides = self.pattern == 0 or (layer + 1) % self.pattern != 0
@@ -108,8 +121,8 @@ class Config:
 
     def rope_frequencies(self, layer: int) -> np.ndarray:
         """Radians a position, for each pair of rotated dimensions, without what tensors add."""
-        half = self.head_dim // 2
-        if self.is_local(layer):
+        half = self.rope_dim // 2
+        if self.is_local(layer) and self.arch == "gemma3":
             return frequencies(self.local_rope_base, half)
         own = frequencies(self.rope_base, half)
         if self.yarn is None:
@@ -155,9 +168,11 @@ class Forward:
 class ReferenceModel:
     """The model of one GGUF file. Weights are dequantised to float32 once and used in `dtype`."""
 
-    def __init__(self, path: str | Path, dtype: type = np.float64) -> None:
+    def __init__(
+        self, path: str | Path, dtype: type = np.float64, n_ctx: int | None = None
+    ) -> None:
         self.file = GgufTensors(path)
-        self.config = Config.read(self.file)
+        self.config = Config.read(self.file, n_ctx)
         self.dtype = dtype
         self._loaded: dict[str, np.ndarray] = {}
 
@@ -253,9 +268,15 @@ class ReferenceModel:
     ) -> np.ndarray:
         config, blk = self.config, f"blk.{layer}"
         n = len(x)
-        q = self._linear(x, f"{blk}.attn_q").reshape(n, config.n_head, config.head_dim)
-        k = self._linear(x, f"{blk}.attn_k").reshape(n, config.n_head_kv, config.head_dim)
-        v = self._linear(x, f"{blk}.attn_v").reshape(n, config.n_head_kv, config.head_dim)
+        if f"{blk}.attn_qkv.weight" in self.file:
+            heads = config.n_head + np.array([0, config.n_head_kv])
+            fused = self._linear(x, f"{blk}.attn_qkv").reshape(n, -1, config.head_dim)
+            q, k, v = np.split(fused, heads, axis=1)
+        else:
+            q, k, v = (
+                self._linear(x, f"{blk}.attn_{name}").reshape(n, -1, config.head_dim)
+                for name in "qkv"
+            )
         if config.arch in ("qwen3", "gemma3"):
             q = self._norm(q, f"{blk}.attn_q_norm")
             k = self._norm(k, f"{blk}.attn_k_norm")
@@ -285,17 +306,21 @@ class ReferenceModel:
         return self._linear(y, f"{blk}.attn_output")
 
     def _rope(self, x: np.ndarray, positions: np.ndarray, layer: int) -> np.ndarray:
-        """Rotate pairs of dimensions: (2j, 2j+1) for llama, (j, j + head_dim/2) for the others."""
+        """Rotate pairs of dimensions: (2j, 2j+1) for llama, (j, j + rope_dim/2) for the others."""
         config = self.config
-        half = config.head_dim // 2
+        half = config.rope_dim // 2
         frequency = config.rope_frequencies(layer)
-        if "rope_freqs.weight" in self.file:
-            frequency = frequency / self.weight("rope_freqs.weight")
+        long = config.n_ctx > config.original_context
+        for name in ("rope_freqs", "rope_factors_long" if long else "rope_factors_short"):
+            if f"{name}.weight" in self.file:
+                frequency = frequency / self.weight(f"{name}.weight")
         angle = (positions[:, None] * frequency)[:, None, :]  # (n, 1, half)
         cos, sin = np.cos(angle) * config.rope_magnitude, np.sin(angle) * config.rope_magnitude
-        even = np.s_[..., 0::2] if config.arch == "llama" else np.s_[..., :half]
-        odd = np.s_[..., 1::2] if config.arch == "llama" else np.s_[..., half:]
-        out = np.empty_like(x)
+        even = np.s_[..., 0 : 2 * half : 2] if config.arch == "llama" else np.s_[..., :half]
+        odd = (
+            np.s_[..., 1 : 2 * half : 2] if config.arch == "llama" else np.s_[..., half : 2 * half]
+        )
+        out = x.copy()
         out[even] = x[even] * cos - x[odd] * sin
         out[odd] = x[even] * sin + x[odd] * cos
         return out
@@ -309,7 +334,10 @@ class ReferenceModel:
             act = np.maximum(up, 0)
             h = act
         else:
-            gate = self._linear(x, f"{blk}.ffn_gate")
+            if self.config.arch == "phi3":
+                gate, up = np.split(up, 2, axis=-1)
+            else:
+                gate = self._linear(x, f"{blk}.ffn_gate")
             act = gelu_tanh(gate) if self.config.arch == "gemma3" else silu(gate)
             h = act * up
         if core is not None:

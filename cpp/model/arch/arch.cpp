@@ -17,7 +17,7 @@ struct Architecture {
 
 constexpr Architecture kArchitectures[] = {
     {"llama", arch::read_llama},   {"qwen2", arch::read_qwen2}, {"qwen3", arch::read_qwen3},
-    {"gemma3", arch::read_gemma3}, {"opt", arch::read_opt},
+    {"gemma3", arch::read_gemma3}, {"phi3", arch::read_phi3},   {"opt", arch::read_opt},
 };
 
 // Above any real model and far below what would overflow a product of two.
@@ -203,15 +203,16 @@ void HyperParameters::read_sizes() {
   c.layers.resize(static_cast<size_t>(c.n_layer));
 }
 
-RopeScaling HyperParameters::linear_scaling() const {
+RopeScaling HyperParameters::linear_scaling(const char* also) const {
   const Metadata& metadata = file.metadata();
   const std::string type = metadata.maybe_string(key("rope.scaling.type")).value_or("linear");
   if (type == "none") return {};
-  if (type != "linear") {
-    throw_error(ErrorKind::kGguf,
-                "%s: %s is \"%s\", supported: \"none\", \"linear\" (and rope_freqs.weight), and in "
-                "llama, qwen2 and qwen3 \"yarn\"",
-                file.path().c_str(), key("rope.scaling.type").c_str(), type.c_str());
+  if (type != "linear" && type != also) {
+    throw_error(
+        ErrorKind::kGguf,
+        "%s: %s is \"%s\", supported: \"none\", \"linear\" (and rope_freqs.weight), in llama, "
+        "qwen2 and qwen3 \"yarn\", in phi3 \"longrope\"",
+        file.path().c_str(), key("rope.scaling.type").c_str(), type.c_str());
   }
   float factor = 0.0f;
   if (metadata.has(key("rope.scaling.factor"))) {
@@ -263,7 +264,7 @@ RopeScaling HyperParameters::read_yarn(float base) {
 }
 
 std::shared_ptr<const std::vector<float>> HyperParameters::rope_frequencies(
-    float base, const RopeScaling& scaling) const {
+    float base, const RopeScaling& scaling, const char* divisors) const {
   const int64_t n = config.rope_dim / 2;
   // YaRN: pairs up to the first keep their frequency, from the last on it is divided.
   const auto pair_turning = [&](double times) {
@@ -289,19 +290,18 @@ std::shared_ptr<const std::vector<float>> HyperParameters::rope_frequencies(
     (*freq)[static_cast<size_t>(i)] =
         static_cast<float>(own / scaling.factor * divided + own * (1.0 - divided));
   }
-  if (config.rope_factors == Presence::kNever) return freq;
-  const Mat factors = file.maybe("rope_freqs.weight", {n});
+  if (divisors == nullptr) return freq;
+  const Mat factors = file.maybe(divisors, {n});
   if (!factors.empty()) {
     if (factors.type != DType::kF32) {
-      throw_error(ErrorKind::kGguf, "%s: rope_freqs.weight is %s, expected F32",
-                  file.path().c_str(), std::string(traits(factors.type).name).c_str());
+      throw_error(ErrorKind::kGguf, "%s: %s is %s, expected F32", file.path().c_str(), divisors,
+                  std::string(traits(factors.type).name).c_str());
     }
     const float* divisor = reinterpret_cast<const float*>(factors.data);
     for (int64_t i = 0; i < n; ++i) {
       if (!std::isfinite(divisor[i]) || divisor[i] <= 0.0f) {
-        throw_error(ErrorKind::kGguf,
-                    "%s: rope_freqs.weight[%lld] is %g, expected a finite number above 0",
-                    file.path().c_str(), static_cast<long long>(i), divisor[i]);
+        throw_error(ErrorKind::kGguf, "%s: %s[%lld] is %g, expected a finite number above 0",
+                    file.path().c_str(), divisors, static_cast<long long>(i), divisor[i]);
       }
       (*freq)[static_cast<size_t>(i)] /= divisor[i];
     }
@@ -325,14 +325,15 @@ void HyperParameters::read_rope(RopeKind kind) {
   if (window > 0 && window < config.n_ctx) {
     throw_error(ErrorKind::kGguf,
                 "%s: %s is %lld, less than the context of %lld, and sliding windows are supported "
-                "for gemma3 only",
+                "for gemma3 and phi3 only",
                 file.path().c_str(), key("attention.sliding_window").c_str(),
                 static_cast<long long>(window), static_cast<long long>(config.n_ctx));
   }
   config.rope_factors = Presence::kMaybe;
   const float base = number_or("rope.freq_base", 10000.0f, 0.0);
   const bool yarn = file.metadata().maybe_string(key("rope.scaling.type")) == "yarn";
-  const auto freq = rope_frequencies(base, yarn ? read_yarn(base) : linear_scaling());
+  const auto freq =
+      rope_frequencies(base, yarn ? read_yarn(base) : linear_scaling(), "rope_freqs.weight");
   for (LayerConfig& layer : config.layers) layer.rope_freq = freq;
 }
 

@@ -45,17 +45,17 @@ class HyperParameters {
   // n_layer, n_embd, n_ff, heads, head_dim, n_vocab, n_ctx, softcaps; refuses mixture-of-experts
   // files, and keys that ask for what no architecture here does.
   void read_sizes();
-  // Inverse frequencies base^(-2i/rope_dim), scaled, divided by rope_freqs.weight where the
-  // architecture may have it and the file does.
-  std::shared_ptr<const std::vector<float>> rope_frequencies(float base,
-                                                             const RopeScaling& scaling) const;
+  // Inverse frequencies base^(-2i/rope_dim), scaled, divided by those in the tensor `divisors`
+  // where one is named and the file has it.
+  std::shared_ptr<const std::vector<float>> rope_frequencies(float base, const RopeScaling& scaling,
+                                                             const char* divisors) const;
   // How many elements of a head are rotated, in which order, and the factor on cos and sin.
   void read_rope_shape(RopeKind kind);
   // The same and base, linear scaling, YaRN and Llama-3 factors, alike for all layers, which all
   // see the whole context.
   void read_rope(RopeKind kind);
-  // Linear scaling; an error for kinds that are not supported.
-  RopeScaling linear_scaling() const;
+  // Linear scaling; an error for kinds that are not supported, but `also`.
+  RopeScaling linear_scaling(const char* also = "linear") const;
   // YaRN's, and its factor on cos and sin into the configuration.
   RopeScaling read_yarn(float base);
 
@@ -70,6 +70,7 @@ ModelConfig read_llama(const GgufFile& file);
 ModelConfig read_qwen2(const GgufFile& file);
 ModelConfig read_qwen3(const GgufFile& file);
 ModelConfig read_gemma3(const GgufFile& file);
+ModelConfig read_phi3(const GgufFile& file);
 ModelConfig read_opt(const GgufFile& file);
 
 }  // namespace arch

@@ -62,9 +62,9 @@ ModelConfig read_gemma3(const GgufFile& file) {
 
   h.read_rope_shape(RopeKind::kHalves);
   const float global_base = h.number_or("rope.freq_base", kGlobalRopeBase, 0.0);
-  const auto global = h.rope_frequencies(global_base, h.linear_scaling());
+  const auto global = h.rope_frequencies(global_base, h.linear_scaling(), nullptr);
   const float local_base = h.number_or("rope.freq_base_swa", kLocalRopeBase, 0.0);
-  const auto local = h.rope_frequencies(local_base, {});
+  const auto local = h.rope_frequencies(local_base, {}, nullptr);
   const int64_t window = h.integer_or("attention.sliding_window", 0, 0, int64_t{1} << 30);
   const std::vector<bool> slides = local_layers(h);
   for (size_t i = 0; i < c.layers.size(); ++i) {
