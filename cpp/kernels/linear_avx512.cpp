@@ -82,8 +82,11 @@ inline void add_steps(const std::byte* const (&first)[S], const std::byte* const
   constexpr PackedFormat f = packed_format(kType);
   int i = 0;
   if constexpr (f.bits == 4 && !kTail && T == 1) {
-    i = n_steps & ~1;
-    add_step_pairs<kType>(first, i / 2, x, sum);
+    // For fewer steps the fold takes more than it saves.
+    if (n_steps >= 6) {
+      i = n_steps & ~1;
+      add_step_pairs<kType>(first, i / 2, x, sum);
+    }
   }
   // Unrolled, the sums stay where they are; otherwise GCC moves each from one register to another
   // and back in every step, which takes a third of the time.
