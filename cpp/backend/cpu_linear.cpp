@@ -65,6 +65,16 @@ class LinearTask final : public ProductTask {
     return {{{{i, strip}, {i, other}}}, other < strips_of(w) ? 2 : 1};
   }
 
+  void expect(const ProductUnit& unit) const override {
+    const Linear& l = linears_[unit.parts[0].weight];
+    if (!l.accumulate) return;
+    for (int p = 0; p < unit.n_parts; ++p) {
+      constexpr int kToWrite = 1;
+      __builtin_prefetch(l.out.data + unit.parts[static_cast<size_t>(p)].strip * kStripRows,
+                         kToWrite);
+    }
+  }
+
   void finish(const ProductUnit& unit, int64_t first, int64_t n,
               float* const* tiles) const override {
     const Linear& l = linears_[unit.parts[0].weight];

@@ -21,6 +21,7 @@ constexpr int64_t kChunkUnits = 4;
 constexpr int64_t kBf16ChunkUnits = 16;
 
 constexpr size_t kFloat = sizeof(float);
+constexpr int64_t kLineFloats = kCacheLine / kFloat;
 
 constexpr size_t round_up(size_t n) { return (n + kCacheLine - 1) / kCacheLine * kCacheLine; }
 
@@ -122,6 +123,8 @@ void Product::run(int64_t n_units, const ProductTask& task) {
     size_t copy = 0;
     if (p.copy_per_thread_) {
       copy = static_cast<size_t>(context.thread());
+      // Other cores wrote most of it: all of it is asked for at once.
+      for (int64_t i = 0; i < p.x_.width; i += kLineFloats) __builtin_prefetch(p.x_.data + i);
       p.prepare(0, row, copy);
     } else {
       int64_t begin, end;
@@ -256,6 +259,7 @@ void Product::work(ThreadPool::Context& context, size_t copy, int64_t n_units,
       const int64_t n = std::min(kTokenBlock, x_.n - t);
       for (int64_t i = begin; i < end; ++i) {
         const ProductUnit unit = task.unit(i);
+        if (x_.n == 1) task.expect(unit);
         fill(unit, copy, t, n, panel, tiles);
         task.finish(unit, t, n, tiles);
       }

@@ -40,6 +40,9 @@ struct ProductUnit {
 class ProductTask {
  public:
   virtual ProductUnit unit(int64_t number) const = 0;
+  // Before the products of one token: asks for the memory that finish() will read, which another
+  // core may have written.
+  virtual void expect(const ProductUnit&) const {}
   // tiles[part][t * 16 + r]: output 16 * strip + r of token first + t, for n tokens. The tiles may
   // be overwritten. Called by the thread that computed them.
   virtual void finish(const ProductUnit& unit, int64_t first, int64_t n,
