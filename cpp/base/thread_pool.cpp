@@ -27,6 +27,10 @@ constexpr int kMaxThreads = 1024;
 // How long a thread that has nothing to do burns its core before it sleeps (or, at a barrier,
 // yields): longer than the gaps between the jobs of one decode step, short against a token.
 constexpr int64_t kSpinNs = 50'000;
+// How long a worker then goes on looking for a job, giving way to others between two looks: longer
+// than sampling a token takes. To be woken takes a worker tens of microseconds, a small model's
+// token two thousand.
+constexpr int64_t kLookNs = 1'000'000;
 // Two cache lines: neighbouring lines are fetched in pairs.
 constexpr size_t kApart = 128;
 
@@ -38,19 +42,24 @@ inline void cpu_pause() {
 #endif
 }
 
-// Spins until done() or until the time is over; true when done.
-template <typename Done>
-bool spin(int64_t budget_ns, const Done& done) {
+// Looks until done() or until the time is over, pausing between two looks; true when done.
+template <typename Pause, typename Done>
+bool poll(int64_t budget_ns, const Pause& pause, const Done& done) {
   if (done()) return true;
   if (budget_ns <= 0) return false;
   const int64_t end = now_ns() + budget_ns;
   do {
     for (int i = 0; i < 8; ++i) {
-      cpu_pause();
+      pause();
       if (done()) return true;
     }
   } while (now_ns() < end);
   return false;
+}
+
+template <typename Done>
+bool spin(int64_t budget_ns, const Done& done) {
+  return poll(budget_ns, cpu_pause, done);
 }
 
 }  // namespace
@@ -60,6 +69,7 @@ struct ThreadPool::State {
   const std::function<void(Context&)>* job = nullptr;
   bool stop = false;
   int64_t spin_ns = kSpinNs;
+  int64_t look_ns = kLookNs;
   std::vector<std::thread> workers;
   const pid_t process = getpid();  // threads do not survive fork()
 
@@ -85,7 +95,7 @@ struct ThreadPool::State {
     uint32_t seen = 0;
     for (;;) {
       const auto new_job = [&] { return generation.load(std::memory_order_acquire) != seen; };
-      if (!spin(spin_ns, new_job)) {
+      if (!spin(spin_ns, new_job) && !poll(look_ns, std::this_thread::yield, new_job)) {
         while (!new_job()) generation.wait(seen, std::memory_order_acquire);
       }
       ++seen;
@@ -114,7 +124,7 @@ ThreadPool::ThreadPool(int n_threads) : n_threads_(n_threads) {
   }
   state_ = std::make_unique<State>();
   // With fewer cores than threads a spinning thread keeps the one it waits for from running.
-  if (n_threads > default_threads()) state_->spin_ns = 0;
+  if (n_threads > default_threads()) state_->spin_ns = state_->look_ns = 0;
   try {
     for (int t = 1; t < n_threads; ++t) {
       state_->workers.emplace_back([this, t] { state_->work(this, t, n_threads_); });
