@@ -8,6 +8,7 @@ weights that went the same way.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from convert_hf_to_gguf import convert, main
+from coreinfer import _core
 from hf_architectures import from_gguf_values, hf_name, shape_from_config
 from hf_checkpoint import CheckpointError
 from make_synthetic_model import make_tiny_model
@@ -289,11 +291,37 @@ def test_sliding_window_of_mistral_bounds_the_context():
 
 
 @pytest.mark.parametrize(
+    ("changes", "activation"),
+    [
+        ({}, None),
+        ({"hidden_act": "relu"}, "relu"),  # SparseLLM/ReluLLaMA
+        (
+            {
+                "architectures": ["SparseLlamaForCausalLM"],
+                "hidden_act": "fatrelu",
+                "hidden_act_param": 0.01,
+            },
+            "fatrelu:0.01",
+        ),
+        ({"architectures": ["BambooForCausalLM"], "hidden_act": "relu"}, "drelu"),
+    ],
+)
+def test_the_activation_of_sparse_models_is_kept(changes, activation, tmp_path):
+    directory, _, shape = make_directory(tmp_path, "llama")
+    change_json(directory / "config.json", **changes)
+    out = tmp_path / "out.gguf"
+    assert convert(directory, out, "F32") == replace(shape, activation=activation)
+    assert _core.Engine(str(out)).config["activation"] == (activation or "silu")
+
+
+@pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
         ("llama", {"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
         ("llama", {"architectures": None}, "none"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("llama", {"hidden_act": "fatrelu"}, "hidden_act_param is missing"),
+        ("llama", {"architectures": ["BambooForCausalLM"], "hidden_act": "silu"}, "hidden_act"),
         ("llama", {"attention_bias": True}, "attention_bias"),
         ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),

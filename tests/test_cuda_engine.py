@@ -92,7 +92,7 @@ def test_fast_activations_stay_close_to_the_oracle(batches, models, dtype):
     assert kl_divergence(expected[29:], got).mean() < 0.004
 
 
-@pytest.mark.parametrize("arch", ["llama", "opt"])
+@pytest.mark.parametrize("arch", ["llama", "llama-relu", "opt"])
 def test_core_sets_and_scores_through_them_equal_the_oracle(batches, models, arch):
     path = models(arch)
     engine = on_gpu(path, f32_activations=True)

@@ -261,7 +261,7 @@ def test_rope_factors_are_refused_where_nothing_reads_them(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "llama-relu"])
 def test_core_sets_equal_the_oracle(models, reference_forward, forced_isa, arch, statistic):
     path = models(arch)
     engine = engine_on(forced_isa, path, f32_activations=True)
@@ -322,7 +322,7 @@ def test_stability_equals_the_oracle(models):
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "Q4_0", "Q8_0", "Q4_K", "Q6_K"])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "llama-relu"])
 def test_score_through_a_core_set_equals_the_oracle(models, arch, dtype):
     """The oracle decodes with the same neurons: compaction loses nothing, for any layout."""
     path = models(arch, dtype)

@@ -19,6 +19,8 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
     "Gemma3ForCausalLM": "gemma3",
     "OPTForCausalLM": "opt",
+    "SparseLlamaForCausalLM": "llama",  # ProSparse's own code: Llama with FATReLU
+    "BambooForCausalLM": "llama",  # Bamboo's and TurboSparse's own code: Mistral with dReLU
 }
 _ROTARY = {
     "token_embd": "model.embed_tokens",
@@ -169,11 +171,7 @@ def _opt_shape(config: dict[str, Any]) -> ModelShape:
 
 def _rotary_shape(arch: str, config: dict[str, Any]) -> ModelShape:
     gemma3 = arch == "gemma3"
-    _expect(
-        config,
-        "hidden_activation" if gemma3 else "hidden_act",
-        "gelu_pytorch_tanh" if gemma3 else "silu",
-    )
+    activation = _activation(arch, config)
     _expect(config, "attention_bias", False)
     _expect(config, "mlp_bias", False)
     n_head, n_embd, n_ctx = (
@@ -204,7 +202,23 @@ def _rotary_shape(arch: str, config: dict[str, Any]) -> ModelShape:
         norm_eps=config["rms_norm_eps"],
         rope_scaling=_rope_scaling(rope),
         sliding_window=window if gemma3 else None,
+        activation=activation,
     )
+
+
+def _activation(arch: str, config: dict[str, Any]) -> str | None:
+    """ModelShape's `activation`: models made sparse have others than their architecture's own."""
+    if arch == "gemma3":
+        _expect(config, "hidden_activation", "gelu_pytorch_tanh")
+        return None
+    if "BambooForCausalLM" in config["architectures"]:
+        _expect(config, "hidden_act", "relu")
+        return "drelu"
+    _expect(config, "hidden_act", "silu", "relu", "fatrelu")
+    name = config.get("hidden_act", "silu")
+    if name == "fatrelu":
+        return f"fatrelu:{float(config['hidden_act_param'])!r}"
+    return None if name == "silu" else name
 
 
 def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:

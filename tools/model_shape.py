@@ -54,6 +54,8 @@ class ModelShape:
     # "high_freq_factor", "original_context_length"} (llama only: stored as rope_freqs.weight)
     rope_scaling: dict[str, Any] | None = None
     sliding_window: int | None = None  # gemma3's local layers
+    # None: the architecture's own; else "relu", "drelu" (on gate and up) or "fatrelu:T" (0 up to T)
+    activation: str | None = None
 
     @property
     def n_q(self) -> int:
@@ -208,6 +210,11 @@ def architecture_fields(shape: ModelShape, file_type: str, name: str) -> dict[st
         fields[f"{arch}.rope.scaling.factor"] = float(shape.rope_scaling["factor"])
     if shape.sliding_window:
         fields[f"{arch}.attention.sliding_window"] = shape.sliding_window
+    if shape.activation:
+        name, _, threshold = shape.activation.partition(":")
+        fields[f"{arch}.hidden_activation"] = name
+        if threshold:
+            fields[f"{arch}.hidden_activation_threshold"] = float(threshold)
     fields["general.file_type"] = FILE_TYPES[file_type]
     fields["general.quantization_version"] = QUANTIZATION_VERSION
     return fields

@@ -1,4 +1,5 @@
-"""The shapes of synthetic models: a tiny one of each architecture, and the papers' real ones."""
+"""The shapes of synthetic models: a tiny one of each architecture, and of llama with ReLU, and the
+papers' real ones."""
 
 from __future__ import annotations
 
@@ -32,6 +33,7 @@ TINY = {
     ),
     "opt": ModelShape("opt", 3, 256, 1024, 4, 4, 64, 336, 256, tied=True),
 }
+TINY["llama-relu"] = replace(TINY["llama"], activation="relu")
 LLAMA31_SCALING = {
     "type": "llama3",
     "factor": 8.0,

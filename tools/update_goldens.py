@@ -64,6 +64,9 @@ CASES: dict[str, dict[str, Any]] = {
         "head_dim": 32,
         "rope_scaling": LLAMA3,
     },
+    "llama_relu": {"arch": "llama", "seed": 11, **SMALL, "activation": "relu"},
+    "llama_fatrelu": {"arch": "llama", "seed": 12, **SMALL, "activation": "fatrelu:0.25"},
+    "llama_drelu": {"arch": "llama", "seed": 13, **SMALL, "activation": "drelu"},
     "qwen2": {"arch": "qwen2", "seed": 4, **SMALL},
     "qwen3": {"arch": "qwen3", "seed": 5, **SMALL, "head_dim": 24},
     "gemma3": {
@@ -117,7 +120,19 @@ def build(
     if shape.tied:
         state["lm_head.weight"] = state[hf_name(shape.arch, "token_embd.weight")]
     model.load_state_dict(state, strict=True)
+    if shape.activation:
+        activate(model, shape.activation)
     return model.double().eval()
+
+
+def activate(model: torch.nn.Module, activation: str) -> None:
+    """Change a model with ReLU to what only some models' own code has."""
+    name, _, threshold = activation.partition(":")
+    for module in [m for m in model.modules() if hasattr(m, "up_proj")]:
+        if name == "fatrelu":
+            module.act_fn = torch.nn.Threshold(float(threshold), 0.0)
+        if name == "drelu":
+            module.up_proj = torch.nn.Sequential(module.up_proj, torch.nn.ReLU())
 
 
 def config_of(shape: ModelShape, extra_metadata: dict[str, Any]) -> transformers.PretrainedConfig:
@@ -161,7 +176,7 @@ def config_of(shape: ModelShape, extra_metadata: dict[str, Any]) -> transformers
         "qwen2": transformers.Qwen2Config,
         "qwen3": transformers.Qwen3Config,
     }
-    return kinds[shape.arch](**common)
+    return kinds[shape.arch](**common, hidden_act="relu" if shape.activation else "silu")
 
 
 def rope_of(shape: ModelShape) -> dict[str, Any]:

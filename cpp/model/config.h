@@ -35,7 +35,7 @@ struct ModelConfig {
 
   NormKind norm = NormKind::kRms;
   float norm_eps = 1e-5f;
-  Activation activation = Activation::kSilu;
+  Activation activation;
   bool gated = true;
 
   RopeKind rope = RopeKind::kNone;

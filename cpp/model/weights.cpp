@@ -102,7 +102,7 @@ LayerWeights load_layer(Loader& loader, const ModelConfig& c, const LayerConfig&
   s.down = loader.mat("ffn_down.weight", {c.n_ff, c.n_embd}, always);
   s.up_bias = loader.vector("ffn_up.bias", c.n_ff, c.ffn_bias);
   s.down_bias = loader.vector("ffn_down.bias", c.n_embd, c.ffn_bias);
-  s.zeros = c.activation == Activation::kRelu;
+  s.zeros = c.activation.kind == Activation::kRelu;
   if (!ffn_resident) return w;
   if (c.gated) w.ffn.gate = loader.matrix(s.gate);
   w.ffn.up = loader.matrix(s.up);

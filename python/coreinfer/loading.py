@@ -54,6 +54,7 @@ def _load(file: _core.GgufFile, config: LoadConfig, core: CoreConfig | CoreSet) 
         file,
         n_threads=config.n_threads or 0,
         f32_activations=config.f32_activations,
+        activation=config.activation or "",
         memory_limit=config.memory_limit or 0,
         core_share=_core_share(core),
         needs_dense=isinstance(core, CoreConfig) and (core.mode == "exact" or core.start > 0),

@@ -66,7 +66,7 @@ void check_vector(Isa isa, int64_t n) {
   compare("gelu_tanh",
           [&](const VectorKernels& k, float* p) { k.gelu_tanh(p, nullptr, n, p, nullptr); });
   compare("relu",
-          [&](const VectorKernels& k, float* p) { k.relu(p, w.data() + 1, n, p, nullptr); });
+          [&](const VectorKernels& k, float* p) { k.relu(p, w.data() + 1, n, 0.25f, p, nullptr); });
   if (n > 0) {
     compare("rms_norm",
             [&](const VectorKernels& k, float* p) { k.rms_norm(p, w.data() + 1, 1e-5f, n, p); });

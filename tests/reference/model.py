@@ -18,6 +18,7 @@ from reference.quant import GgufTensors, log_softmax
 GEMMA3_GLOBAL_EVERY = 6  # layers 5, 11, 17, ... attend to everything, unless the file says other
 GEMMA3_LOCAL_ROPE_BASE = 10000.0
 GEMMA3_LAYERS_27B = 62  # this one size scales attention by n_embd / n_head, not by head_dim
+OWN_ACTIVATION = {"gemma3": "gelu_tanh", "opt": "relu"}  # the others have silu
 CoreLayers = Sequence[np.ndarray | None]
 
 
@@ -41,6 +42,8 @@ class Config:
     local_rope_base: float
     attn_softcap: float  # 0: none
     final_softcap: float
+    activation: str
+    threshold: float  # of fatrelu
 
     @classmethod
     def read(cls, file: GgufTensors) -> Config:
@@ -79,6 +82,8 @@ class Config:
             local_rope_base=float(get("rope.freq_base_swa", GEMMA3_LOCAL_ROPE_BASE)),
             attn_softcap=float(get("attn_logit_softcapping", 0.0)),
             final_softcap=float(get("final_logit_softcapping", 0.0)),
+            activation=get("hidden_activation", OWN_ACTIVATION.get(arch, "silu")),
+            threshold=float(get("hidden_activation_threshold", 0.0)),
         )
 
     def is_local(self, layer: int) -> bool:
@@ -274,17 +279,22 @@ class ReferenceModel:
         """The FFN's output, its activations h and act(gate)."""
         up = self._linear(x, f"{blk}.ffn_up")
         if self.config.arch == "opt":
-            act = np.maximum(up, 0)
+            act = self._activate(up)
             h = act
         else:
-            gate = x @ self.weight(f"{blk}.ffn_gate.weight").T
-            act = gelu_tanh(gate) if self.config.arch == "gemma3" else silu(gate)
-            h = act * up
+            act = self._activate(x @ self.weight(f"{blk}.ffn_gate.weight").T)
+            h = act * (self._activate(up) if self.config.activation == "drelu" else up)
         if core is not None:
             kept = np.zeros_like(h)
             kept[:, core] = h[:, core]
             h = kept
         return self._linear(h, f"{blk}.ffn_down"), h, act
+
+    def _activate(self, x: np.ndarray) -> np.ndarray:
+        name = self.config.activation
+        if name in ("relu", "drelu", "fatrelu"):
+            return np.where(x > self.config.threshold, x, 0)
+        return {"silu": silu, "gelu_tanh": gelu_tanh}[name](x)
 
 
 def softcapped(x: np.ndarray, cap: float) -> np.ndarray:

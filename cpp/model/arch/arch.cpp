@@ -3,6 +3,8 @@
 #include <cmath>
 
 #include "base/error.h"
+#include "gguf/byte_reader.h"
+#include "model/activation.h"
 
 namespace coreinfer {
 namespace {
@@ -62,6 +64,33 @@ std::optional<double> scalar(const Metadata& metadata, const std::string& key, V
   }
 }
 
+// hidden_activation, which llama.cpp knows for other architectures, and what its "fatrelu" needs.
+void read_activation(const GgufFile& file, ModelConfig& config) {
+  const std::string key = config.architecture + ".hidden_activation";
+  const std::string threshold = key + "_threshold";
+  const Metadata& metadata = file.metadata();
+  std::optional<std::string> name = metadata.maybe_string(key);
+  if (name == "fatrelu") name = format_string("fatrelu:%.9g", metadata.f32(threshold));
+  if (!name) return;
+  const std::optional<Activation> activation = activation_named(*name);
+  if (!activation || (activation->both && !config.gated)) {
+    throw_error(ErrorKind::kGguf, "%s: %s is \"%s\", which is not supported; expected one of %s%s",
+                file.path().c_str(), key.c_str(), printable(*name).c_str(),
+                activation_names().c_str(),
+                activation ? ", and drelu only where there is a gate" : "");
+  }
+  config.activation = *activation;
+}
+
+// PowerInfer's files have this matrix transposed, and more tensors.
+void refuse_powerinfer(const GgufFile& file) {
+  if (!file.has("blk.0.ffn_down_t.weight")) return;
+  throw_error(ErrorKind::kGguf,
+              "%s: tensor blk.0.ffn_down_t.weight: a file for PowerInfer, which is not supported; "
+              "convert the original model with tools/convert_hf_to_gguf.py",
+              file.path().c_str());
+}
+
 }  // namespace
 
 std::string supported_architectures() {
@@ -73,9 +102,13 @@ std::string supported_architectures() {
 }
 
 ModelConfig read_config(const GgufFile& file) {
+  refuse_powerinfer(file);
   const std::string name = file.metadata().string("general.architecture");
   for (const Architecture& a : kArchitectures) {
-    if (name == a.name) return a.read(file);
+    if (name != a.name) continue;
+    ModelConfig config = a.read(file);
+    read_activation(file, config);
+    return config;
   }
   throw_error(ErrorKind::kGguf, "%s: architecture \"%s\" is not supported; supported: %s",
               file.path().c_str(), name.c_str(), supported_architectures().c_str());

@@ -49,7 +49,7 @@ ModelConfig read_gemma3(const GgufFile& file) {
   h.read_sizes();
   ModelConfig& c = h.config;
   c.norm_eps = h.number("attention.layer_norm_rms_epsilon", 0.0);
-  c.activation = Activation::kGeluTanh;
+  c.activation = {Activation::kGeluTanh};
   c.embedding_scale = std::sqrt(static_cast<float>(c.n_embd));
   c.qk_norm = Presence::kAlways;
   c.post_norm = Presence::kAlways;
