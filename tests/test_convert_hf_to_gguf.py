@@ -45,6 +45,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {"arch": "llama", **SMALL, "rope_scaling": LLAMA3},
     "qwen2": {"arch": "qwen2", **SMALL, "n_head_kv": 2, "tied": False},
     "qwen3": {"arch": "qwen3", **SMALL, "head_dim": 24},
+    "gemma": {"arch": "gemma", **SMALL, "head_dim": 24},
+    "gemma2": {"arch": "gemma2", **SMALL, "n_layer": 4},
     "gemma3": {
         "arch": "gemma3",
         **SMALL,
@@ -91,6 +93,16 @@ def config_of(shape: ModelShape) -> dict[str, Any]:
         if "original_context_length" in scaling:
             scaling["original_max_position_embeddings"] = scaling.pop("original_context_length")
         config["rope_scaling"] = scaling
+    if shape.arch == "gemma":
+        return config | {"hidden_act": "gelu"}
+    if shape.arch == "gemma2":
+        return config | {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": shape.head_dim,
+            "sliding_window": shape.sliding_window,
+            "attn_logit_softcapping": shape.attn_softcap,
+            "final_logit_softcapping": shape.final_softcap,
+        }
     if shape.arch == "gemma3":
         return config | {
             "hidden_activation": "gelu_pytorch_tanh",
@@ -195,7 +207,10 @@ def test_converted_model_has_the_weights_and_metadata_it_came_from(name, tmp_pat
     for tensor in expected.names():
         # Gemma's norms went through w - 1 and back, in float32
         np.testing.assert_allclose(
-            found.load(tensor), expected.load(tensor), rtol=0, atol=2e-7 if name == "gemma3" else 0
+            found.load(tensor),
+            expected.load(tensor),
+            rtol=0,
+            atol=2e-7 if name.startswith("gemma") else 0,
         )
     arch = [key for key in expected.keys() if key.startswith((shape.arch, "general.arch"))]
     assert len(arch) >= 8
@@ -328,6 +343,10 @@ def test_the_activation_of_sparse_models_is_kept(changes, activation, tmp_path):
         ("opt", {"activation_function": "gelu"}, "activation_function"),
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),
         ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim"),
+        ("gemma", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping is None"),
+        ("gemma2", {"query_pre_attn_scalar": 144}, "query_pre_attn_scalar"),
+        ("gemma2", {"layer_types": ["sliding_attention"] * 4}, "layer_types"),
         ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ("gemma3", {"sliding_window_pattern": 4}, "sliding_window_pattern"),
         ("gemma3", {"layer_types": ["full_attention"] * 6}, "layer_types"),

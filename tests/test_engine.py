@@ -19,7 +19,7 @@ from reference.model import Forward, ReferenceModel
 from reference.quant import kl_divergence, log_softmax
 
 ISAS = testing.available_isas()
-ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3", "opt"]
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "opt"]
 STATISTICS = ["count", "count_gate", "count_abs", "flock"]
 DTYPES = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
 GOLDEN = np.load(Path(__file__).parent / "golden" / "transformers_logits.npz")
@@ -188,6 +188,16 @@ def test_rope_and_head_variants(models, arch):
             {"extra_metadata": {"gemma3.attn_logit_softcapping": 1.0}},
             {"extra_metadata": {"gemma3.final_logit_softcapping": 1.0}},
         ],
+        "gemma": [{"head_dim": 32}, {"rope_scaling": {"type": "linear", "factor": 4.0}}],
+        "gemma2": [
+            {"rope_scaling": {"type": "linear", "factor": 8.0}},
+            {"attn_softcap": None, "final_softcap": None},  # 50 and 30
+            {"attn_softcap": None, "extra_metadata": {"gemma2.attn_logit_softcapping": 0.0}},
+            {"sliding_window": None, "n_layer": 1},  # 4096
+            {"n_layer": 46, "n_embd": 64, "n_ff": 64, "head_dim": 24},  # the 27B model's scale
+            {"extra_metadata": {"gemma2.attention.sliding_window_pattern": [0, 0, 1, 1]}},
+            {"extra_metadata": {"gemma2.rope.freq_base_swa": 500.0}},
+        ],
         "qwen2": [{"tied": False}],
         "qwen3": [{"tied": True, "head_dim": 32}],
         "opt": [{"n_head": 8, "n_head_kv": 8, "head_dim": 32}],
@@ -221,6 +231,9 @@ def test_rope_and_head_variants(models, arch):
         ("qwen2", "rope.scaling.type", "yarn"),
         ("opt", "attention.max_alibi_bias", 8.0),
         ("gemma3", "attention.sliding_window_pattern", [1, 0]),
+        ("gemma2", "attention.sliding_window_pattern", [1, 0]),
+        ("gemma2", "final_logit_softcapping", -1.0),
+        ("gemma", "attention.sliding_window", 64),
     ],
 )
 def test_what_is_not_computed_is_refused(models, arch, key, value):
@@ -248,7 +261,7 @@ def test_keys_that_change_nothing_are_accepted(models):
     np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize("arch", ["gemma3", "opt"])
+@pytest.mark.parametrize("arch", ["gemma", "gemma2", "gemma3", "opt"])
 def test_rope_factors_are_refused_where_nothing_reads_them(tmp_path, monkeypatch, arch):
     def specs(shape):
         factors = TensorSpec("rope_freqs.weight", (shape.head_dim // 2,), "norm", 0.0, 2.0)

@@ -21,6 +21,7 @@ SHAPES = {
     "llama": {"n_embd": 50, "n_head": 5, "n_head_kv": 1, "head_dim": 10, "n_ff": 77},
     "qwen2": {"n_embd": 64, "n_head": 4, "n_head_kv": 2, "n_ff": 96},
     "qwen3": {"n_embd": 64, "n_head": 2, "n_head_kv": 1, "head_dim": 40, "n_ff": 96},
+    "gemma2": {"n_embd": 48, "n_head": 2, "n_head_kv": 1, "head_dim": 24, "sliding_window": 13},
     "gemma3": {"n_embd": 48, "n_head": 2, "n_head_kv": 1, "head_dim": 24, "sliding_window": 17},
     "opt": {"n_embd": 64, "n_head": 4, "n_head_kv": 4, "head_dim": 16, "n_ff": 96},
 }

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from hf_checkpoint import CheckpointError
-from model_shape import ModelShape
+from model_shape import GEMMA, ModelShape
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "GemmaForCausalLM": "gemma",
+    "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
     "OPTForCausalLM": "opt",
     "SparseLlamaForCausalLM": "llama",  # ProSparse's own code: Llama with FATReLU
@@ -38,7 +40,7 @@ _ROTARY = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_GEMMA3 = _ROTARY | {
+_POST_NORMS = _ROTARY | {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
@@ -57,8 +59,22 @@ _OPT = {
     "ffn_up": "fc1",
     "ffn_down": "fc2",
 }
-_NAMES = {"gemma3": _GEMMA3, "opt": _OPT}
-# What a config.json of Gemma 3 may leave out, and what it then means.
+_NAMES = {"gemma2": _POST_NORMS, "gemma3": _POST_NORMS, "opt": _OPT}
+# What a config.json of Gemma may leave out, and what it then means.
+_GEMMA_DEFAULTS = {
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+_GEMMA2_DEFAULTS = _GEMMA_DEFAULTS | {
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
 _GEMMA3_DEFAULTS = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
@@ -72,9 +88,10 @@ _GEMMA3_DEFAULTS = {
     "tie_word_embeddings": True,
     "hidden_activation": "gelu_pytorch_tanh",
 }
-GEMMA3_GLOBAL_EVERY = 6
+_DEFAULTS = {"gemma": _GEMMA_DEFAULTS, "gemma2": _GEMMA2_DEFAULTS, "gemma3": _GEMMA3_DEFAULTS}
+GLOBAL_EVERY = {"gemma2": 2, "gemma3": 6}
 GEMMA3_LOCAL_ROPE_BASE = 10000.0
-GEMMA3_LAYERS_27B = 62
+LAYERS_27B = {"gemma2": 46, "gemma3": 62}
 
 
 def hf_name(arch: str, name: str) -> str:
@@ -102,7 +119,7 @@ def to_gguf_values(shape: ModelShape, name: str, values: np.ndarray) -> np.ndarr
     if n_head := _rotated_heads(shape, name):
         halves = values.reshape(n_head, 2, shape.head_dim // 2, -1)
         return halves.swapaxes(1, 2).reshape(values.shape)
-    if shape.arch == "gemma3" and name.endswith("norm.weight"):
+    if shape.arch in GEMMA and name.endswith("norm.weight"):
         return values + np.float32(1)
     return values
 
@@ -112,7 +129,7 @@ def from_gguf_values(shape: ModelShape, name: str, values: np.ndarray) -> np.nda
     if n_head := _rotated_heads(shape, name):
         pairs = values.reshape(n_head, shape.head_dim // 2, 2, -1)
         return pairs.swapaxes(1, 2).reshape(values.shape)
-    if shape.arch == "gemma3" and name.endswith("norm.weight"):
+    if shape.arch in GEMMA and name.endswith("norm.weight"):
         return values - np.float32(1)
     return values
 
@@ -126,8 +143,7 @@ def shape_from_config(config: dict[str, Any]) -> ModelShape:
             f"one of {', '.join(ARCHITECTURES)}"
         )
     arch = ARCHITECTURES[names[0]]
-    if arch == "gemma3":
-        config = _GEMMA3_DEFAULTS | config
+    config = _DEFAULTS.get(arch, {}) | config
     try:
         return (_opt_shape(config) if arch == "opt" else _rotary_shape(arch, config)).check()
     except KeyError as error:
@@ -171,6 +187,7 @@ def _opt_shape(config: dict[str, Any]) -> ModelShape:
 
 def _rotary_shape(arch: str, config: dict[str, Any]) -> ModelShape:
     gemma3 = arch == "gemma3"
+    windowed = arch in GLOBAL_EVERY
     activation = _activation(arch, config)
     _expect(config, "attention_bias", False)
     _expect(config, "mlp_bias", False)
@@ -182,9 +199,15 @@ def _rotary_shape(arch: str, config: dict[str, Any]) -> ModelShape:
     head_dim = config.get("head_dim") or n_embd // n_head
     rope = _rope_parameters(config)
     window = config.get("sliding_window")
+    if windowed:
+        _check_windows(arch, config, head_dim)
     if gemma3:
-        _check_gemma3(config, rope, head_dim)
+        _check_gemma3(config, rope)
         rope = rope.get("full_attention", rope)
+    elif windowed:
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if not config[key]:
+                raise CheckpointError(f"config.json: {key} is {config[key]!r}, expected a number")
     elif window and config.get("use_sliding_window", True):
         n_ctx, window = min(n_ctx, window), None  # up to there the window hides nothing
     return ModelShape(
@@ -201,15 +224,19 @@ def _rotary_shape(arch: str, config: dict[str, Any]) -> ModelShape:
         rope_freq_base=rope.get("rope_theta", 10000.0),
         norm_eps=config["rms_norm_eps"],
         rope_scaling=_rope_scaling(rope),
-        sliding_window=window if gemma3 else None,
+        sliding_window=window if windowed else None,
+        attn_softcap=config["attn_logit_softcapping"] if arch == "gemma2" else None,
+        final_softcap=config["final_logit_softcapping"] if arch == "gemma2" else None,
         activation=activation,
     )
 
 
 def _activation(arch: str, config: dict[str, Any]) -> str | None:
     """ModelShape's `activation`: models made sparse have others than their architecture's own."""
-    if arch == "gemma3":
-        _expect(config, "hidden_activation", "gelu_pytorch_tanh")
+    if arch in GEMMA:
+        _expect(config, "hidden_activation", "gelu_pytorch_tanh", *[None] * (arch == "gemma"))
+        if arch == "gemma":  # whose first files say "gelu" and mean the other
+            _expect(config, "hidden_act", "gelu_pytorch_tanh", "gelu")
         return None
     if "BambooForCausalLM" in config["architectures"]:
         _expect(config, "hidden_act", "relu")
@@ -247,24 +274,27 @@ def _rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
     )
 
 
-def _check_gemma3(config: dict[str, Any], rope: dict[str, Any], head_dim: int) -> None:
-    _expect(config, "final_logit_softcapping", None)
-    _expect(config, "attn_logit_softcapping", None)
+def _check_windows(arch: str, config: dict[str, Any], head_dim: int) -> None:
     n_layer = config["num_hidden_layers"]
     _expect(
         config,
         "query_pre_attn_scalar",
         config["hidden_size"] // config["num_attention_heads"]
-        if n_layer == GEMMA3_LAYERS_27B
+        if n_layer == LAYERS_27B[arch]
         else head_dim,
     )
     for key in ("sliding_window_pattern", "_sliding_window_pattern"):
-        _expect(config, key, GEMMA3_GLOBAL_EVERY)
+        _expect(config, key, GLOBAL_EVERY[arch])
     pattern = [
-        "full_attention" if (i + 1) % GEMMA3_GLOBAL_EVERY == 0 else "sliding_attention"
+        "full_attention" if (i + 1) % GLOBAL_EVERY[arch] == 0 else "sliding_attention"
         for i in range(n_layer)
     ]
     _expect(config, "layer_types", pattern, None)
+
+
+def _check_gemma3(config: dict[str, Any], rope: dict[str, Any]) -> None:
+    _expect(config, "final_logit_softcapping", None)
+    _expect(config, "attn_logit_softcapping", None)
     local = rope.get("sliding_attention", {})
     base = local.get("rope_theta", config.get("rope_local_base_freq", GEMMA3_LOCAL_ROPE_BASE))
     if base != GEMMA3_LOCAL_ROPE_BASE or local.get("rope_type", "default") != "default":

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "opt")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "opt")
+GEMMA = ("gemma", "gemma2", "gemma3")
 FILE_TYPES = {
     "F32": 0,
     "F16": 1,
@@ -53,7 +54,9 @@ class ModelShape:
     # {"type": "linear", "factor": f}, or {"type": "llama3", "factor", "low_freq_factor",
     # "high_freq_factor", "original_context_length"} (llama only: stored as rope_freqs.weight)
     rope_scaling: dict[str, Any] | None = None
-    sliding_window: int | None = None  # gemma3's local layers
+    sliding_window: int | None = None  # of the local layers of gemma2 and gemma3
+    attn_softcap: float | None = None  # of gemma2 and gemma3, like the next
+    final_softcap: float | None = None
     # None: the architecture's own; else "relu", "drelu" (on gate and up) or "fatrelu:T" (0 up to T)
     activation: str | None = None
 
@@ -111,7 +114,7 @@ def tensor_specs(shape: ModelShape) -> list[TensorSpec]:
     """All tensors in file order. Scales keep activations near 1 and logits a few units apart."""
     n_embd, n_ff, n_vocab = shape.n_embd, shape.n_ff, shape.n_vocab
     n_q, n_kv = shape.n_q, shape.n_kv
-    opt, gemma3 = shape.arch == "opt", shape.arch == "gemma3"
+    opt, post_norms = shape.arch == "opt", shape.arch in ("gemma2", "gemma3")
     specs: list[TensorSpec] = []
 
     def matrix(name: str, rows: int, columns: int, gain: float) -> None:
@@ -129,7 +132,7 @@ def tensor_specs(shape: ModelShape) -> list[TensorSpec]:
 
     # A tied head would repeat the last token for ever if its row were large in the residual
     # stream: there the embedding is small and the last norm makes up for it.
-    embd_gain = 3.0 if not shape.tied else 0.4 if gemma3 else 1.0
+    embd_gain = 3.0 if not shape.tied else 0.4 if shape.arch in GEMMA else 1.0
     matrix("token_embd", n_vocab, n_embd, embd_gain)
     if opt:
         specs.append(TensorSpec("position_embd.weight", (shape.n_ctx + 2, n_embd), "table", 0.05))
@@ -151,7 +154,7 @@ def tensor_specs(shape: ModelShape) -> list[TensorSpec]:
         matrix(f"{blk}.attn_output", n_embd, n_q, 1.0)
         if opt:
             bias(f"{blk}.attn_output", n_embd, 0.1)
-        if gemma3:
+        if post_norms:
             norm(f"{blk}.post_attention_norm", n_embd)
         norm(f"{blk}.ffn_norm", n_embd)
         if shape.gated:
@@ -162,7 +165,7 @@ def tensor_specs(shape: ModelShape) -> list[TensorSpec]:
         matrix(f"{blk}.ffn_down", n_embd, n_ff, 2.0)
         if opt:
             bias(f"{blk}.ffn_down", n_embd, 0.1)
-        if gemma3:
+        if post_norms:
             norm(f"{blk}.post_ffw_norm", n_embd)
     return specs
 
@@ -195,7 +198,7 @@ def architecture_fields(shape: ModelShape, file_type: str, name: str) -> dict[st
         f"{arch}.attention.head_count": shape.n_head,
         f"{arch}.attention.head_count_kv": shape.n_head_kv,
     }
-    if arch in ("qwen3", "gemma3") or shape.n_q != shape.n_embd:
+    if arch in ("qwen3", *GEMMA) or shape.n_q != shape.n_embd:
         fields[f"{arch}.attention.key_length"] = shape.head_dim
         fields[f"{arch}.attention.value_length"] = shape.head_dim
     norm_kind = "layer_norm_rms_epsilon" if rotary else "layer_norm_epsilon"
@@ -210,6 +213,10 @@ def architecture_fields(shape: ModelShape, file_type: str, name: str) -> dict[st
         fields[f"{arch}.rope.scaling.factor"] = float(shape.rope_scaling["factor"])
     if shape.sliding_window:
         fields[f"{arch}.attention.sliding_window"] = shape.sliding_window
+    if shape.attn_softcap:
+        fields[f"{arch}.attn_logit_softcapping"] = float(shape.attn_softcap)
+    if shape.final_softcap:
+        fields[f"{arch}.final_logit_softcapping"] = float(shape.final_softcap)
     if shape.activation:
         name, _, threshold = shape.activation.partition(":")
         fields[f"{arch}.hidden_activation"] = name

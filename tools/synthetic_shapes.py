@@ -16,6 +16,23 @@ TINY = {
     "qwen3": ModelShape(
         "qwen3", 2, 256, 512, 4, 2, 128, 384, 256, rope_freq_base=1e6, norm_eps=1e-6
     ),
+    "gemma": ModelShape("gemma", 2, 256, 512, 4, 1, 128, 352, 256, tied=True, norm_eps=1e-6),
+    "gemma2": ModelShape(
+        "gemma2",
+        4,
+        256,
+        512,
+        4,
+        2,
+        128,
+        352,
+        256,
+        tied=True,
+        norm_eps=1e-6,
+        sliding_window=8,
+        attn_softcap=20.0,
+        final_softcap=15.0,
+    ),
     "gemma3": ModelShape(
         "gemma3",
         7,

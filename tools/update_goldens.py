@@ -20,7 +20,7 @@ import torch
 import transformers
 from gguf import GGUFReader
 
-from hf_architectures import from_gguf_values, hf_name
+from hf_architectures import LAYERS_27B, from_gguf_values, hf_name
 from make_synthetic_model import make_tiny_model
 from model_shape import ModelShape
 
@@ -69,6 +69,29 @@ CASES: dict[str, dict[str, Any]] = {
     "llama_drelu": {"arch": "llama", "seed": 13, **SMALL, "activation": "drelu"},
     "qwen2": {"arch": "qwen2", "seed": 4, **SMALL},
     "qwen3": {"arch": "qwen3", "seed": 5, **SMALL, "head_dim": 24},
+    "gemma": {"arch": "gemma", "seed": 14, **SMALL, "head_dim": 24},
+    "gemma2": {
+        "arch": "gemma2",
+        "seed": 15,
+        **SMALL,
+        "n_layer": 4,
+        "head_dim": 24,
+        "sliding_window": 5,
+        "attn_softcap": 3.0,
+        "final_softcap": 5.0,
+    },
+    "gemma2_27b": {
+        "arch": "gemma2",
+        "seed": 16,
+        **SMALL,
+        "n_layer": 46,
+        "n_embd": 32,
+        "n_ff": 32,
+        "head_dim": 10,
+        "sliding_window": 5,
+        "attn_softcap": 50.0,
+        "final_softcap": 30.0,
+    },
     "gemma3": {
         "arch": "gemma3",
         "seed": 6,
@@ -159,6 +182,18 @@ def config_of(shape: ModelShape, extra_metadata: dict[str, Any]) -> transformers
         "rms_norm_eps": shape.norm_eps,
         "rope_parameters": rope_of(shape),
     }
+    if shape.arch == "gemma":
+        return transformers.GemmaConfig(**common)
+    if shape.arch == "gemma2":
+        narrow = shape.n_embd // shape.n_head if shape.n_layer == LAYERS_27B["gemma2"] else None
+        return transformers.Gemma2Config(
+            **common,
+            query_pre_attn_scalar=narrow or shape.head_dim,
+            sliding_window=shape.sliding_window,
+            attn_logit_softcapping=shape.attn_softcap,
+            final_logit_softcapping=shape.final_softcap,
+            attn_implementation="eager",  # the others leave the cap out
+        )
     if shape.arch == "gemma3":
         local_base = extra_metadata.get("gemma3.rope.freq_base_swa", 10000.0)
         local = {"rope_type": "default", "rope_theta": local_base}

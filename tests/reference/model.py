@@ -1,4 +1,4 @@
-"""A float64 forward pass over a GGUF file, for llama, qwen2, qwen3, gemma3 and opt.
+"""A float64 forward pass over a GGUF file, for llama, qwen2, qwen3, gemma 1 to 3 and opt.
 
 In: a file and token ids. Out: logits of every token, and the activations of every FFN layer.
 Prefill, decode and score are the same function here; decoding with core neurons is the FFN
@@ -15,10 +15,11 @@ import numpy as np
 
 from reference.quant import GgufTensors, log_softmax
 
-GEMMA3_GLOBAL_EVERY = 6  # layers 5, 11, 17, ... attend to everything, unless the file says other
+GEMMA = ("gemma", "gemma2", "gemma3")
+GLOBAL_EVERY = {"gemma2": 2, "gemma3": 6}  # layers of which the last attends to everything
 GEMMA3_LOCAL_ROPE_BASE = 10000.0
-GEMMA3_LAYERS_27B = 62  # this one size scales attention by n_embd / n_head, not by head_dim
-OWN_ACTIVATION = {"gemma3": "gelu_tanh", "opt": "relu"}  # the others have silu
+LAYERS_27B = {"gemma2": 46, "gemma3": 62}  # scale attention by n_embd / n_head, not by head_dim
+OWN_ACTIVATION = {"opt": "relu"} | dict.fromkeys(GEMMA, "gelu_tanh")  # the others have silu
 CoreLayers = Sequence[np.ndarray | None]
 
 
@@ -40,6 +41,7 @@ class Config:
     window: int | None  # sliding window of local layers
     pattern: int | list[int]  # of local layers: every which one is global, or a flag for each
     local_rope_base: float
+    local_rope_scale: float
     attn_softcap: float  # 0: none
     final_softcap: float
     activation: str
@@ -49,7 +51,7 @@ class Config:
     def read(cls, file: GgufTensors) -> Config:
         """Config of a file; ValueError for an architecture or rope scaling not covered here."""
         arch = file.field("general.architecture")
-        if arch not in ("llama", "qwen2", "qwen3", "gemma3", "opt"):
+        if arch not in ("llama", "qwen2", "qwen3", *GEMMA, "opt"):
             raise ValueError(f"the oracle does not know architecture {arch!r}")
 
         def get(key: str, default: float | None = None) -> float:
@@ -62,9 +64,16 @@ class Config:
             int(get(key)) for key in ("block_count", "embedding_length", "attention.head_count")
         )
         head_dim = int(get("attention.key_length", n_embd // n_head))
-        narrow = n_embd // n_head if arch == "gemma3" and n_layer == GEMMA3_LAYERS_27B else head_dim
+        narrow = n_embd // n_head if n_layer == LAYERS_27B.get(arch) else head_dim
         eps_key = "layer_norm_epsilon" if arch == "opt" else "layer_norm_rms_epsilon"
-        window = get("attention.sliding_window", 0) if arch == "gemma3" else 0
+        window = 0
+        if arch in GLOBAL_EVERY:
+            window = get("attention.sliding_window", 4096 if arch == "gemma2" else 0)
+        caps = (50.0, 30.0) if arch == "gemma2" else (0.0, 0.0)
+        rope_base = float(get("rope.freq_base", 10000.0))
+        rope_scale = 1.0 / float(get("rope.scaling.factor", 1.0)) if scaling == "linear" else 1.0
+        gemma3 = arch == "gemma3"
+        local_base = get("rope.freq_base_swa", GEMMA3_LOCAL_ROPE_BASE if gemma3 else rope_base)
         return cls(
             arch=arch,
             n_layer=n_layer,
@@ -74,14 +83,15 @@ class Config:
             n_head_kv=int(get("attention.head_count_kv", n_head)),
             head_dim=head_dim,
             norm_eps=float(get(f"attention.{eps_key}")),
-            rope_base=float(get("rope.freq_base", 10000.0)),
-            rope_scale=1.0 / float(get("rope.scaling.factor", 1.0)) if scaling == "linear" else 1.0,
+            rope_base=rope_base,
+            rope_scale=rope_scale,
             attn_scale=narrow**-0.5,
             window=int(window) or None,
-            pattern=get("attention.sliding_window_pattern", GEMMA3_GLOBAL_EVERY),
-            local_rope_base=float(get("rope.freq_base_swa", GEMMA3_LOCAL_ROPE_BASE)),
-            attn_softcap=float(get("attn_logit_softcapping", 0.0)),
-            final_softcap=float(get("final_logit_softcapping", 0.0)),
+            pattern=get("attention.sliding_window_pattern", GLOBAL_EVERY.get(arch, 1)),
+            local_rope_base=float(local_base),
+            local_rope_scale=1.0 if gemma3 else rope_scale,
+            attn_softcap=float(get("attn_logit_softcapping", caps[0])),
+            final_softcap=float(get("final_logit_softcapping", caps[1])),
             activation=get("hidden_activation", OWN_ACTIVATION.get(arch, "silu")),
             threshold=float(get("hidden_activation_threshold", 0.0)),
         )
@@ -155,12 +165,12 @@ class ReferenceModel:
         for i in range(config.n_layer):
             blk = f"blk.{i}"
             y = self._attention(i, self._norm(x, f"{blk}.attn_norm"), positions, cache)
-            if config.arch == "gemma3":
+            if f"{blk}.post_attention_norm.weight" in self.file:
                 y = self._norm(y, f"{blk}.post_attention_norm")
             x = x + y
             core = None if core_layers is None else core_layers[i]
             y, h, act = self._ffn(blk, self._norm(x, f"{blk}.ffn_norm"), core)
-            if config.arch == "gemma3":
+            if f"{blk}.post_ffw_norm.weight" in self.file:
                 y = self._norm(y, f"{blk}.post_ffw_norm")
             x = x + y
             all_h.append(h)
@@ -200,7 +210,7 @@ class ReferenceModel:
 
     def _embed(self, tokens: Sequence[int], positions: np.ndarray) -> np.ndarray:
         x = self.weight("token_embd.weight")[np.asarray(tokens, np.int64)]
-        if self.config.arch == "gemma3":
+        if self.config.arch in GEMMA:
             return x * np.sqrt(self.dtype(self.config.n_embd))
         if self.config.arch == "opt":
             return x + self.weight("position_embd.weight")[positions + 2]
@@ -263,7 +273,7 @@ class ReferenceModel:
         frequency = base ** (-np.arange(half, dtype=np.float64) / half)
         if "rope_freqs.weight" in self.file:
             frequency = frequency / self.weight("rope_freqs.weight")
-        scale = 1.0 if local else config.rope_scale
+        scale = config.local_rope_scale if local else config.rope_scale
         angle = (positions[:, None] * scale * frequency)[:, None, :]  # (n, 1, half)
         cos, sin = np.cos(angle), np.sin(angle)
         even = np.s_[..., 0::2] if config.arch == "llama" else np.s_[..., :half]

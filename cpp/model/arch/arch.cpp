@@ -15,8 +15,9 @@ struct Architecture {
 };
 
 constexpr Architecture kArchitectures[] = {
-    {"llama", arch::read_llama},   {"qwen2", arch::read_qwen2}, {"qwen3", arch::read_qwen3},
-    {"gemma3", arch::read_gemma3}, {"opt", arch::read_opt},
+    {"llama", arch::read_llama}, {"qwen2", arch::read_qwen2},   {"qwen3", arch::read_qwen3},
+    {"gemma", arch::read_gemma}, {"gemma2", arch::read_gemma2}, {"gemma3", arch::read_gemma3},
+    {"opt", arch::read_opt},
 };
 
 // Above any real model and far below what would overflow a product of two.
@@ -293,17 +294,17 @@ void HyperParameters::read_rope_shape(RopeKind kind) {
   }
 }
 
-void HyperParameters::read_rope(RopeKind kind) {
+void HyperParameters::read_rope(RopeKind kind, Presence factors) {
   read_rope_shape(kind);
   const int64_t window = integer_or("attention.sliding_window", 0, 0, int64_t{1} << 30);
   if (window > 0 && window < config.n_ctx) {
     throw_error(ErrorKind::kGguf,
                 "%s: %s is %lld, less than the context of %lld, and sliding windows are supported "
-                "for gemma3 only",
+                "for gemma2 and gemma3 only",
                 file.path().c_str(), key("attention.sliding_window").c_str(),
                 static_cast<long long>(window), static_cast<long long>(config.n_ctx));
   }
-  config.rope_factors = Presence::kMaybe;
+  config.rope_factors = factors;
   const float base = number_or("rope.freq_base", 10000.0f, 0.0);
   const auto freq = rope_frequencies(base, rope_scaling_factor());
   for (LayerConfig& layer : config.layers) layer.rope_freq = freq;

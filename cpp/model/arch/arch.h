@@ -42,7 +42,7 @@ class HyperParameters {
   void read_rope_shape(RopeKind kind);
   // The same and base, linear scaling and Llama-3 factors, alike for all layers, which all see the
   // whole context.
-  void read_rope(RopeKind kind);
+  void read_rope(RopeKind kind, Presence factors = Presence::kMaybe);
   // The linear scaling factor (1: none); an error for kinds that are not supported.
   float rope_scaling_factor() const;
 
@@ -56,6 +56,8 @@ class HyperParameters {
 ModelConfig read_llama(const GgufFile& file);
 ModelConfig read_qwen2(const GgufFile& file);
 ModelConfig read_qwen3(const GgufFile& file);
+ModelConfig read_gemma(const GgufFile& file);
+ModelConfig read_gemma2(const GgufFile& file);
 ModelConfig read_gemma3(const GgufFile& file);
 ModelConfig read_opt(const GgufFile& file);
 
