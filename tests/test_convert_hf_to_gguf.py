@@ -53,6 +53,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "n_layer": 6,
         "rope_scaling": {"type": "linear", "factor": 8.0},
     },
+    "granite": {"arch": "granite", **SMALL},
     "opt": {"arch": "opt", **SMALL},
 }
 BYTE_LEVEL = {
@@ -93,6 +94,13 @@ def config_of(shape: ModelShape) -> dict[str, Any]:
         if "original_context_length" in scaling:
             scaling["original_max_position_embeddings"] = scaling.pop("original_context_length")
         config["rope_scaling"] = scaling
+    if shape.arch == "granite":
+        config |= {
+            "embedding_multiplier": shape.embedding_scale,
+            "residual_multiplier": shape.residual_scale,
+            "attention_multiplier": shape.attention_scale,
+            "logits_scaling": shape.logit_scale,
+        }
     if shape.arch == "gemma":
         return config | {"hidden_act": "gelu"}
     if shape.arch == "gemma2":

@@ -19,7 +19,7 @@ from reference.model import Forward, ReferenceModel
 from reference.quant import kl_divergence, log_softmax
 
 ISAS = testing.available_isas()
-ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "opt"]
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "granite", "opt"]
 STATISTICS = ["count", "count_gate", "count_abs", "flock"]
 DTYPES = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
 GOLDEN = np.load(Path(__file__).parent / "golden" / "transformers_logits.npz")
@@ -198,6 +198,12 @@ def test_rope_and_head_variants(models, arch):
             {"extra_metadata": {"gemma2.attention.sliding_window_pattern": [0, 0, 1, 1]}},
             {"extra_metadata": {"gemma2.rope.freq_base_swa": 500.0}},
         ],
+        "granite": [
+            {"tied": True},
+            *({f"{part}_scale": None} for part in ("embedding", "residual", "attention")),
+            {"extra_metadata": {"granite.attention.scale": 0.0}},
+            {"extra_metadata": {"granite.rope.scaling.finetuned": False}},
+        ],
         "qwen2": [{"tied": False}],
         "qwen3": [{"tied": True, "head_dim": 32}],
         "opt": [{"n_head": 8, "n_head_kv": 8, "head_dim": 32}],
@@ -227,6 +233,10 @@ def test_rope_and_head_variants(models, arch):
         ("llama", "logit_scale", 16),
         ("llama", "residual_scale", 0.22),
         ("llama", "residual_scale", "large"),
+        ("granite", "logit_scale", None),
+        ("granite", "logit_scale", 0.0),
+        ("granite", "residual_scale", -0.2),
+        ("granite", "attention.temperature_scale", 0.1),
         ("qwen3", "rope.scaling.attn_factor", 1.2),
         ("qwen2", "rope.scaling.type", "yarn"),
         ("opt", "attention.max_alibi_bias", 8.0),

@@ -1,5 +1,6 @@
 """Hugging Face's architectures in GGUF's terms: config.json -> ModelShape, tensor names, and the
-two changes of values (llama's rotary row order, Gemma's norms as 1 + w). Nothing here does IO.
+two changes of values (the rotary row order of llama and its kin, Gemma's norms as 1 + w). Nothing
+here does IO.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hf_checkpoint import CheckpointError
-from model_shape import GEMMA, ModelShape
+from model_shape import GEMMA, INTERLEAVED, ModelShape
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -20,6 +21,7 @@ ARCHITECTURES = {
     "GemmaForCausalLM": "gemma",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
+    "GraniteForCausalLM": "granite",
     "OPTForCausalLM": "opt",
     "SparseLlamaForCausalLM": "llama",  # ProSparse's own code: Llama with FATReLU
     "BambooForCausalLM": "llama",  # Bamboo's and TurboSparse's own code: Mistral with dReLU
@@ -109,7 +111,7 @@ def hf_name(arch: str, name: str) -> str:
 
 def _rotated_heads(shape: ModelShape, name: str) -> int | None:
     """Heads of a tensor whose rows change order: llama rotates neighbouring rows, not halves."""
-    if shape.arch != "llama":
+    if shape.arch not in INTERLEAVED:
         return None
     return {"attn_q": shape.n_head, "attn_k": shape.n_head_kv}.get(name.split(".")[-2])
 
@@ -228,7 +230,18 @@ def _rotary_shape(arch: str, config: dict[str, Any]) -> ModelShape:
         attn_softcap=config["attn_logit_softcapping"] if arch == "gemma2" else None,
         final_softcap=config["final_logit_softcapping"] if arch == "gemma2" else None,
         activation=activation,
+        **(_granite_scales(config) if arch == "granite" else {}),
     )
+
+
+def _granite_scales(config: dict[str, Any]) -> dict[str, float]:
+    """ModelShape's factors; what a config.json leaves out is 1, also the scale of attention."""
+    return {
+        "embedding_scale": config.get("embedding_multiplier", 1.0),
+        "residual_scale": config.get("residual_multiplier", 1.0),
+        "attention_scale": config.get("attention_multiplier", 1.0),
+        "logit_scale": config.get("logits_scaling", 1.0),
+    }
 
 
 def _activation(arch: str, config: dict[str, Any]) -> str | None:

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "opt")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "granite", "opt")
 GEMMA = ("gemma", "gemma2", "gemma3")
+INTERLEAVED = ("llama", "granite")  # rotate neighbouring rows, the others halves
 FILE_TYPES = {
     "F32": 0,
     "F16": 1,
@@ -59,6 +60,11 @@ class ModelShape:
     final_softcap: float | None = None
     # None: the architecture's own; else "relu", "drelu" (on gate and up) or "fatrelu:T" (0 up to T)
     activation: str | None = None
+    # granite's factors: of embeddings, of what layers add, of scores; the last divides logits
+    embedding_scale: float | None = None
+    residual_scale: float | None = None
+    attention_scale: float | None = None
+    logit_scale: float | None = None
 
     @property
     def n_q(self) -> int:
@@ -88,8 +94,8 @@ class ModelShape:
         if self.arch == "opt" and not self.tied:
             raise ValueError("opt has a tied head: tied must be True")
         kind = self.rope_scaling and self.rope_scaling["type"]
-        allowed = {"llama": (None, "linear", "llama3"), "opt": (None,)}
-        if kind not in allowed.get(self.arch, (None, "linear")):
+        allowed = (None, "linear", "llama3") if self.arch in INTERLEAVED else (None, "linear")
+        if kind not in ((None,) if self.arch == "opt" else allowed):
             raise ValueError(f"rope_scaling type {kind!r} does not exist for {self.arch}")
         return self
 
@@ -205,9 +211,9 @@ def architecture_fields(shape: ModelShape, file_type: str, name: str) -> dict[st
     fields[f"{arch}.attention.{norm_kind}"] = float(shape.norm_eps)
     if rotary:
         fields[f"{arch}.rope.freq_base"] = float(shape.rope_freq_base)
-    if arch == "llama":
-        fields["llama.rope.dimension_count"] = shape.head_dim
-        fields["llama.vocab_size"] = shape.n_vocab
+    if arch in INTERLEAVED:
+        fields[f"{arch}.rope.dimension_count"] = shape.head_dim
+        fields[f"{arch}.vocab_size"] = shape.n_vocab
     if shape.rope_scaling and shape.rope_scaling["type"] == "linear":
         fields[f"{arch}.rope.scaling.type"] = "linear"
         fields[f"{arch}.rope.scaling.factor"] = float(shape.rope_scaling["factor"])
@@ -217,6 +223,14 @@ def architecture_fields(shape: ModelShape, file_type: str, name: str) -> dict[st
         fields[f"{arch}.attn_logit_softcapping"] = float(shape.attn_softcap)
     if shape.final_softcap:
         fields[f"{arch}.final_logit_softcapping"] = float(shape.final_softcap)
+    for key, scale in (
+        ("embedding_scale", shape.embedding_scale),
+        ("residual_scale", shape.residual_scale),
+        ("attention.scale", shape.attention_scale),
+        ("logit_scale", shape.logit_scale),
+    ):
+        if scale:
+            fields[f"{arch}.{key}"] = float(scale)
     if shape.activation:
         name, _, threshold = shape.activation.partition(":")
         fields[f"{arch}.hidden_activation"] = name

@@ -48,6 +48,21 @@ TINY = {
         norm_eps=1e-6,
         sliding_window=8,
     ),
+    "granite": ModelShape(
+        "granite",
+        3,
+        256,
+        512,
+        4,
+        2,
+        64,
+        352,
+        256,
+        embedding_scale=2.0,
+        residual_scale=0.5,
+        attention_scale=0.1,
+        logit_scale=0.75,
+    ),
     "opt": ModelShape("opt", 3, 256, 1024, 4, 4, 64, 336, 256, tied=True),
 }
 TINY["llama-relu"] = replace(TINY["llama"], activation="relu")

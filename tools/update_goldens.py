@@ -108,6 +108,16 @@ CASES: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
         "rope_scaling": {"type": "linear", "factor": 8.0},
     },
+    "granite": {
+        "arch": "granite",
+        "seed": 17,
+        **SMALL,
+        "n_layer": 3,
+        "embedding_scale": 12.0,
+        "residual_scale": 0.22,
+        "attention_scale": 0.08,
+        "logit_scale": 0.7,
+    },
     "opt": {"arch": "opt", "seed": 8, **SMALL, "n_head_kv": 4},
     "qwen3_long": {"arch": "qwen3", "seed": 9, **SMALL, "n_ctx": 128, "head_dim": 40, "tied": True},
     "gemma3_long": {
@@ -206,7 +216,15 @@ def config_of(shape: ModelShape, extra_metadata: dict[str, Any]) -> transformers
             layer_types=pattern and [("full", "sliding")[s] + "_attention" for s in pattern],
             final_logit_softcapping=extra_metadata.get("gemma3.final_logit_softcapping"),
         )
+    if shape.arch == "granite":
+        common |= {
+            "embedding_multiplier": shape.embedding_scale,
+            "residual_multiplier": shape.residual_scale,
+            "attention_multiplier": shape.attention_scale,
+            "logits_scaling": shape.logit_scale,
+        }
     kinds = {
+        "granite": transformers.GraniteConfig,
         "llama": transformers.LlamaConfig,
         "qwen2": transformers.Qwen2Config,
         "qwen3": transformers.Qwen3Config,

@@ -171,6 +171,9 @@ void Transformer::head(Rows x, WantLogits want) {
     backend_.read(out.data, logits_.data() + done * n_vocab, count * n_vocab);
     done += count;
   }
+  if (config_.logit_scale != 1.0f) {
+    for (float& l : logits_) l *= config_.logit_scale;
+  }
   if (config_.final_softcap > 0.0f) {
     const float cap = config_.final_softcap;
     for (float& l : logits_) l = cap * std::tanh(l / cap);

@@ -43,6 +43,7 @@ struct ModelConfig {
   float attention_scale = 0.0f;
   float attention_softcap = 0.0f;  // 0: none
   float final_softcap = 0.0f;      // 0: none
+  float logit_scale = 1.0f;        // logits are multiplied by it
   float embedding_scale = 1.0f;
   // Learned positions: table row of position p is p + position_offset; -1: none.
   int64_t position_offset = -1;

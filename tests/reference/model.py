@@ -1,4 +1,5 @@
-"""A float64 forward pass over a GGUF file, for llama, qwen2, qwen3, gemma 1 to 3 and opt.
+"""A float64 forward pass over a GGUF file, for llama, qwen2, qwen3, gemma 1 to 3, granite
+and opt.
 
 In: a file and token ids. Out: logits of every token, and the activations of every FFN layer.
 Prefill, decode and score are the same function here; decoding with core neurons is the FFN
@@ -16,6 +17,7 @@ import numpy as np
 from reference.quant import GgufTensors, log_softmax
 
 GEMMA = ("gemma", "gemma2", "gemma3")
+INTERLEAVED = ("llama", "granite")
 GLOBAL_EVERY = {"gemma2": 2, "gemma3": 6}  # layers of which the last attends to everything
 GEMMA3_LOCAL_ROPE_BASE = 10000.0
 LAYERS_27B = {"gemma2": 46, "gemma3": 62}  # scale attention by n_embd / n_head, not by head_dim
@@ -44,6 +46,10 @@ class Config:
     local_rope_scale: float
     attn_softcap: float  # 0: none
     final_softcap: float
+    rope: bool  # nowhere where not
+    embedding_scale: float
+    residual_scale: float
+    logit_scale: float  # logits are divided by it
     activation: str
     threshold: float  # of fatrelu
 
@@ -51,7 +57,7 @@ class Config:
     def read(cls, file: GgufTensors) -> Config:
         """Config of a file; ValueError for an architecture or rope scaling not covered here."""
         arch = file.field("general.architecture")
-        if arch not in ("llama", "qwen2", "qwen3", *GEMMA, "opt"):
+        if arch not in ("llama", "qwen2", "qwen3", *GEMMA, "granite", "opt"):
             raise ValueError(f"the oracle does not know architecture {arch!r}")
 
         def get(key: str, default: float | None = None) -> float:
@@ -85,16 +91,24 @@ class Config:
             norm_eps=float(get(f"attention.{eps_key}")),
             rope_base=rope_base,
             rope_scale=rope_scale,
-            attn_scale=narrow**-0.5,
+            attn_scale=float(get("attention.scale", 0.0)) or narrow**-0.5,
             window=int(window) or None,
             pattern=get("attention.sliding_window_pattern", GLOBAL_EVERY.get(arch, 1)),
             local_rope_base=float(local_base),
             local_rope_scale=1.0 if gemma3 else rope_scale,
             attn_softcap=float(get("attn_logit_softcapping", caps[0])),
             final_softcap=float(get("final_logit_softcapping", caps[1])),
+            rope=arch != "opt" and (arch != "granite" or bool(get("rope.scaling.finetuned", True))),
+            embedding_scale=n_embd**0.5 if arch in GEMMA else float(get("embedding_scale", 1.0)),
+            residual_scale=float(get("residual_scale", 1.0)),
+            logit_scale=float(get("logit_scale", 1.0)),
             activation=get("hidden_activation", OWN_ACTIVATION.get(arch, "silu")),
             threshold=float(get("hidden_activation_threshold", 0.0)),
         )
+
+    def has_rope(self, layer: int) -> bool:
+        """Whether a layer's queries and keys are rotated."""
+        return self.rope
 
     def is_local(self, layer: int) -> bool:
         """Whether a layer sees only the last `window` tokens."""
@@ -167,17 +181,17 @@ class ReferenceModel:
             y = self._attention(i, self._norm(x, f"{blk}.attn_norm"), positions, cache)
             if f"{blk}.post_attention_norm.weight" in self.file:
                 y = self._norm(y, f"{blk}.post_attention_norm")
-            x = x + y
+            x = x + y * config.residual_scale
             core = None if core_layers is None else core_layers[i]
             y, h, act = self._ffn(blk, self._norm(x, f"{blk}.ffn_norm"), core)
             if f"{blk}.post_ffw_norm.weight" in self.file:
                 y = self._norm(y, f"{blk}.post_ffw_norm")
-            x = x + y
+            x = x + y * config.residual_scale
             all_h.append(h)
             all_act.append(act)
         head = "output.weight" if "output.weight" in self.file else "token_embd.weight"
         logits = self._norm(x, "output_norm") @ self.weight(head).T
-        logits = softcapped(logits, config.final_softcap)
+        logits = softcapped(logits / config.logit_scale, config.final_softcap)
         return Forward(logits, np.stack(all_h), np.stack(all_act))
 
     def score(
@@ -210,8 +224,7 @@ class ReferenceModel:
 
     def _embed(self, tokens: Sequence[int], positions: np.ndarray) -> np.ndarray:
         x = self.weight("token_embd.weight")[np.asarray(tokens, np.int64)]
-        if self.config.arch in GEMMA:
-            return x * np.sqrt(self.dtype(self.config.n_embd))
+        x = x * self.dtype(self.config.embedding_scale)
         if self.config.arch == "opt":
             return x + self.weight("position_embd.weight")[positions + 2]
         return x
@@ -239,7 +252,7 @@ class ReferenceModel:
         if config.arch in ("qwen3", "gemma3"):
             q = self._norm(q, f"{blk}.attn_q_norm")
             k = self._norm(k, f"{blk}.attn_k_norm")
-        if config.arch != "opt":
+        if config.has_rope(layer):
             q = self._rope(q, positions, layer)
             k = self._rope(k, positions, layer)
         if len(cache.keys) == layer:
@@ -265,7 +278,7 @@ class ReferenceModel:
         return self._linear(y, f"{blk}.attn_output")
 
     def _rope(self, x: np.ndarray, positions: np.ndarray, layer: int) -> np.ndarray:
-        """Rotate pairs of dimensions: (2j, 2j+1) for llama, (j, j + head_dim/2) for the others."""
+        """Rotate pairs of dimensions: (2j, 2j+1) for some, (j, j + head_dim/2) for the others."""
         config = self.config
         half = config.head_dim // 2
         local = config.is_local(layer)
@@ -276,8 +289,8 @@ class ReferenceModel:
         scale = config.local_rope_scale if local else config.rope_scale
         angle = (positions[:, None] * scale * frequency)[:, None, :]  # (n, 1, half)
         cos, sin = np.cos(angle), np.sin(angle)
-        even = np.s_[..., 0::2] if config.arch == "llama" else np.s_[..., :half]
-        odd = np.s_[..., 1::2] if config.arch == "llama" else np.s_[..., half:]
+        even = np.s_[..., 0::2] if config.arch in INTERLEAVED else np.s_[..., :half]
+        odd = np.s_[..., 1::2] if config.arch in INTERLEAVED else np.s_[..., half:]
         out = np.empty_like(x)
         out[even] = x[even] * cos - x[odd] * sin
         out[odd] = x[even] * sin + x[odd] * cos

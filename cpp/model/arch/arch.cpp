@@ -15,9 +15,9 @@ struct Architecture {
 };
 
 constexpr Architecture kArchitectures[] = {
-    {"llama", arch::read_llama}, {"qwen2", arch::read_qwen2},   {"qwen3", arch::read_qwen3},
-    {"gemma", arch::read_gemma}, {"gemma2", arch::read_gemma2}, {"gemma3", arch::read_gemma3},
-    {"opt", arch::read_opt},
+    {"llama", arch::read_llama},     {"qwen2", arch::read_qwen2},   {"qwen3", arch::read_qwen3},
+    {"gemma", arch::read_gemma},     {"gemma2", arch::read_gemma2}, {"gemma3", arch::read_gemma3},
+    {"granite", arch::read_granite}, {"opt", arch::read_opt},
 };
 
 // Above any real model and far below what would overflow a product of two.
@@ -30,20 +30,21 @@ constexpr int64_t kMaxContext = int64_t{1} << 26;
 struct Unsupported {
   const char* name;
   double neutral;
+  bool scale = false;  // some architectures read it
 };
 constexpr Unsupported kUnsupported[] = {
     {"attention.causal", 1},
     {"attention.clamp_kqv", 0},
     {"attention.max_alibi_bias", 0},
     {"attention.output_scale", 1},
-    {"attention.scale", 0},
+    {"attention.scale", 0, true},
     {"attention.shared_kv_layers", 0},
     {"attention.temperature_length", 0},
     {"attention.temperature_scale", 0},
     {"attention.value_scale", 1},
-    {"embedding_scale", 1},
-    {"logit_scale", 1},
-    {"residual_scale", 1},
+    {"embedding_scale", 1, true},
+    {"logit_scale", 1, true},
+    {"residual_scale", 1, true},
     {"rope.scaling.alpha", 0},
     {"rope.scaling.attn_factor", 1},
     {"use_parallel_residual", 0},
@@ -165,8 +166,9 @@ float HyperParameters::number_or(const char* name, float fallback, double above)
   return file.metadata().has(key(name)) ? number(name, above) : fallback;
 }
 
-void HyperParameters::refuse_unsupported() const {
+void HyperParameters::refuse_unsupported(bool scales) const {
   for (const Unsupported& u : kUnsupported) {
+    if (u.scale && scales) continue;
     const auto entry = file.metadata().find(key(u.name));
     if (!entry) continue;
     const std::optional<double> value = scalar(file.metadata(), key(u.name), entry->type);
@@ -178,9 +180,9 @@ void HyperParameters::refuse_unsupported() const {
   }
 }
 
-void HyperParameters::read_sizes() {
+void HyperParameters::read_sizes(bool scales) {
   ModelConfig& c = config;
-  refuse_unsupported();
+  refuse_unsupported(scales);
   if (integer_or("expert_count", 0, 0, kMaxWidth) > 0) {
     throw_error(ErrorKind::kGguf,
                 "%s: %s is above 0: mixture-of-experts models are not supported, only dense ones",

@@ -34,7 +34,8 @@ class HyperParameters {
 
   // n_layer, n_embd, n_ff, heads, head_dim, n_vocab, n_ctx, softcaps; refuses mixture-of-experts
   // files, and keys that ask for what no architecture here does.
-  void read_sizes();
+  // `scales`: the architecture reads the factors of embeddings, scores, residuals and logits.
+  void read_sizes(bool scales = false);
   // Inverse frequencies base^(-2i/rope_dim) / factor, divided by rope_freqs.weight where the
   // architecture may have it and the file does.
   std::shared_ptr<const std::vector<float>> rope_frequencies(float base, float factor) const;
@@ -50,7 +51,7 @@ class HyperParameters {
   ModelConfig config;
 
  private:
-  void refuse_unsupported() const;
+  void refuse_unsupported(bool scales) const;
 };
 
 ModelConfig read_llama(const GgufFile& file);
@@ -59,6 +60,7 @@ ModelConfig read_qwen3(const GgufFile& file);
 ModelConfig read_gemma(const GgufFile& file);
 ModelConfig read_gemma2(const GgufFile& file);
 ModelConfig read_gemma3(const GgufFile& file);
+ModelConfig read_granite(const GgufFile& file);
 ModelConfig read_opt(const GgufFile& file);
 
 }  // namespace arch

@@ -1,0 +1,39 @@
+// Granite 3.x: Llama with embeddings, scores, residual branches and logits scaled by keys.
+//
+// What attention and feed-forward networks add is multiplied by residual_scale r. Divided by r, the
+// residual stream is one to which they are added as they are; only RMSNorm sees it, which does not
+// care but for its epsilon: x / sqrt(mean(x^2) + e) = (x / r) / sqrt(mean((x / r)^2) + e / r^2).
+#include "model/arch/arch.h"
+
+namespace coreinfer::arch {
+namespace {
+
+// A factor of the file's; 0 is none.
+float factor_or(const HyperParameters& h, const char* name, float fallback) {
+  constexpr double kBelowZero = -1e-30;
+  const float factor = h.number_or(name, 0.0f, kBelowZero);
+  return factor == 0.0f ? fallback : factor;
+}
+
+}  // namespace
+
+ModelConfig read_granite(const GgufFile& file) {
+  HyperParameters h(file);
+  h.read_sizes(true);
+  ModelConfig& c = h.config;
+  const float residual = factor_or(h, "residual_scale", 1.0f);
+  c.norm_eps = h.number("attention.layer_norm_rms_epsilon", 0.0) / (residual * residual);
+  c.embedding_scale = factor_or(h, "embedding_scale", 1.0f) / residual;
+  c.logit_scale = 1.0f / h.number("logit_scale", 0.0);
+  c.attention_scale = factor_or(h, "attention.scale", c.attention_scale);
+  h.read_rope(RopeKind::kInterleaved);
+  // Here, and in Granite alone, the switch for rope.
+  if (!file.metadata().maybe_boolean(h.key("rope.scaling.finetuned")).value_or(true)) {
+    c.rope = RopeKind::kNone;
+    for (LayerConfig& layer : c.layers) layer.rope_freq = nullptr;
+  }
+  c.qkv_bias = c.attn_output_bias = Presence::kMaybe;
+  return c;
+}
+
+}  // namespace coreinfer::arch
