@@ -54,6 +54,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_scaling": {"type": "linear", "factor": 8.0},
     },
     "granite": {"arch": "granite", **SMALL},
+    "smollm3": {"arch": "smollm3", **SMALL, "n_layer": 5},
     "opt": {"arch": "opt", **SMALL},
 }
 BYTE_LEVEL = {
@@ -82,7 +83,9 @@ def config_of(shape: ModelShape) -> dict[str, Any]:
             "activation_function": "relu",
         }
     config |= {
-        "architectures": [f"{shape.arch.capitalize()}ForCausalLM"],
+        "architectures": [
+            {"smollm3": "SmolLM3"}.get(shape.arch, shape.arch.capitalize()) + "ForCausalLM"
+        ],
         "intermediate_size": shape.n_ff,
         "num_key_value_heads": shape.n_head_kv,
         "head_dim": shape.head_dim,
@@ -351,6 +354,8 @@ def test_the_activation_of_sparse_models_is_kept(changes, activation, tmp_path):
         ("opt", {"activation_function": "gelu"}, "activation_function"),
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),
         ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim"),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 1, 0]}, "no_rope_layers"),
+        ("smollm3", {"no_rope_layer_interval": 5}, "no_rope_layer_interval"),
         ("gemma", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping is None"),
         ("gemma2", {"query_pre_attn_scalar": 144}, "query_pre_attn_scalar"),

@@ -21,7 +21,17 @@ from reference import neurons as oracle
 from reference.model import ReferenceModel
 from reference.quant import kl_divergence, log_softmax
 
-ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "granite", "opt"]
+ARCHITECTURES = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "granite",
+    "smollm3",
+    "opt",
+]
 
 
 def tokens_of(n: int, n_vocab: int, seed: int = 0) -> np.ndarray:

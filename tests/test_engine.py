@@ -19,7 +19,17 @@ from reference.model import Forward, ReferenceModel
 from reference.quant import kl_divergence, log_softmax
 
 ISAS = testing.available_isas()
-ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "granite", "opt"]
+ARCHITECTURES = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "granite",
+    "smollm3",
+    "opt",
+]
 STATISTICS = ["count", "count_gate", "count_abs", "flock"]
 DTYPES = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
 GOLDEN = np.load(Path(__file__).parent / "golden" / "transformers_logits.npz")
@@ -204,6 +214,7 @@ def test_rope_and_head_variants(models, arch):
             {"extra_metadata": {"granite.attention.scale": 0.0}},
             {"extra_metadata": {"granite.rope.scaling.finetuned": False}},
         ],
+        "smollm3": [{"tied": False}, {"rope_scaling": {"type": "linear", "factor": 4.0}}],
         "qwen2": [{"tied": False}],
         "qwen3": [{"tied": True, "head_dim": 32}],
         "opt": [{"n_head": 8, "n_head_kv": 8, "head_dim": 32}],
@@ -271,7 +282,7 @@ def test_keys_that_change_nothing_are_accepted(models):
     np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize("arch", ["gemma", "gemma2", "gemma3", "opt"])
+@pytest.mark.parametrize("arch", ["gemma", "gemma2", "gemma3", "smollm3", "opt"])
 def test_rope_factors_are_refused_where_nothing_reads_them(tmp_path, monkeypatch, arch):
     def specs(shape):
         factors = TensorSpec("rope_freqs.weight", (shape.head_dim // 2,), "norm", 0.0, 2.0)

@@ -22,6 +22,7 @@ ARCHITECTURES = {
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
     "GraniteForCausalLM": "granite",
+    "SmolLM3ForCausalLM": "smollm3",
     "OPTForCausalLM": "opt",
     "SparseLlamaForCausalLM": "llama",  # ProSparse's own code: Llama with FATReLU
     "BambooForCausalLM": "llama",  # Bamboo's and TurboSparse's own code: Mistral with dReLU
@@ -93,6 +94,7 @@ _GEMMA3_DEFAULTS = {
 _DEFAULTS = {"gemma": _GEMMA_DEFAULTS, "gemma2": _GEMMA2_DEFAULTS, "gemma3": _GEMMA3_DEFAULTS}
 GLOBAL_EVERY = {"gemma2": 2, "gemma3": 6}
 GEMMA3_LOCAL_ROPE_BASE = 10000.0
+SMOLLM3_NO_ROPE_EVERY = 4
 LAYERS_27B = {"gemma2": 46, "gemma3": 62}
 
 
@@ -201,6 +203,8 @@ def _rotary_shape(arch: str, config: dict[str, Any]) -> ModelShape:
     head_dim = config.get("head_dim") or n_embd // n_head
     rope = _rope_parameters(config)
     window = config.get("sliding_window")
+    if arch == "smollm3":
+        _check_smollm3(config)
     if windowed:
         _check_windows(arch, config, head_dim)
     if gemma3:
@@ -210,7 +214,7 @@ def _rotary_shape(arch: str, config: dict[str, Any]) -> ModelShape:
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             if not config[key]:
                 raise CheckpointError(f"config.json: {key} is {config[key]!r}, expected a number")
-    elif window and config.get("use_sliding_window", True):
+    elif window and config.get("use_sliding_window", arch != "smollm3"):
         n_ctx, window = min(n_ctx, window), None  # up to there the window hides nothing
     return ModelShape(
         arch,
@@ -285,6 +289,14 @@ def _rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
     raise CheckpointError(
         f"config.json: rope scaling {kind!r} is not supported, expected default, linear or llama3"
     )
+
+
+def _check_smollm3(config: dict[str, Any]) -> None:
+    _expect(config, "no_rope_layer_interval", SMOLLM3_NO_ROPE_EVERY)
+    rotated = [
+        int((i + 1) % SMOLLM3_NO_ROPE_EVERY != 0) for i in range(config["num_hidden_layers"])
+    ]
+    _expect(config, "no_rope_layers", rotated, None)
 
 
 def _check_windows(arch: str, config: dict[str, Any], head_dim: int) -> None:

@@ -13,9 +13,19 @@ from typing import Any
 
 import numpy as np
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "granite", "opt")
+ARCHITECTURES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "granite",
+    "smollm3",
+    "opt",
+)
 GEMMA = ("gemma", "gemma2", "gemma3")
-INTERLEAVED = ("llama", "granite")  # rotate neighbouring rows, the others halves
+INTERLEAVED = ("llama", "granite", "smollm3")  # rotate neighbouring rows, the others halves
 FILE_TYPES = {
     "F32": 0,
     "F16": 1,
@@ -94,7 +104,8 @@ class ModelShape:
         if self.arch == "opt" and not self.tied:
             raise ValueError("opt has a tied head: tied must be True")
         kind = self.rope_scaling and self.rope_scaling["type"]
-        allowed = (None, "linear", "llama3") if self.arch in INTERLEAVED else (None, "linear")
+        llama3 = self.arch in INTERLEAVED and self.arch != "smollm3"
+        allowed = (None, "linear", "llama3") if llama3 else (None, "linear")
         if kind not in ((None,) if self.arch == "opt" else allowed):
             raise ValueError(f"rope_scaling type {kind!r} does not exist for {self.arch}")
         return self

@@ -17,7 +17,7 @@ enum class Presence { kNever, kMaybe, kAlways };
 
 struct LayerConfig {
   int64_t window = 0;  // sliding attention window, own position included; 0: all positions
-  // (rope_dim / 2) angles per position, scaling applied; null without rope.
+  // (rope_dim / 2) angles per position, scaling applied; null: no rope in this layer.
   std::shared_ptr<const std::vector<float>> rope_freq;
 };
 

@@ -89,7 +89,7 @@ LayerWeights load_layer(Loader& loader, const ModelConfig& c, const LayerConfig&
   a.window = layer.window;
   a.q_norm = loader.norm("attn_q_norm", c.head_dim, c.qk_norm, Presence::kNever);
   a.k_norm = loader.norm("attn_k_norm", c.head_dim, c.qk_norm, Presence::kNever);
-  a.rope = c.rope;
+  a.rope = layer.rope_freq ? c.rope : RopeKind::kNone;
   a.rope_dim = c.rope_dim;
   a.rope_freq = layer.rope_freq;
 

@@ -29,7 +29,6 @@ ModelConfig read_granite(const GgufFile& file) {
   h.read_rope(RopeKind::kInterleaved);
   // Here, and in Granite alone, the switch for rope.
   if (!file.metadata().maybe_boolean(h.key("rope.scaling.finetuned")).value_or(true)) {
-    c.rope = RopeKind::kNone;
     for (LayerConfig& layer : c.layers) layer.rope_freq = nullptr;
   }
   c.qkv_bias = c.attn_output_bias = Presence::kMaybe;
