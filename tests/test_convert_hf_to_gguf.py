@@ -55,6 +55,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "granite": {"arch": "granite", **SMALL},
     "smollm3": {"arch": "smollm3", **SMALL, "n_layer": 5},
+    "olmo2": {"arch": "olmo2", **SMALL},
     "opt": {"arch": "opt", **SMALL},
 }
 BYTE_LEVEL = {
@@ -461,6 +462,11 @@ L3 = (
             "llama-bpe",
         ),
         (
+            None,
+            [{"type": "Split", "pattern": {"Regex": L3}}, BYTE_LEVEL | {"use_regex": False}],
+            "smaug-bpe",
+        ),
+        (
             {"type": "NFC"},
             [
                 {"type": "Split", "pattern": {"Regex": L3.replace("{1,3}", "")}},
@@ -471,9 +477,13 @@ L3 = (
     ],
 )
 def test_pre_tokenizers_are_recognised(normalizer, steps, name, tmp_path):
-    directory, _, _ = make_directory(tmp_path, "opt")
+    directory, _, shape = make_directory(tmp_path, "opt")
+    model = tokenizer_json(shape.n_vocab)["model"] | {"ignore_merges": name == "llama-bpe"}
     change_vocabulary(
-        directory, normalizer=normalizer, pre_tokenizer={"type": "Sequence", "pretokenizers": steps}
+        directory,
+        normalizer=normalizer,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": steps},
+        model=model,
     )
     convert(directory, tmp_path / "out.gguf")
     assert GgufTensors(tmp_path / "out.gguf").field("tokenizer.ggml.pre") == name

@@ -28,6 +28,7 @@ ARCHITECTURES = [
     "gemma3",
     "granite",
     "smollm3",
+    "olmo2",
     "opt",
 ]
 STATISTICS = ["count", "count_gate", "count_abs", "flock"]
@@ -215,6 +216,11 @@ def test_rope_and_head_variants(models, arch):
             {"extra_metadata": {"granite.rope.scaling.finetuned": False}},
         ],
         "smollm3": [{"tied": False}, {"rope_scaling": {"type": "linear", "factor": 4.0}}],
+        "olmo2": [
+            {"tied": True},
+            {"n_head_kv": 4},
+            {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        ],
         "qwen2": [{"tied": False}],
         "qwen3": [{"tied": True, "head_dim": 32}],
         "opt": [{"n_head": 8, "n_head_kv": 8, "head_dim": 32}],
@@ -255,6 +261,7 @@ def test_rope_and_head_variants(models, arch):
         ("gemma2", "attention.sliding_window_pattern", [1, 0]),
         ("gemma2", "final_logit_softcapping", -1.0),
         ("gemma", "attention.sliding_window", 64),
+        ("olmo2", "attention.sliding_window", 64),  # OLMo 3
     ],
 )
 def test_what_is_not_computed_is_refused(models, arch, key, value):
@@ -282,7 +289,7 @@ def test_keys_that_change_nothing_are_accepted(models):
     np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize("arch", ["gemma", "gemma2", "gemma3", "smollm3", "opt"])
+@pytest.mark.parametrize("arch", ["gemma", "gemma2", "gemma3", "smollm3", "olmo2", "opt"])
 def test_rope_factors_are_refused_where_nothing_reads_them(tmp_path, monkeypatch, arch):
     def specs(shape):
         factors = TensorSpec("rope_freqs.weight", (shape.head_dim // 2,), "norm", 0.0, 2.0)

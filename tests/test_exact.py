@@ -63,7 +63,8 @@ PENALISED = {"temperature": 0.7, "seed": 2, "repeat_penalty": 1.3, "presence_pen
 
 
 @pytest.mark.parametrize(
-    "arch", ["llama", "llama-relu", "qwen2", "gemma2", "gemma3", "granite", "smollm3", "opt"]
+    "arch",
+    ["llama", "llama-relu", "qwen2", "gemma2", "gemma3", "granite", "smollm3", "olmo2", "opt"],
 )
 @pytest.mark.parametrize("sampling", [GREEDY, WARM, PENALISED], ids=["greedy", "warm", "penalties"])
 @pytest.mark.parametrize("source", ["core", "text", "both"])

@@ -241,7 +241,18 @@ def test_forward_equals_transformers(case, tmp_path):
 
 @pytest.fixture(
     scope="module",
-    params=["llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "granite", "smollm3", "opt"],
+    params=[
+        "llama",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "granite",
+        "smollm3",
+        "olmo2",
+        "opt",
+    ],
 )
 def model(request, tmp_path_factory) -> ReferenceModel:
     path = tmp_path_factory.mktemp("tiny") / "m.gguf"

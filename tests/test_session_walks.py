@@ -25,6 +25,7 @@ SHAPES = {
     "gemma3": {"n_embd": 48, "n_head": 2, "n_head_kv": 1, "head_dim": 24, "sliding_window": 17},
     "granite": {"n_embd": 48, "n_head": 3, "n_head_kv": 3, "head_dim": 16, "n_ff": 80},
     "smollm3": {"n_embd": 48, "n_head": 3, "n_head_kv": 1, "head_dim": 16, "n_ff": 80},
+    "olmo2": {"n_embd": 48, "n_head": 3, "n_head_kv": 1, "head_dim": 16, "n_ff": 80},
     "opt": {"n_embd": 64, "n_head": 4, "n_head_kv": 4, "head_dim": 16, "n_ff": 96},
 }
 REFUSED = (ValueError, RuntimeError, ArithmeticError)

@@ -23,6 +23,7 @@ ARCHITECTURES = {
     "Gemma3ForCausalLM": "gemma3",
     "GraniteForCausalLM": "granite",
     "SmolLM3ForCausalLM": "smollm3",
+    "Olmo2ForCausalLM": "olmo2",
     "OPTForCausalLM": "opt",
     "SparseLlamaForCausalLM": "llama",  # ProSparse's own code: Llama with FATReLU
     "BambooForCausalLM": "llama",  # Bamboo's and TurboSparse's own code: Mistral with dReLU
@@ -62,7 +63,7 @@ _OPT = {
     "ffn_up": "fc1",
     "ffn_down": "fc2",
 }
-_NAMES = {"gemma2": _POST_NORMS, "gemma3": _POST_NORMS, "opt": _OPT}
+_NAMES = {"gemma2": _POST_NORMS, "gemma3": _POST_NORMS, "olmo2": _POST_NORMS, "opt": _OPT}
 # What a config.json of Gemma may leave out, and what it then means.
 _GEMMA_DEFAULTS = {
     "head_dim": 256,

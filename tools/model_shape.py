@@ -22,6 +22,7 @@ ARCHITECTURES = (
     "gemma3",
     "granite",
     "smollm3",
+    "olmo2",
     "opt",
 )
 GEMMA = ("gemma", "gemma2", "gemma3")
@@ -131,7 +132,8 @@ def tensor_specs(shape: ModelShape) -> list[TensorSpec]:
     """All tensors in file order. Scales keep activations near 1 and logits a few units apart."""
     n_embd, n_ff, n_vocab = shape.n_embd, shape.n_ff, shape.n_vocab
     n_q, n_kv = shape.n_q, shape.n_kv
-    opt, post_norms = shape.arch == "opt", shape.arch in ("gemma2", "gemma3")
+    opt, olmo2 = shape.arch == "opt", shape.arch == "olmo2"
+    post_norms = shape.arch in ("gemma2", "gemma3", "olmo2")
     specs: list[TensorSpec] = []
 
     def matrix(name: str, rows: int, columns: int, gain: float) -> None:
@@ -160,20 +162,22 @@ def tensor_specs(shape: ModelShape) -> list[TensorSpec]:
         specs.append(TensorSpec("rope_freqs.weight", (shape.head_dim // 2,), "rope_factors", 0.0))
     for i in range(shape.n_layer):
         blk = f"blk.{i}"
-        norm(f"{blk}.attn_norm", n_embd)
+        if not olmo2:
+            norm(f"{blk}.attn_norm", n_embd)
         for name, rows, gain in (("q", n_q, 1.4), ("k", n_kv, 1.4), ("v", n_kv, 1.0)):
             matrix(f"{blk}.attn_{name}", rows, n_embd, gain)
             if opt or shape.arch == "qwen2":
                 bias(f"{blk}.attn_{name}", rows, 0.3)
-        if shape.arch in ("qwen3", "gemma3"):
-            norm(f"{blk}.attn_q_norm", shape.head_dim)
-            norm(f"{blk}.attn_k_norm", shape.head_dim)
+        if shape.arch in ("qwen3", "gemma3", "olmo2"):
+            norm(f"{blk}.attn_q_norm", n_q if olmo2 else shape.head_dim)
+            norm(f"{blk}.attn_k_norm", n_kv if olmo2 else shape.head_dim)
         matrix(f"{blk}.attn_output", n_embd, n_q, 1.0)
         if opt:
             bias(f"{blk}.attn_output", n_embd, 0.1)
         if post_norms:
             norm(f"{blk}.post_attention_norm", n_embd)
-        norm(f"{blk}.ffn_norm", n_embd)
+        if not olmo2:
+            norm(f"{blk}.ffn_norm", n_embd)
         if shape.gated:
             matrix(f"{blk}.ffn_gate", n_ff, n_embd, 1.0)
         matrix(f"{blk}.ffn_up", n_ff, n_embd, 1.0)

@@ -64,6 +64,7 @@ TINY = {
         logit_scale=0.75,
     ),
     "smollm3": ModelShape("smollm3", 5, 256, 512, 4, 2, 64, 352, 256, tied=True),
+    "olmo2": ModelShape("olmo2", 3, 256, 512, 4, 2, 64, 352, 256),
     "opt": ModelShape("opt", 3, 256, 1024, 4, 4, 64, 336, 256, tied=True),
 }
 TINY["llama-relu"] = replace(TINY["llama"], activation="relu")

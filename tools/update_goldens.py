@@ -119,6 +119,7 @@ CASES: dict[str, dict[str, Any]] = {
         "logit_scale": 0.7,
     },
     "smollm3": {"arch": "smollm3", "seed": 18, **SMALL, "n_layer": 5},
+    "olmo2": {"arch": "olmo2", "seed": 19, **SMALL, "n_layer": 3},
     "opt": {"arch": "opt", "seed": 8, **SMALL, "n_head_kv": 4},
     "qwen3_long": {"arch": "qwen3", "seed": 9, **SMALL, "n_ctx": 128, "head_dim": 40, "tied": True},
     "gemma3_long": {
@@ -227,6 +228,7 @@ def config_of(shape: ModelShape, extra_metadata: dict[str, Any]) -> transformers
     kinds = {
         "granite": transformers.GraniteConfig,
         "smollm3": transformers.SmolLM3Config,
+        "olmo2": transformers.Olmo2Config,
         "llama": transformers.LlamaConfig,
         "qwen2": transformers.Qwen2Config,
         "qwen3": transformers.Qwen3Config,

@@ -100,6 +100,8 @@ void Transformer::attention(const LayerWeights& w, int64_t layer, int64_t first,
                         {w.k.get(), w.k_bias.get(), k, false},
                         {w.v.get(), w.v_bias.get(), v, false}};
   backend_.linear(x, w.attn_norm, qkv);
+  if (w.q_norm.weight) backend_.norm(q, w.q_norm, q);
+  if (w.k_norm.weight) backend_.norm(k, w.k_norm, k);
   backend_.attend(w.attention, q, k, v, cache, layer, first, attended);
   if (w.attn_post_norm.weight) {
     const Rows block = block_->rows(x.n, config_.n_embd);

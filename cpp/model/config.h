@@ -53,7 +53,9 @@ struct ModelConfig {
   Presence attn_output_bias = Presence::kNever;
   Presence ffn_bias = Presence::kNever;   // of up and down; a gate has none
   Presence norm_bias = Presence::kNever;  // of every norm but the head norms
+  Presence pre_norm = Presence::kAlways;  // before attention and before the FFN
   Presence qk_norm = Presence::kNever;
+  bool qk_norm_of_rows = false;           // over all heads together, not head by head
   Presence post_norm = Presence::kNever;  // after attention and after the FFN
   std::vector<LayerConfig> layers;
 

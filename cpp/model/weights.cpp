@@ -70,7 +70,7 @@ LayerWeights load_layer(Loader& loader, const ModelConfig& c, const LayerConfig&
                         bool ffn_resident) {
   LayerWeights w;
   const auto always = Presence::kAlways;
-  w.attn_norm = loader.norm("attn_norm", c.n_embd, always, c.norm_bias);
+  w.attn_norm = loader.norm("attn_norm", c.n_embd, c.pre_norm, c.norm_bias);
   w.q = loader.matrix(loader.mat("attn_q.weight", {c.n_embd, c.n_embd_q()}, always));
   w.k = loader.matrix(loader.mat("attn_k.weight", {c.n_embd, c.n_embd_kv()}, always));
   w.v = loader.matrix(loader.mat("attn_v.weight", {c.n_embd, c.n_embd_kv()}, always));
@@ -87,14 +87,17 @@ LayerWeights load_layer(Loader& loader, const ModelConfig& c, const LayerConfig&
   a.scale = c.attention_scale;
   a.softcap = c.attention_softcap;
   a.window = layer.window;
-  a.q_norm = loader.norm("attn_q_norm", c.head_dim, c.qk_norm, Presence::kNever);
-  a.k_norm = loader.norm("attn_k_norm", c.head_dim, c.qk_norm, Presence::kNever);
+  const bool rows = c.qk_norm_of_rows;
+  (rows ? w.q_norm : a.q_norm) =
+      loader.norm("attn_q_norm", rows ? c.n_embd_q() : c.head_dim, c.qk_norm, Presence::kNever);
+  (rows ? w.k_norm : a.k_norm) =
+      loader.norm("attn_k_norm", rows ? c.n_embd_kv() : c.head_dim, c.qk_norm, Presence::kNever);
   a.rope = layer.rope_freq ? c.rope : RopeKind::kNone;
   a.rope_dim = c.rope_dim;
   a.rope_freq = layer.rope_freq;
 
   w.attn_post_norm = loader.norm("post_attention_norm", c.n_embd, c.post_norm, Presence::kNever);
-  w.ffn_norm = loader.norm("ffn_norm", c.n_embd, always, c.norm_bias);
+  w.ffn_norm = loader.norm("ffn_norm", c.n_embd, c.pre_norm, c.norm_bias);
   w.ffn_post_norm = loader.norm("post_ffw_norm", c.n_embd, c.post_norm, Presence::kNever);
   CompactSource& s = w.source;
   s.gate = loader.mat("ffn_gate.weight", {c.n_embd, c.n_ff}, c.gated ? always : Presence::kNever);

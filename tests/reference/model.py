@@ -1,5 +1,5 @@
 """A float64 forward pass over a GGUF file, for llama, qwen2, qwen3, gemma 1 to 3, granite,
-smollm3 and opt.
+smollm3, olmo2 and opt.
 
 In: a file and token ids. Out: logits of every token, and the activations of every FFN layer.
 Prefill, decode and score are the same function here; decoding with core neurons is the FFN
@@ -57,7 +57,7 @@ class Config:
     def read(cls, file: GgufTensors) -> Config:
         """Config of a file; ValueError for an architecture or rope scaling not covered here."""
         arch = file.field("general.architecture")
-        if arch not in ("llama", "qwen2", "qwen3", *GEMMA, "granite", "smollm3", "opt"):
+        if arch not in ("llama", "qwen2", "qwen3", *GEMMA, "granite", "smollm3", "olmo2", "opt"):
             raise ValueError(f"the oracle does not know architecture {arch!r}")
 
         def get(key: str, default: float | None = None) -> float:
@@ -179,13 +179,11 @@ class ReferenceModel:
         for i in range(config.n_layer):
             blk = f"blk.{i}"
             y = self._attention(i, self._norm(x, f"{blk}.attn_norm"), positions, cache)
-            if f"{blk}.post_attention_norm.weight" in self.file:
-                y = self._norm(y, f"{blk}.post_attention_norm")
+            y = self._norm(y, f"{blk}.post_attention_norm")
             x = x + y * config.residual_scale
             core = None if core_layers is None else core_layers[i]
             y, h, act = self._ffn(blk, self._norm(x, f"{blk}.ffn_norm"), core)
-            if f"{blk}.post_ffw_norm.weight" in self.file:
-                y = self._norm(y, f"{blk}.post_ffw_norm")
+            y = self._norm(y, f"{blk}.post_ffw_norm")
             x = x + y * config.residual_scale
             all_h.append(h)
             all_act.append(act)
@@ -230,7 +228,12 @@ class ReferenceModel:
         return x
 
     def _norm(self, x: np.ndarray, name: str) -> np.ndarray:
-        """RMSNorm, or LayerNorm for opt, over the last axis. (Gemma's files hold 1 + w.)"""
+        """RMSNorm, or LayerNorm for opt, over the last axis; x where the file has no such norm.
+
+        (Gemma's files hold 1 + w.)
+        """
+        if f"{name}.weight" not in self.file:
+            return x
         weight = self.weight(f"{name}.weight")
         if self.config.arch == "opt":
             x = x - x.mean(axis=-1, keepdims=True)
@@ -246,8 +249,11 @@ class ReferenceModel:
     ) -> np.ndarray:
         config, blk = self.config, f"blk.{layer}"
         n = len(x)
-        q = self._linear(x, f"{blk}.attn_q").reshape(n, config.n_head, config.head_dim)
-        k = self._linear(x, f"{blk}.attn_k").reshape(n, config.n_head_kv, config.head_dim)
+        q, k = self._linear(x, f"{blk}.attn_q"), self._linear(x, f"{blk}.attn_k")
+        if config.arch == "olmo2":  # over all heads together
+            q, k = self._norm(q, f"{blk}.attn_q_norm"), self._norm(k, f"{blk}.attn_k_norm")
+        q = q.reshape(n, config.n_head, config.head_dim)
+        k = k.reshape(n, config.n_head_kv, config.head_dim)
         v = self._linear(x, f"{blk}.attn_v").reshape(n, config.n_head_kv, config.head_dim)
         if config.arch in ("qwen3", "gemma3"):
             q = self._norm(q, f"{blk}.attn_q_norm")
