@@ -54,6 +54,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_scaling": {"type": "linear", "factor": 8.0},
     },
     "granite": {"arch": "granite", **SMALL},
+    "minicpm": {"arch": "minicpm", **SMALL, "n_layer": 4, "logit_scale": 2.0},
     "smollm3": {"arch": "smollm3", **SMALL, "n_layer": 5},
     "olmo2": {"arch": "olmo2", **SMALL},
     "opt": {"arch": "opt", **SMALL},
@@ -85,7 +86,8 @@ def config_of(shape: ModelShape) -> dict[str, Any]:
         }
     config |= {
         "architectures": [
-            {"smollm3": "SmolLM3"}.get(shape.arch, shape.arch.capitalize()) + "ForCausalLM"
+            {"smollm3": "SmolLM3", "minicpm": "MiniCPM"}.get(shape.arch, shape.arch.capitalize())
+            + "ForCausalLM"
         ],
         "intermediate_size": shape.n_ff,
         "num_key_value_heads": shape.n_head_kv,
@@ -98,6 +100,14 @@ def config_of(shape: ModelShape) -> dict[str, Any]:
         if "original_context_length" in scaling:
             scaling["original_max_position_embeddings"] = scaling.pop("original_context_length")
         config["rope_scaling"] = scaling
+    if shape.arch == "minicpm":
+        return config | {
+            "scale_emb": shape.embedding_scale,
+            "scale_depth": shape.residual_scale * shape.n_layer**0.5,
+            "dim_model_base": shape.n_embd / shape.logit_scale,
+            "hidden_act": "fatrelu",
+            "hidden_act_param": 0.1,
+        }
     if shape.arch == "granite":
         config |= {
             "embedding_multiplier": shape.embedding_scale,

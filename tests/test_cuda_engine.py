@@ -29,6 +29,7 @@ ARCHITECTURES = [
     "gemma2",
     "gemma3",
     "granite",
+    "minicpm",
     "smollm3",
     "olmo2",
     "opt",

@@ -27,6 +27,7 @@ ARCHITECTURES = [
     "gemma2",
     "gemma3",
     "granite",
+    "minicpm",
     "smollm3",
     "olmo2",
     "opt",
@@ -215,6 +216,7 @@ def test_rope_and_head_variants(models, arch):
             {"extra_metadata": {"granite.attention.scale": 0.0}},
             {"extra_metadata": {"granite.rope.scaling.finetuned": False}},
         ],
+        "minicpm": [{"activation": None}, {"tied": True}],
         "smollm3": [{"tied": False}, {"rope_scaling": {"type": "linear", "factor": 4.0}}],
         "olmo2": [
             {"tied": True},
@@ -253,6 +255,7 @@ def test_rope_and_head_variants(models, arch):
         ("granite", "logit_scale", None),
         ("granite", "logit_scale", 0.0),
         ("granite", "residual_scale", -0.2),
+        *(("minicpm", f"{part}_scale", None) for part in ("embedding", "residual", "logit")),
         ("granite", "attention.temperature_scale", 0.1),
         ("qwen3", "rope.scaling.attn_factor", 1.2),
         ("qwen2", "rope.scaling.type", "yarn"),

@@ -249,6 +249,7 @@ def test_forward_equals_transformers(case, tmp_path):
         "gemma2",
         "gemma3",
         "granite",
+        "minicpm",
         "smollm3",
         "olmo2",
         "opt",

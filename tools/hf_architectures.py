@@ -22,6 +22,7 @@ ARCHITECTURES = {
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
     "GraniteForCausalLM": "granite",
+    "MiniCPMForCausalLM": "minicpm",
     "SmolLM3ForCausalLM": "smollm3",
     "Olmo2ForCausalLM": "olmo2",
     "OPTForCausalLM": "opt",
@@ -235,13 +236,21 @@ def _rotary_shape(arch: str, config: dict[str, Any]) -> ModelShape:
         attn_softcap=config["attn_logit_softcapping"] if arch == "gemma2" else None,
         final_softcap=config["final_logit_softcapping"] if arch == "gemma2" else None,
         activation=activation,
-        **(_granite_scales(config) if arch == "granite" else {}),
+        **_scales(arch, config),
     )
 
 
-def _granite_scales(config: dict[str, Any]) -> dict[str, float]:
-    """ModelShape's factors; what a config.json leaves out is 1, also the scale of attention."""
-    return {
+def _scales(arch: str, config: dict[str, Any]) -> dict[str, float]:
+    """ModelShape's factors, where the architecture has them."""
+    if arch == "minicpm":
+        return {
+            "embedding_scale": config["scale_emb"],
+            "residual_scale": config["scale_depth"] / config["num_hidden_layers"] ** 0.5,
+            "logit_scale": config["hidden_size"] / config["dim_model_base"],
+        }
+    if arch != "granite":
+        return {}
+    return {  # what a config.json leaves out is 1, also the scale of attention
         "embedding_scale": config.get("embedding_multiplier", 1.0),
         "residual_scale": config.get("residual_multiplier", 1.0),
         "attention_scale": config.get("attention_multiplier", 1.0),

@@ -57,7 +57,8 @@ def make_tiny_model(
     ----------
     path : file to write (replaced as a whole)
     arch : llama, llama-relu (with ReLU for its activation), qwen2, qwen3, gemma,
-        gemma2, gemma3, granite, smollm3, olmo2 or opt
+        gemma2, gemma3, granite, minicpm,
+        smollm3, olmo2 or opt
     dtype : tensor type of all matrices; norms, biases and position tables are always F32
     types : tensor type of matrices by part of the name, e.g. ``{"ffn_down": "Q6_K"}``, or of any
         tensor by its full name

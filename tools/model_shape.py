@@ -21,12 +21,18 @@ ARCHITECTURES = (
     "gemma2",
     "gemma3",
     "granite",
+    "minicpm",
     "smollm3",
     "olmo2",
     "opt",
 )
 GEMMA = ("gemma", "gemma2", "gemma3")
-INTERLEAVED = ("llama", "granite", "smollm3")  # rotate neighbouring rows, the others halves
+INTERLEAVED = (
+    "llama",
+    "granite",
+    "minicpm",
+    "smollm3",
+)  # rotate neighbouring rows, the others halves
 FILE_TYPES = {
     "F32": 0,
     "F16": 1,

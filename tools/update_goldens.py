@@ -118,6 +118,17 @@ CASES: dict[str, dict[str, Any]] = {
         "attention_scale": 0.08,
         "logit_scale": 0.7,
     },
+    "minicpm": {
+        "arch": "minicpm",
+        "seed": 20,
+        **SMALL,
+        "n_layer": 3,
+        "norm_eps": 0.01,
+        "activation": "fatrelu:0.25",
+        "embedding_scale": 12.0,
+        "residual_scale": 0.4,
+        "logit_scale": 3.0,
+    },
     "smollm3": {"arch": "smollm3", "seed": 18, **SMALL, "n_layer": 5},
     "olmo2": {"arch": "olmo2", "seed": 19, **SMALL, "n_layer": 3},
     "opt": {"arch": "opt", "seed": 8, **SMALL, "n_head_kv": 4},
@@ -218,15 +229,16 @@ def config_of(shape: ModelShape, extra_metadata: dict[str, Any]) -> transformers
             layer_types=pattern and [("full", "sliding")[s] + "_attention" for s in pattern],
             final_logit_softcapping=extra_metadata.get("gemma3.final_logit_softcapping"),
         )
-    if shape.arch == "granite":
+    if shape.arch in ("granite", "minicpm"):  # transformers has no MiniCPM
         common |= {
             "embedding_multiplier": shape.embedding_scale,
             "residual_multiplier": shape.residual_scale,
-            "attention_multiplier": shape.attention_scale,
+            "attention_multiplier": shape.attention_scale or shape.head_dim**-0.5,
             "logits_scaling": shape.logit_scale,
         }
     kinds = {
         "granite": transformers.GraniteConfig,
+        "minicpm": transformers.GraniteConfig,
         "smollm3": transformers.SmolLM3Config,
         "olmo2": transformers.Olmo2Config,
         "llama": transformers.LlamaConfig,

@@ -1,5 +1,5 @@
 """A float64 forward pass over a GGUF file, for llama, qwen2, qwen3, gemma 1 to 3, granite,
-smollm3, olmo2 and opt.
+minicpm, smollm3, olmo2 and opt.
 
 In: a file and token ids. Out: logits of every token, and the activations of every FFN layer.
 Prefill, decode and score are the same function here; decoding with core neurons is the FFN
@@ -17,7 +17,7 @@ import numpy as np
 from reference.quant import GgufTensors, log_softmax
 
 GEMMA = ("gemma", "gemma2", "gemma3")
-INTERLEAVED = ("llama", "granite", "smollm3")
+INTERLEAVED = ("llama", "granite", "minicpm", "smollm3")
 GLOBAL_EVERY = {"gemma2": 2, "gemma3": 6}  # layers of which the last attends to everything
 GEMMA3_LOCAL_ROPE_BASE = 10000.0
 LAYERS_27B = {"gemma2": 46, "gemma3": 62}  # scale attention by n_embd / n_head, not by head_dim
@@ -57,7 +57,17 @@ class Config:
     def read(cls, file: GgufTensors) -> Config:
         """Config of a file; ValueError for an architecture or rope scaling not covered here."""
         arch = file.field("general.architecture")
-        if arch not in ("llama", "qwen2", "qwen3", *GEMMA, "granite", "smollm3", "olmo2", "opt"):
+        if arch not in (
+            "llama",
+            "qwen2",
+            "qwen3",
+            *GEMMA,
+            "granite",
+            "minicpm",
+            "smollm3",
+            "olmo2",
+            "opt",
+        ):
             raise ValueError(f"the oracle does not know architecture {arch!r}")
 
         def get(key: str, default: float | None = None) -> float:

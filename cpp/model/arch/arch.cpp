@@ -18,7 +18,7 @@ constexpr Architecture kArchitectures[] = {
     {"llama", arch::read_llama},     {"qwen2", arch::read_qwen2},     {"qwen3", arch::read_qwen3},
     {"gemma", arch::read_gemma},     {"gemma2", arch::read_gemma2},   {"gemma3", arch::read_gemma3},
     {"granite", arch::read_granite}, {"smollm3", arch::read_smollm3}, {"olmo2", arch::read_olmo2},
-    {"opt", arch::read_opt},
+    {"minicpm", arch::read_minicpm}, {"opt", arch::read_opt},
 };
 
 // Above any real model and far below what would overflow a product of two.

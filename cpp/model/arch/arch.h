@@ -61,6 +61,7 @@ ModelConfig read_gemma(const GgufFile& file);
 ModelConfig read_gemma2(const GgufFile& file);
 ModelConfig read_gemma3(const GgufFile& file);
 ModelConfig read_granite(const GgufFile& file);
+ModelConfig read_minicpm(const GgufFile& file);
 ModelConfig read_smollm3(const GgufFile& file);
 ModelConfig read_olmo2(const GgufFile& file);
 ModelConfig read_opt(const GgufFile& file);

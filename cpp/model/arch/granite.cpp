@@ -1,4 +1,5 @@
-// Granite 3.x: Llama with embeddings, scores, residual branches and logits scaled by keys.
+// Granite 3.x and MiniCPM: Llama with embeddings, scores, residual branches and logits scaled by
+// keys.
 //
 // What attention and feed-forward networks add is multiplied by residual_scale r. Divided by r, the
 // residual stream is one to which they are added as they are; only RMSNorm sees it, which does not
@@ -15,9 +16,7 @@ float factor_or(const HyperParameters& h, const char* name, float fallback) {
   return factor == 0.0f ? fallback : factor;
 }
 
-}  // namespace
-
-ModelConfig read_granite(const GgufFile& file) {
+HyperParameters read_scaled(const GgufFile& file) {
   HyperParameters h(file);
   h.read_sizes(true);
   ModelConfig& c = h.config;
@@ -27,12 +26,27 @@ ModelConfig read_granite(const GgufFile& file) {
   c.logit_scale = 1.0f / h.number("logit_scale", 0.0);
   c.attention_scale = factor_or(h, "attention.scale", c.attention_scale);
   h.read_rope(RopeKind::kInterleaved);
+  c.qkv_bias = c.attn_output_bias = Presence::kMaybe;
+  return h;
+}
+
+}  // namespace
+
+ModelConfig read_granite(const GgufFile& file) {
+  HyperParameters h = read_scaled(file);
   // Here, and in Granite alone, the switch for rope.
   if (!file.metadata().maybe_boolean(h.key("rope.scaling.finetuned")).value_or(true)) {
-    for (LayerConfig& layer : c.layers) layer.rope_freq = nullptr;
+    for (LayerConfig& layer : h.config.layers) layer.rope_freq = nullptr;
   }
-  c.qkv_bias = c.attn_output_bias = Presence::kMaybe;
-  return c;
+  return h.config;
+}
+
+ModelConfig read_minicpm(const GgufFile& file) {
+  const HyperParameters h = read_scaled(file);
+  // Required: what llama.cpp takes for the factor of logits in files older than these keys is the
+  // inverse of what files have now.
+  for (const char* name : {"embedding_scale", "residual_scale"}) h.number(name, 0.0);
+  return h.config;
 }
 
 }  // namespace coreinfer::arch
