@@ -29,10 +29,11 @@ constexpr size_t kSmallThings = size_t{32} << 20;
 // What the driver takes for a step's graph and for some of other lengths (context.h).
 constexpr size_t kGraphs = size_t{64} << 20;
 
-Epilogue epilogue_of(Activation act) {
-  return act == Activation::kSilu       ? Epilogue::kSilu
-         : act == Activation::kGeluTanh ? Epilogue::kGeluTanh
-                                        : Epilogue::kRelu;
+Epilogue epilogue_of(const Activation& act) {
+  return act.kind == Activation::kSilu       ? Epilogue::kSilu
+         : act.kind == Activation::kGeluTanh ? Epilogue::kGeluTanh
+         : act.both                          ? Epilogue::kReluBoth
+                                             : Epilogue::kRelu;
 }
 
 void check_same_shape(const char* operation, Rows a, Rows b) {
@@ -506,8 +507,8 @@ void CudaBackend::linear(Rows x, const Norm& norm, std::span<const Linear> linea
   }
 }
 
-void CudaBackend::exact_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Activation act,
-                               Rows h, Rows act_gate, const Ready& ready) {
+void CudaBackend::exact_hidden(Rows x, const Norm& norm, const FfnWeights& ffn,
+                               const Activation& act, Rows h, Rows act_gate, const Ready& ready) {
   const CudaWeight& up = cuda_weight(*ffn.up);
   const CudaWeight* gate = ffn.gate ? &cuda_weight(*ffn.gate) : nullptr;
   const float* up_bias = ffn.up_bias ? ffn.up_bias->data() : nullptr;
@@ -519,8 +520,8 @@ void CudaBackend::exact_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, 
     const Linear both[] = {{&up, ffn.up_bias.get(), h, false},
                            {gate, ffn.gate_bias.get(), g, false}};
     exact_linear(x, norm, both, ready);
-    return activate_rows(*context_, epilogue_of(act), h, g.data, g.stride, act_gate.data,
-                         act_gate.stride);
+    return activate_rows(*context_, epilogue_of(act), act.threshold, h, g.data, g.stride,
+                         act_gate.data, act_gate.stride);
   }
   Inputs inputs(*this, x, norm, ready);
   inputs.want(up);
@@ -539,6 +540,7 @@ void CudaBackend::exact_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, 
     ready_.prepared.values_stride = h.stride;
   }
   a.epilogue = epilogue_of(act);
+  a.threshold = act.threshold;
   a.jobs[a.n_jobs++] = {up.view(), up_bias, h.data, h.stride, 0, 0};
   if (gate != nullptr) a.jobs[a.n_jobs++] = {gate->view(), gate_bias, nullptr, 0, 0, 0};
   a.act_gate = act_gate.data;
@@ -546,7 +548,7 @@ void CudaBackend::exact_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, 
   matvec(*context_, a, inputs.floats(up));
 }
 
-void CudaBackend::ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Activation act,
+void CudaBackend::ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, const Activation& act,
                              Rows h, Rows act_gate) {
   check_norm("ffn_hidden", norm, x.width);
   const Operation operation(*this);
@@ -573,8 +575,8 @@ void CudaBackend::ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Ac
     gemm_->multiply(products, values, stride, x.n);
     if (ffn.up_bias) add_bias(*context_, h, ffn.up_bias->data());
     if (ffn.gate && ffn.gate_bias) add_bias(*context_, gate, ffn.gate_bias->data());
-    return activate_rows(*context_, epilogue_of(act), h, gate.data, gate.stride, act_gate.data,
-                         act_gate.stride);
+    return activate_rows(*context_, epilogue_of(act), act.threshold, h, gate.data, gate.stride,
+                         act_gate.data, act_gate.stride);
   }
   for (int64_t i = 0; i < x.n; i += kExactRows) {
     const int64_t n = std::min(kExactRows, x.n - i);

@@ -35,7 +35,7 @@ class CudaBackend final : public Backend {
              int64_t first_position, Rows out) override;
   void norm(Rows x, const Norm& norm, Rows out) override;
   void linear(Rows x, const Norm& norm, std::span<const Linear> linears) override;
-  void ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Activation act, Rows h,
+  void ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, const Activation& act, Rows h,
                   Rows act_gate) override;
   void attend(const AttentionSpec& spec, Rows q, Rows k, Rows v, KvCache& cache, int64_t layer,
               int64_t first, Rows out) override;
@@ -64,7 +64,7 @@ class CudaBackend final : public Backend {
   PreparedRows room_for_ready(Memory& memory, int64_t width, bool values, bool codes);
   void exact_linear(Rows x, const Norm& norm, std::span<const Linear> linears,
                     const Ready& ready = {});
-  void exact_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Activation act, Rows h,
+  void exact_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, const Activation& act, Rows h,
                     Rows act_gate, const Ready& ready = {});
   size_t own_memory() const;
   void check_limit() const;

@@ -23,10 +23,11 @@ struct MatvecJob {
   int64_t accumulate;
 };
 
-enum class Epilogue : int32_t { kStore, kSilu, kGeluTanh, kRelu };
+enum class Epilogue : int32_t { kStore, kSilu, kGeluTanh, kRelu, kReluBoth };
 
 // kStore: the jobs' outputs one after the other. Else: jobs[0] is up, jobs[1] the gate where n_jobs
-// is 2; jobs[0].out receives the hidden row, act_gate (where given) the activated gate.
+// is 2; jobs[0].out receives the hidden row, act_gate (where given) the activated gate. kReluBoth
+// is kRelu on both gate and up.
 struct MatvecArgs {
   MatvecJob jobs[kMaxJobs];
   PreparedRows x;
@@ -36,14 +37,17 @@ struct MatvecArgs {
   int32_t n_jobs;
   int32_t n_rows;
   Epilogue epilogue;
-  int32_t zeros;  // put behind a hidden row, less than 32
+  int32_t zeros;    // put behind a hidden row, less than 32
+  float threshold;  // of kRelu and kReluBoth
+  int32_t unused;
 };
 
 // All jobs have the format of jobs[0]. floats: read x.values and not x.codes.
 void matvec(Context& context, MatvecArgs args, bool floats);
 
 // h = act(gate) * up, in place of up; rows of equal width. gate null: h = act(up).
-void activate_rows(Context& context, Epilogue activation, Rows up, const float* gate,
-                   int64_t gate_stride, float* act_gate, int64_t act_gate_stride);
+void activate_rows(Context& context, Epilogue activation, float threshold, Rows up,
+                   const float* gate, int64_t gate_stride, float* act_gate,
+                   int64_t act_gate_stride);
 
 }  // namespace coreinfer::cuda

@@ -13,7 +13,7 @@ struct ActivateArgs {
   int64_t act_gate_stride;
   int64_t width;
   Epilogue activation;
-  int32_t unused;
+  float threshold;
 };
 
 // grid: (rows, parts of a row)
@@ -23,10 +23,10 @@ __global__ void activate(COREINFER_PARAMETER ActivateArgs a) {
   float* up = a.up + row * a.up_stride;
   for (int64_t i = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x; i < a.width;
        i += static_cast<int64_t>(gridDim.y) * blockDim.x) {
-    const float act =
-        activated(a.activation, a.gate != nullptr ? a.gate[row * a.gate_stride + i] : up[i]);
+    const float gate = a.gate != nullptr ? a.gate[row * a.gate_stride + i] : up[i];
+    const float act = activated(a.activation, a.threshold, gate);
     if (a.act_gate != nullptr) a.act_gate[row * a.act_gate_stride + i] = act;
-    up[i] = a.gate != nullptr ? act * up[i] : act;
+    up[i] = a.gate != nullptr ? act * activated_up(a.activation, a.threshold, up[i]) : act;
   }
 }
 
@@ -57,12 +57,13 @@ void matvec(Context& context, MatvecArgs args, bool floats) {
   matvec_other(context, args, floats);
 }
 
-void activate_rows(Context& context, Epilogue activation, Rows up, const float* gate,
-                   int64_t gate_stride, float* act_gate, int64_t act_gate_stride) {
+void activate_rows(Context& context, Epilogue activation, float threshold, Rows up,
+                   const float* gate, int64_t gate_stride, float* act_gate,
+                   int64_t act_gate_stride) {
   const auto parts = static_cast<unsigned>(divide_up<int64_t>(up.width, 4 * 256));
-  context.launch(
-      activate, dim3(static_cast<unsigned>(up.n), parts), dim3(256), 0,
-      {up.data, up.stride, gate, gate_stride, act_gate, act_gate_stride, up.width, activation, 0});
+  context.launch(activate, dim3(static_cast<unsigned>(up.n), parts), dim3(256), 0,
+                 {up.data, up.stride, gate, gate_stride, act_gate, act_gate_stride, up.width,
+                  activation, threshold});
 }
 
 }  // namespace coreinfer::cuda

@@ -18,14 +18,21 @@ __host__ __device__ constexpr bool is_float(Codes c) {
   return c == Codes::kF32 || c == Codes::kF16 || c == Codes::kBF16;
 }
 
-__device__ __forceinline__ float activated(Epilogue activation, float x) {
-  if (activation == Epilogue::kRelu) return x <= 0.0f ? 0.0f : x;
+__device__ __forceinline__ float activated(Epilogue activation, float threshold, float x) {
+  if (activation == Epilogue::kRelu || activation == Epilogue::kReluBoth) {
+    return x <= threshold ? 0.0f : x;
+  }
   float u = x;
   if (activation == Epilogue::kGeluTanh) {
     u = 1.5957691216057308f * (x + 0.044715f * x * x * x);  // 2 sqrt(2 / pi)
   }
   const float e = expf(-fabsf(u));
   return x * ((u < 0.0f ? e : 1.0f) / (1.0f + e));
+}
+
+// What multiplies the activated gate.
+__device__ __forceinline__ float activated_up(Epilogue activation, float threshold, float up) {
+  return activation == Epilogue::kReluBoth && up <= threshold ? 0.0f : up;
 }
 
 // ---- What is under way
@@ -383,9 +390,9 @@ __global__ void __launch_bounds__(kMatvecWarps* kWarp)
     // A gate's bias is rare: read here, it takes no register from the sums.
     const float* const gate_bias = gated ? a.jobs[1].bias : nullptr;
     if (gate_bias != nullptr) y += gate_bias[row_here];
-    const float act = activated(a.epilogue, gated ? y : y + bias);
+    const float act = activated(a.epilogue, a.threshold, gated ? y : y + bias);
     if (a.act_gate != nullptr) a.act_gate[(first + r_here) * a.act_gate_stride + row_here] = act;
-    *out = gated ? act * (up + bias) : act;
+    *out = gated ? act * activated_up(a.epilogue, a.threshold, up + bias) : act;
   }
 }
 

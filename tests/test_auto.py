@@ -386,7 +386,9 @@ def test_a_tuning_of_another_model_or_a_damaged_one_is_refused_whoever_gives_it(
     other = Tuning(1, (row(0.9, 48, 0.01, stability=0.0),))
     other.save(path)
     for given, where in ((other, "^"), (path, f"^{path}: "), (str(path), f"^{path}: ")):
-        error = f"{where}the tuning file belongs to another model file; run `coreinfer tune` with"
+        error = (
+            f"{where}the tuning file belongs to another model file or activation; run `coreinfer"
+        )
         with pytest.raises(ValueError, match=error):
             Llama(str(tiny), verbose=False, tuning=given)
         with Llama(str(tiny), verbose=False, tuning=given, core="stable") as llm:  # has no use

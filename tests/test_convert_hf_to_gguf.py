@@ -8,6 +8,7 @@ weights that went the same way.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from convert_hf_to_gguf import convert, main
+from coreinfer import _core
 from hf_architectures import from_gguf_values, hf_name, shape_from_config
 from hf_checkpoint import CheckpointError
 from make_synthetic_model import make_tiny_model
@@ -44,6 +46,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {"arch": "llama", **SMALL, "rope_scaling": LLAMA3, "mlp_bias": True},
     "qwen2": {"arch": "qwen2", **SMALL, "n_head_kv": 2, "tied": False, "rope_scaling": YARN},
     "qwen3": {"arch": "qwen3", **SMALL, "head_dim": 24, "attention_bias": True},
+    "gemma": {"arch": "gemma", **SMALL, "head_dim": 24},
+    "gemma2": {"arch": "gemma2", **SMALL, "n_layer": 4},
     "gemma3": {
         "arch": "gemma3",
         **SMALL,
@@ -63,6 +67,10 @@ MODELS: dict[str, dict[str, Any]] = {
             "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
         },
     },
+    "granite": {"arch": "granite", **SMALL, "attention_bias": True},
+    "minicpm": {"arch": "minicpm", **SMALL, "n_layer": 4, "logit_scale": 2.0},
+    "smollm3": {"arch": "smollm3", **SMALL, "n_layer": 5},
+    "olmo2": {"arch": "olmo2", **SMALL},
     "opt": {"arch": "opt", **SMALL},
 }
 BYTE_LEVEL = {
@@ -91,7 +99,10 @@ def config_of(shape: ModelShape) -> dict[str, Any]:
             "activation_function": "relu",
         }
     config |= {
-        "architectures": [f"{shape.arch.capitalize()}ForCausalLM"],
+        "architectures": [
+            {"smollm3": "SmolLM3", "minicpm": "MiniCPM"}.get(shape.arch, shape.arch.capitalize())
+            + "ForCausalLM"
+        ],
         "intermediate_size": shape.n_ff,
         "num_key_value_heads": shape.n_head_kv,
         "head_dim": shape.head_dim,
@@ -112,6 +123,31 @@ def config_of(shape: ModelShape) -> dict[str, Any]:
         del scaling["attn_factor"], config["head_dim"]
         config["partial_rotary_factor"] = shape.n_rotated / shape.head_dim
         config["sliding_window"] = shape.sliding_window
+    if shape.arch == "minicpm":
+        return config | {
+            "scale_emb": shape.embedding_scale,
+            "scale_depth": shape.residual_scale * shape.n_layer**0.5,
+            "dim_model_base": shape.n_embd / shape.logit_scale,
+            "hidden_act": "fatrelu",
+            "hidden_act_param": 0.1,
+        }
+    if shape.arch == "granite":
+        config |= {
+            "embedding_multiplier": shape.embedding_scale,
+            "residual_multiplier": shape.residual_scale,
+            "attention_multiplier": shape.attention_scale,
+            "logits_scaling": shape.logit_scale,
+        }
+    if shape.arch == "gemma":
+        return config | {"hidden_act": "gelu"}
+    if shape.arch == "gemma2":
+        return config | {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": shape.head_dim,
+            "sliding_window": shape.sliding_window,
+            "attn_logit_softcapping": shape.attn_softcap,
+            "final_logit_softcapping": shape.final_softcap,
+        }
     if shape.arch == "gemma3":
         return config | {
             "hidden_activation": "gelu_pytorch_tanh",
@@ -216,7 +252,10 @@ def test_converted_model_has_the_weights_and_metadata_it_came_from(name, tmp_pat
     for tensor in expected.names():
         # Gemma's norms went through w - 1 and back, in float32
         np.testing.assert_allclose(
-            found.load(tensor), expected.load(tensor), rtol=0, atol=2e-7 if name == "gemma3" else 0
+            found.load(tensor),
+            expected.load(tensor),
+            rtol=0,
+            atol=2e-7 if name.startswith("gemma") else 0,
         )
     arch = [key for key in expected.keys() if key.startswith((shape.arch, "general.arch"))]
     assert len(arch) >= 8
@@ -342,22 +381,71 @@ def test_sliding_window_of_mistral_bounds_the_context():
 
 
 @pytest.mark.parametrize(
+    ("changes", "activation"),
+    [
+        ({}, None),
+        ({"hidden_act": "relu"}, "relu"),  # SparseLLM/ReluLLaMA
+        (
+            {
+                "architectures": ["SparseLlamaForCausalLM"],
+                "hidden_act": "fatrelu",
+                "hidden_act_param": 0.01,
+            },
+            "fatrelu:0.01",
+        ),
+        ({"architectures": ["BambooForCausalLM"], "hidden_act": "relu"}, "drelu"),
+    ],
+)
+def test_the_activation_of_sparse_models_is_kept(changes, activation, tmp_path):
+    directory, _, shape = make_directory(tmp_path, "llama")
+    change_json(directory / "config.json", **changes)
+    out = tmp_path / "out.gguf"
+    assert convert(directory, out, "F32") == replace(shape, activation=activation)
+    assert _core.Engine(str(out)).config["activation"] == (activation or "silu")
+
+
+@pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
         ("llama", {"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
         ("llama", {"architectures": None}, "none"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("llama", {"hidden_act": "fatrelu"}, "hidden_act_param is missing"),
+        ("llama", {"architectures": ["BambooForCausalLM"], "hidden_act": "silu"}, "hidden_act"),
         ("qwen2", {"attention_bias": True}, "attention_bias"),
         ("qwen3", {"mlp_bias": True}, "mlp_bias"),
         ("phi3", {"attention_bias": True}, "attention_bias"),
+        ("gemma2", {"attention_bias": True}, "attention_bias"),
+        ("olmo2", {"attention_bias": True}, "attention_bias"),
+        ("granite", {"mlp_bias": True}, "mlp_bias"),
+        ("smollm3", {"mlp_bias": True}, "mlp_bias"),
         ("phi3", {"rope_scaling": {"rope_type": "longrope"}}, "'longrope'"),
         ("phi3", {"rope_scaling": {"type": "su", "long_factor": [1.0]}}, "short_factor is missing"),
         ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic'"),
         ("qwen2", {"rope_scaling": YARN | {"truncate": False}}, "truncate is False"),
+        ("gemma2", {"rope_scaling": YARN}, "'yarn' does not exist for gemma2"),
+        (
+            "minicpm",  # MiniCPM 4
+            {
+                "rope_scaling": {
+                    "rope_type": "longrope",
+                    "original_max_position_embeddings": 16,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [2.0] * 8,
+                }
+            },
+            "'longrope' does not exist for minicpm",
+        ),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
         ("opt", {"activation_function": "gelu"}, "activation_function"),
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),
         ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim"),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 1, 0]}, "no_rope_layers"),
+        ("smollm3", {"no_rope_layer_interval": 5}, "no_rope_layer_interval"),
+        ("gemma", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping is None"),
+        ("gemma2", {"query_pre_attn_scalar": 144}, "query_pre_attn_scalar"),
+        ("gemma2", {"layer_types": ["sliding_attention"] * 4}, "layer_types"),
         ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ("gemma3", {"sliding_window_pattern": 4}, "sliding_window_pattern"),
         ("gemma3", {"layer_types": ["full_attention"] * 6}, "layer_types"),
@@ -469,6 +557,11 @@ O200K = (
             "gpt-4o",
         ),
         (
+            None,
+            [{"type": "Split", "pattern": {"Regex": L3}}, BYTE_LEVEL | {"use_regex": False}],
+            "smaug-bpe",
+        ),
+        (
             {"type": "NFC"},
             [
                 {"type": "Split", "pattern": {"Regex": L3.replace("{1,3}", "")}},
@@ -479,9 +572,13 @@ O200K = (
     ],
 )
 def test_pre_tokenizers_are_recognised(normalizer, steps, name, tmp_path):
-    directory, _, _ = make_directory(tmp_path, "opt")
+    directory, _, shape = make_directory(tmp_path, "opt")
+    model = tokenizer_json(shape.n_vocab)["model"] | {"ignore_merges": name == "llama-bpe"}
     change_vocabulary(
-        directory, normalizer=normalizer, pre_tokenizer={"type": "Sequence", "pretokenizers": steps}
+        directory,
+        normalizer=normalizer,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": steps},
+        model=model,
     )
     convert(directory, tmp_path / "out.gguf")
     assert GgufTensors(tmp_path / "out.gguf").field("tokenizer.ggml.pre") == name

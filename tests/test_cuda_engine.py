@@ -23,7 +23,20 @@ from reference.model import ReferenceModel
 from reference.quant import kl_divergence, log_softmax
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "transformers_logits.npz")
-ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3", "phi3", "opt"]
+ARCHITECTURES = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "granite",
+    "minicpm",
+    "smollm3",
+    "olmo2",
+    "opt",
+]
 
 
 def tokens_of(n: int, n_vocab: int, seed: int = 0) -> np.ndarray:
@@ -114,6 +127,8 @@ def test_fast_activations_stay_close_to_the_oracle(batches, models, dtype):
         ("llama", {}),
         ("llama", {"mlp_bias": True, "attention_bias": True}),
         ("llama", {"mlp_bias": True, "types": {"ffn_gate": "F16"}}),
+        ("llama-relu", {}),
+        ("llama-relu", {"mlp_bias": True}),
         ("phi3", {}),
         ("opt", {}),
     ],
@@ -259,6 +274,9 @@ def test_a_layer_is_few_launches(target, models, arch, dtype, mode):  # noqa: F8
     # the projection; a norm (likewise) and the hidden row; the projection down. 8-bit codes of the
     # hidden row are made by one more.
     expected = 7 + (dtype == "Q4_0")
+    if arch == "olmo2":
+        # Norms of queries and of keys; and what no norm goes before has its codes made alone.
+        expected += 2 + 2 * (dtype == "Q4_0")
     assert steps[1][1] - steps[0][1] == expected
 
 

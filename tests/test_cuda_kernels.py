@@ -162,7 +162,7 @@ def test_a_rows_bits_do_not_depend_on_the_other_rows(cuda, type_name):
         np.testing.assert_array_equal(together, alone[:n])
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu", "drelu", "fatrelu:0.05"])
 @pytest.mark.parametrize("types", [("F16", "F16"), ("Q4_K", "Q4_K"), ("Q4_K", "Q6_K")])
 @pytest.mark.parametrize("n", [1, 6])
 def test_hidden_rows_equal_the_cpu(cuda, cpu, f32, activation, types, n):

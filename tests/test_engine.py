@@ -22,7 +22,20 @@ from reference.model import Forward, ReferenceModel
 from reference.quant import kl_divergence, log_softmax
 
 ISAS = testing.available_isas()
-ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3", "phi3", "opt"]
+ARCHITECTURES = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "granite",
+    "minicpm",
+    "smollm3",
+    "olmo2",
+    "opt",
+]
 STATISTICS = ["count", "count_gate", "count_abs", "flock"]
 DTYPES = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
 GOLDEN = np.load(Path(__file__).parent / "golden" / "transformers_logits.npz")
@@ -182,6 +195,7 @@ def test_rope_and_head_variants(models, arch):
             {"n_head": 8, "n_head_kv": 1, "head_dim": 16},
             {"attention_bias": True},
             {"mlp_bias": True},
+            {"mlp_bias": True, "activation": "drelu"},
         ],
         "gemma3": [
             {"sliding_window": 3},
@@ -210,6 +224,47 @@ def test_rope_and_head_variants(models, arch):
             {"rope_scaling": {"type": "linear", "factor": 2.0}, "tied": True},
             {"extra_metadata": {"phi3.rope.scaling.type": None}},  # files of 2024 have none
             {"extra_metadata": {"phi3.rope.scaling.factor": 2.0}},
+            {"activation": "drelu"},
+        ],
+        "gemma": [
+            {"head_dim": 32},
+            {"rope_scaling": {"type": "linear", "factor": 4.0}},
+            {"rope_scaling": YARN},
+        ],
+        "gemma2": [
+            {"rope_scaling": {"type": "linear", "factor": 8.0}},
+            {"attn_softcap": None, "final_softcap": None},  # 50 and 30
+            {"attn_softcap": None, "extra_metadata": {"gemma2.attn_logit_softcapping": 0.0}},
+            {"sliding_window": None, "n_layer": 1},  # 4096
+            {"n_layer": 46, "n_embd": 64, "n_ff": 64, "head_dim": 24},  # the 27B model's scale
+            {"extra_metadata": {"gemma2.attention.sliding_window_pattern": [0, 0, 1, 1]}},
+            {"extra_metadata": {"gemma2.rope.freq_base_swa": 500.0}},
+        ],
+        "granite": [
+            {"tied": True},
+            *({f"{part}_scale": None} for part in ("embedding", "residual", "attention")),
+            {"extra_metadata": {"granite.attention.scale": 0.0}},
+            {"extra_metadata": {"granite.rope.scaling.finetuned": False}},
+            {"attention_bias": True},
+            {"rope_scaling": YARN},
+        ],
+        "minicpm": [
+            {"activation": None},
+            {"tied": True},
+            {"attention_bias": True},
+            {"rope_scaling": YARN},
+        ],
+        "smollm3": [
+            {"tied": False},
+            {"rope_scaling": YARN},
+            {"rope_scaling": {"type": "linear", "factor": 4.0}},
+            {"attention_bias": True},
+        ],
+        "olmo2": [
+            {"tied": True},
+            {"n_head_kv": 4},
+            {"rope_scaling": {"type": "linear", "factor": 4.0}},
+            {"rope_scaling": YARN},
         ],
         "opt": [{"n_head": 8, "n_head_kv": 8, "head_dim": 32}],
     }
@@ -242,8 +297,17 @@ def test_rope_and_head_variants(models, arch):
         ("qwen3", "rope.scaling.attn_factor", float("nan")),
         ("llama", "rope.scaling.type", "longrope"),
         ("gemma3", "rope.scaling.type", "yarn"),
+        ("granite", "logit_scale", None),
+        ("granite", "logit_scale", 0.0),
+        ("granite", "residual_scale", -0.2),
+        *(("minicpm", f"{part}_scale", None) for part in ("embedding", "residual", "logit")),
+        ("granite", "attention.temperature_scale", 0.1),
         ("opt", "attention.max_alibi_bias", 8.0),
         ("gemma3", "attention.sliding_window_pattern", [1, 0]),
+        ("gemma2", "attention.sliding_window_pattern", [1, 0]),
+        ("gemma2", "final_logit_softcapping", -1.0),
+        ("gemma", "attention.sliding_window", 64),
+        ("olmo2", "attention.sliding_window", 64),  # OLMo 3
     ],
 )
 def test_what_is_not_computed_is_refused(models, arch, key, value):
@@ -430,7 +494,7 @@ def test_fused_queries_keys_and_values_are_those_of_three_tensors(
     np.testing.assert_array_equal(*got)
 
 
-@pytest.mark.parametrize("arch", ["gemma3", "phi3", "opt"])
+@pytest.mark.parametrize("arch", ["gemma", "gemma2", "gemma3", "phi3", "smollm3", "olmo2", "opt"])
 def test_rope_factors_are_refused_where_nothing_reads_them(tmp_path, monkeypatch, arch):
     def specs(shape):
         factors = TensorSpec("rope_freqs.weight", (shape.n_rotated // 2,), "norm", 0.0, 2.0)
@@ -443,7 +507,7 @@ def test_rope_factors_are_refused_where_nothing_reads_them(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "llama-relu"])
 def test_core_sets_equal_the_oracle(models, reference_forward, forced_isa, arch, statistic):
     path = models(arch)
     engine = engine_on(forced_isa, path, f32_activations=True)
@@ -504,7 +568,7 @@ def test_stability_equals_the_oracle(models):
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "Q4_0", "Q8_0", "Q4_K", "Q6_K"])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "llama-relu"])
 def test_score_through_a_core_set_equals_the_oracle(models, arch, dtype):
     """The oracle decodes with the same neurons: compaction loses nothing, for any layout."""
     path = models(arch, dtype)

@@ -62,7 +62,21 @@ WARM = {"temperature": 1.2, "seed": 5, "top_k": 0, "min_p": 0.0}
 PENALISED = {"temperature": 0.7, "seed": 2, "repeat_penalty": 1.3, "presence_penalty": 0.4}
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3", "phi3", "opt"])
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "llama",
+        "llama-relu",
+        "qwen2",
+        "gemma2",
+        "gemma3",
+        "phi3",
+        "granite",
+        "smollm3",
+        "olmo2",
+        "opt",
+    ],
+)
 @pytest.mark.parametrize("sampling", [GREEDY, WARM, PENALISED], ids=["greedy", "warm", "penalties"])
 @pytest.mark.parametrize("source", ["core", "text", "both"])
 def test_exact_mode_is_dense_decoding_bit_for_bit(engines, arch, sampling, source):

@@ -327,13 +327,13 @@ def test_tiny_and_zero_activations_give_zero(isa):
 def reference_activation(name: str, x: np.ndarray) -> np.ndarray:
     if name == "silu":
         return x / (1 + np.exp(-x))
-    if name == "relu":
-        return np.maximum(x, 0)
+    if "relu" in name:
+        return np.where(x > float(name.partition(":")[2] or 0), x, 0)
     return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu", "drelu", "fatrelu:0.2"])
 def test_hidden_vector_equals_numpy(isa, activation, gated):
     n_embd, n_ff = 256, 75
     backend = testing.TestBackend(isa, True, 2)
@@ -348,7 +348,7 @@ def test_hidden_vector_equals_numpy(isa, activation, gated):
             u = x.astype(np.float64) @ up.T.astype(np.float64)
             if gated:
                 a = reference_activation(activation, x.astype(np.float64) @ gate.T)
-                expected = a * u
+                expected = a * (reference_activation(activation, u) if activation == "drelu" else u)
             else:
                 expected = a = reference_activation(activation, u + bias)
             # Sums of 256 products of size 1/16, then an activation with slope about 1.

@@ -16,7 +16,8 @@ from reference.model import KvCache, ReferenceModel, gelu_tanh, silu
 GOLDEN = np.load(Path(__file__).parent / "golden" / "transformers_logits.npz")
 CASES = json.loads(str(GOLDEN["cases"]))
 # transformers runs in float64 here but computes rotary angles, softmax and RMSNorm in float32:
-# relative 1e-7 each, a few hundred of them, on logits of size up to 12. Measured: 5e-6.
+# relative 1e-7 each, a few hundred of them, on logits of size up to 12. Measured: 5e-6 (up to 7
+# layers), 2.7e-5 (46 layers).
 TRANSFORMERS_TOLERANCE = 2e-5
 # Two orders of summation in float64 on values of size 10.
 FLOAT64_TOLERANCE = 1e-11
@@ -233,15 +234,28 @@ def test_forward_equals_transformers(case, tmp_path):
     make_tiny_model(tmp_path / "m.gguf", **CASES[case])
     result = ReferenceModel(tmp_path / "m.gguf").forward(GOLDEN[f"{case}.tokens"])
     at = GOLDEN[f"{case}.positions"]
-    np.testing.assert_allclose(
-        result.logits[at], GOLDEN[f"{case}.logits"], rtol=0, atol=TRANSFORMERS_TOLERANCE
-    )
-    np.testing.assert_allclose(
-        result.h[:, at], GOLDEN[f"{case}.h"], rtol=0, atol=TRANSFORMERS_TOLERANCE
-    )
+    tolerance = TRANSFORMERS_TOLERANCE * max(1, CASES[case]["n_layer"] / 8)
+    np.testing.assert_allclose(result.logits[at], GOLDEN[f"{case}.logits"], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(result.h[:, at], GOLDEN[f"{case}.h"], rtol=0, atol=tolerance)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "gemma3", "phi3", "opt"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "llama",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "phi3",
+        "granite",
+        "minicpm",
+        "smollm3",
+        "olmo2",
+        "opt",
+    ],
+)
 def model(request, tmp_path_factory) -> ReferenceModel:
     path = tmp_path_factory.mktemp("tiny") / "m.gguf"
     make_tiny_model(path, request.param)

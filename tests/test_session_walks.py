@@ -21,6 +21,7 @@ SHAPES = {
     "llama": {"n_embd": 50, "n_head": 5, "n_head_kv": 1, "head_dim": 10, "n_ff": 77},
     "qwen2": {"n_embd": 64, "n_head": 4, "n_head_kv": 2, "n_ff": 96},
     "qwen3": {"n_embd": 64, "n_head": 2, "n_head_kv": 1, "head_dim": 40, "n_ff": 96},
+    "gemma2": {"n_embd": 48, "n_head": 2, "n_head_kv": 1, "head_dim": 24, "sliding_window": 13},
     "gemma3": {"n_embd": 48, "n_head": 2, "n_head_kv": 1, "head_dim": 24, "sliding_window": 17},
     "phi3": {
         "n_embd": 64,
@@ -32,6 +33,9 @@ SHAPES = {
         "rope_dim": 12,
         "rope_scaling": None,
     },
+    "granite": {"n_embd": 48, "n_head": 3, "n_head_kv": 3, "head_dim": 16, "n_ff": 80},
+    "smollm3": {"n_embd": 48, "n_head": 3, "n_head_kv": 1, "head_dim": 16, "n_ff": 80},
+    "olmo2": {"n_embd": 48, "n_head": 3, "n_head_kv": 1, "head_dim": 16, "n_ff": 80},
     "opt": {"n_embd": 64, "n_head": 4, "n_head_kv": 4, "head_dim": 16, "n_ff": 96},
 }
 REFUSED = (ValueError, RuntimeError, ArithmeticError)

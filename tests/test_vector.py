@@ -69,6 +69,9 @@ def test_layer_norm_equals_float64(isa, with_bias):
         assert_close(testing.layer_norm(isa, x, w, b, 1e-5), expected, ulps=2, floor=floor)
 
 
+ACTIVATIONS = ["silu", "gelu_tanh", "relu", "drelu", "fatrelu:0.3"]
+
+
 def reference_activation(name: str, x: np.ndarray) -> np.ndarray:
     x = x.astype(np.float64)
     with np.errstate(over="ignore"):
@@ -76,7 +79,7 @@ def reference_activation(name: str, x: np.ndarray) -> np.ndarray:
             return x / (1 + np.exp(-x))
         if name == "gelu_tanh":
             return x / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-    return np.maximum(x, 0)
+    return np.where(x > np.float32(name.partition(":")[2] or 0), x, 0)
 
 
 def activation_inputs() -> np.ndarray:
@@ -91,18 +94,18 @@ def activation_inputs() -> np.ndarray:
     ).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", ["silu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_accurate_over_their_whole_range(isa, name):
     x = activation_inputs()
     h, act = testing.activate(isa, name, x, None)
     expected = reference_activation(name, x)
     # exp is good to 2 units, the quotient and products add 3. The exponent of GELU is itself
     # rounded: a relative error of 4 units in u becomes one of 4 |u| units in exp(u).
-    ulps = np.full(len(x), 0.0 if name == "relu" else 5.0)
+    ulps = np.full(len(x), 0.0 if "relu" in name else 5.0)
     if name == "gelu_tanh":
         u = 1.6 * (np.abs(x.astype(np.float64)) + 0.045 * np.abs(x.astype(np.float64)) ** 3)
         ulps += 4 * np.where(x < 0, np.minimum(u, 110), 0)
-    floor = 0.0 if name == "relu" else 2 * float(np.finfo(np.float32).smallest_subnormal)
+    floor = 0.0 if "relu" in name else 2 * float(np.finfo(np.float32).smallest_subnormal)
     bound = ulps * EPS32 * np.abs(expected) + floor * np.maximum(1, np.abs(x))
     error = np.abs(h.astype(np.float64) - expected)
     worst = int(np.argmax(error - bound))
@@ -110,7 +113,7 @@ def test_activations_are_accurate_over_their_whole_range(isa, name):
     np.testing.assert_array_equal(h, act)
 
 
-@pytest.mark.parametrize("name", ["silu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activation_times_up_at_every_length(isa, name):
     for n in LENGTHS:
         rng = np.random.default_rng(n)
@@ -119,11 +122,12 @@ def test_activation_times_up_at_every_length(isa, name):
         alone, same = testing.activate(isa, name, gate, None)
         np.testing.assert_array_equal(act, alone)
         np.testing.assert_array_equal(alone, same)
-        np.testing.assert_array_equal(h, act * up)
+        factor = testing.activate(isa, name, up, None)[0] if name == "drelu" else up
+        np.testing.assert_array_equal(h, act * factor)
         assert_close(act, reference_activation(name, gate), ulps=30)
 
 
-@pytest.mark.parametrize("name", ["silu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_do_not_hide_what_is_not_a_number(isa, name):
     gate = np.ones(37, np.float32)
     gate[[0, 17, 36]] = np.nan

@@ -1,4 +1,4 @@
-"""Hugging Face model directory -> GGUF file, for llama, qwen2, qwen3, gemma3 and opt.
+"""Hugging Face model directory -> GGUF file, for the architectures in hf_architectures.py.
 
 `python tools/convert_hf_to_gguf.py DIRECTORY --outtype q8_0 --out model.gguf`. Needs NumPy and the
 `gguf` package only. Matrices take the type asked for; norms, biases and learned positions stay

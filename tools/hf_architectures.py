@@ -1,5 +1,6 @@
 """Hugging Face's architectures in GGUF's terms: config.json -> ModelShape, tensor names, and the
-two changes of values (llama's rotary row order, Gemma's norms as 1 + w). Nothing here does IO.
+two changes of values (the rotary row order of llama and its kin, Gemma's norms as 1 + w). Nothing
+here does IO.
 """
 
 from __future__ import annotations
@@ -11,16 +12,24 @@ from typing import Any
 import numpy as np
 
 from hf_checkpoint import CheckpointError
-from model_shape import ModelShape
+from model_shape import GEMMA, INTERLEAVED, ModelShape
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "GemmaForCausalLM": "gemma",
+    "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
     "Phi3ForCausalLM": "phi3",
+    "GraniteForCausalLM": "granite",
+    "MiniCPMForCausalLM": "minicpm",
+    "SmolLM3ForCausalLM": "smollm3",
+    "Olmo2ForCausalLM": "olmo2",
     "OPTForCausalLM": "opt",
+    "SparseLlamaForCausalLM": "llama",  # ProSparse's own code: Llama with FATReLU
+    "BambooForCausalLM": "llama",  # Bamboo's and TurboSparse's own code: Mistral with dReLU
 }
 _ROTARY = {
     "token_embd": "model.embed_tokens",
@@ -38,7 +47,7 @@ _ROTARY = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_GEMMA3 = _ROTARY | {
+_POST_NORMS = _ROTARY | {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
@@ -58,8 +67,28 @@ _OPT = {
     "ffn_up": "fc1",
     "ffn_down": "fc2",
 }
-_NAMES = {"gemma3": _GEMMA3, "phi3": _PHI3, "opt": _OPT}
-# What a config.json of Gemma 3 may leave out, and what it then means.
+_NAMES = {
+    "gemma2": _POST_NORMS,
+    "gemma3": _POST_NORMS,
+    "phi3": _PHI3,
+    "olmo2": _POST_NORMS,
+    "opt": _OPT,
+}
+# What a config.json of Gemma may leave out, and what it then means.
+_GEMMA_DEFAULTS = {
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+_GEMMA2_DEFAULTS = _GEMMA_DEFAULTS | {
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
 _GEMMA3_DEFAULTS = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
@@ -73,9 +102,13 @@ _GEMMA3_DEFAULTS = {
     "tie_word_embeddings": True,
     "hidden_activation": "gelu_pytorch_tanh",
 }
-GEMMA3_GLOBAL_EVERY = 6
+_DEFAULTS = {"gemma": _GEMMA_DEFAULTS, "gemma2": _GEMMA2_DEFAULTS, "gemma3": _GEMMA3_DEFAULTS}
+# May have biases on q, k, v and output (those of qwen2 on q, k and v are not a choice).
+_ATTENTION_BIAS = ("llama", "qwen3", "gemma3", "granite", "minicpm", "smollm3")
+GLOBAL_EVERY = {"gemma2": 2, "gemma3": 6}
 GEMMA3_LOCAL_ROPE_BASE = 10000.0
-GEMMA3_LAYERS_27B = 62
+SMOLLM3_NO_ROPE_EVERY = 4
+LAYERS_27B = {"gemma2": 46, "gemma3": 62}
 
 
 def hf_name(arch: str, name: str) -> str:
@@ -93,7 +126,7 @@ def hf_name(arch: str, name: str) -> str:
 
 def _rotated_heads(shape: ModelShape, name: str) -> int | None:
     """Heads of a tensor whose rows change order: llama rotates neighbouring rows, not halves."""
-    if shape.arch != "llama":
+    if shape.arch not in INTERLEAVED:
         return None
     return {"attn_q": shape.n_head, "attn_k": shape.n_head_kv}.get(name.split(".")[-2])
 
@@ -103,7 +136,7 @@ def to_gguf_values(shape: ModelShape, name: str, values: np.ndarray) -> np.ndarr
     if n_head := _rotated_heads(shape, name):
         halves = values.reshape(n_head, 2, shape.head_dim // 2, -1)
         return halves.swapaxes(1, 2).reshape(values.shape)
-    if shape.arch == "gemma3" and name.endswith("norm.weight"):
+    if shape.arch in GEMMA and name.endswith("norm.weight"):
         return values + np.float32(1)
     return values
 
@@ -113,7 +146,7 @@ def from_gguf_values(shape: ModelShape, name: str, values: np.ndarray) -> np.nda
     if n_head := _rotated_heads(shape, name):
         pairs = values.reshape(n_head, shape.head_dim // 2, 2, -1)
         return pairs.swapaxes(1, 2).reshape(values.shape)
-    if shape.arch == "gemma3" and name.endswith("norm.weight"):
+    if shape.arch in GEMMA and name.endswith("norm.weight"):
         return values - np.float32(1)
     return values
 
@@ -127,12 +160,15 @@ def shape_from_config(config: dict[str, Any]) -> ModelShape:
             f"one of {', '.join(ARCHITECTURES)}"
         )
     arch = ARCHITECTURES[names[0]]
-    if arch == "gemma3":
-        config = _GEMMA3_DEFAULTS | config
+    config = _DEFAULTS.get(arch, {}) | config
     try:
-        return (_opt_shape(config) if arch == "opt" else _rotary_shape(arch, config)).check()
+        shape = _opt_shape(config) if arch == "opt" else _rotary_shape(arch, config)
     except KeyError as error:
         raise CheckpointError(f"config.json: {error.args[0]} is missing") from None
+    try:
+        return shape.check()
+    except ValueError as error:
+        raise CheckpointError(f"config.json: {error}") from None
 
 
 def _expect(config: dict[str, Any], key: str, *allowed: Any) -> None:
@@ -172,12 +208,9 @@ def _opt_shape(config: dict[str, Any]) -> ModelShape:
 
 def _rotary_shape(arch: str, config: dict[str, Any]) -> ModelShape:
     gemma3, phi3 = arch == "gemma3", arch == "phi3"
-    _expect(
-        config,
-        "hidden_activation" if gemma3 else "hidden_act",
-        "gelu_pytorch_tanh" if gemma3 else "silu",
-    )
-    if arch in ("qwen2", "phi3"):  # qwen2 has biases, but none on the output
+    windowed = arch in GLOBAL_EVERY
+    activation = _activation(arch, config)
+    if arch not in _ATTENTION_BIAS:
         _expect(config, "attention_bias", False)
     if arch != "llama":
         _expect(config, "mlp_bias", False)
@@ -189,10 +222,18 @@ def _rotary_shape(arch: str, config: dict[str, Any]) -> ModelShape:
     head_dim = config.get("head_dim") or n_embd // n_head
     rope = _rope_parameters(config)
     window = config.get("sliding_window")
+    if arch == "smollm3":
+        _check_smollm3(config)
+    if windowed:
+        _check_windows(arch, config, head_dim)
     if gemma3:
-        _check_gemma3(config, rope, head_dim)
+        _check_gemma3(config, rope)
         rope = rope.get("full_attention", rope)
-    elif window and config.get("use_sliding_window", True) and not phi3:
+    elif windowed:
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if not config[key]:
+                raise CheckpointError(f"config.json: {key} is {config[key]!r}, expected a number")
+    elif window and config.get("use_sliding_window", arch != "smollm3") and not phi3:
         n_ctx, window = min(n_ctx, window), None  # up to there the window hides nothing
     rotated = head_dim
     if phi3:
@@ -212,11 +253,50 @@ def _rotary_shape(arch: str, config: dict[str, Any]) -> ModelShape:
         rope_freq_base=rope.get("rope_theta", 10000.0),
         norm_eps=config["rms_norm_eps"],
         rope_scaling=_rope_scaling(rope, config),
-        sliding_window=window if gemma3 or phi3 else None,
+        sliding_window=window if windowed or phi3 else None,
         rope_dim=rotated if rotated != head_dim else None,
-        attention_bias=bool(config.get("attention_bias")) and arch != "qwen2",
+        attention_bias=bool(config.get("attention_bias")),
         mlp_bias=bool(config.get("mlp_bias")),
+        attn_softcap=config["attn_logit_softcapping"] if arch == "gemma2" else None,
+        final_softcap=config["final_logit_softcapping"] if arch == "gemma2" else None,
+        activation=activation,
+        **_scales(arch, config),
     )
+
+
+def _scales(arch: str, config: dict[str, Any]) -> dict[str, float]:
+    """ModelShape's factors, where the architecture has them."""
+    if arch == "minicpm":
+        return {
+            "embedding_scale": config["scale_emb"],
+            "residual_scale": config["scale_depth"] / config["num_hidden_layers"] ** 0.5,
+            "logit_scale": config["hidden_size"] / config["dim_model_base"],
+        }
+    if arch != "granite":
+        return {}
+    return {  # what a config.json leaves out is 1, also the scale of attention
+        "embedding_scale": config.get("embedding_multiplier", 1.0),
+        "residual_scale": config.get("residual_multiplier", 1.0),
+        "attention_scale": config.get("attention_multiplier", 1.0),
+        "logit_scale": config.get("logits_scaling", 1.0),
+    }
+
+
+def _activation(arch: str, config: dict[str, Any]) -> str | None:
+    """ModelShape's `activation`: models made sparse have others than their architecture's own."""
+    if arch in GEMMA:
+        _expect(config, "hidden_activation", "gelu_pytorch_tanh", *[None] * (arch == "gemma"))
+        if arch == "gemma":  # whose first files say "gelu" and mean the other
+            _expect(config, "hidden_act", "gelu_pytorch_tanh", "gelu")
+        return None
+    if "BambooForCausalLM" in config["architectures"]:
+        _expect(config, "hidden_act", "relu")
+        return "drelu"
+    _expect(config, "hidden_act", "silu", "relu", "fatrelu")
+    name = config.get("hidden_act", "silu")
+    if name == "fatrelu":
+        return f"fatrelu:{float(config['hidden_act_param'])!r}"
+    return None if name == "silu" else name
 
 
 def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
@@ -286,24 +366,35 @@ def _yarn(rope: dict[str, Any], n_ctx: int) -> dict[str, Any]:
     return {key: value for key, value in scaling.items() if value}
 
 
-def _check_gemma3(config: dict[str, Any], rope: dict[str, Any], head_dim: int) -> None:
-    _expect(config, "final_logit_softcapping", None)
-    _expect(config, "attn_logit_softcapping", None)
+def _check_smollm3(config: dict[str, Any]) -> None:
+    _expect(config, "no_rope_layer_interval", SMOLLM3_NO_ROPE_EVERY)
+    rotated = [
+        int((i + 1) % SMOLLM3_NO_ROPE_EVERY != 0) for i in range(config["num_hidden_layers"])
+    ]
+    _expect(config, "no_rope_layers", rotated, None)
+
+
+def _check_windows(arch: str, config: dict[str, Any], head_dim: int) -> None:
     n_layer = config["num_hidden_layers"]
     _expect(
         config,
         "query_pre_attn_scalar",
         config["hidden_size"] // config["num_attention_heads"]
-        if n_layer == GEMMA3_LAYERS_27B
+        if n_layer == LAYERS_27B[arch]
         else head_dim,
     )
     for key in ("sliding_window_pattern", "_sliding_window_pattern"):
-        _expect(config, key, GEMMA3_GLOBAL_EVERY)
+        _expect(config, key, GLOBAL_EVERY[arch])
     pattern = [
-        "full_attention" if (i + 1) % GEMMA3_GLOBAL_EVERY == 0 else "sliding_attention"
+        "full_attention" if (i + 1) % GLOBAL_EVERY[arch] == 0 else "sliding_attention"
         for i in range(n_layer)
     ]
     _expect(config, "layer_types", pattern, None)
+
+
+def _check_gemma3(config: dict[str, Any], rope: dict[str, Any]) -> None:
+    _expect(config, "final_logit_softcapping", None)
+    _expect(config, "attn_logit_softcapping", None)
     local = rope.get("sliding_attention", {})
     base = local.get("rope_theta", config.get("rope_local_base_freq", GEMMA3_LOCAL_ROPE_BASE))
     if base != GEMMA3_LOCAL_ROPE_BASE or local.get("rope_type", "default") != "default":

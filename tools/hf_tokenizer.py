@@ -144,6 +144,8 @@ def _pre_tokenizer(path: Path, tokenizer: dict[str, Any]) -> str:
             return "smollm"
         if kinds == ["Split", "ByteLevel"] and not own_regex:
             name = SPLIT_PATTERNS.get(steps[0]["pattern"].get("Regex", ""))
+            if name == "llama-bpe" and not tokenizer["model"].get("ignore_merges"):
+                return "smaug-bpe"  # the same words, but one that is a token is merged, too
             if (
                 name in ("llama-bpe", "gpt-4o")
                 and not normalizers

@@ -56,7 +56,8 @@ def make_tiny_model(
     Parameters
     ----------
     path : file to write (replaced as a whole)
-    arch : llama, qwen2, qwen3, gemma3, phi3 or opt
+    arch : llama, llama-relu (with ReLU for its activation), qwen2, qwen3, gemma,
+        gemma2, gemma3, phi3, granite, minicpm, smollm3, olmo2 or opt
     dtype : tensor type of all matrices; norms, biases and position tables are always F32
     types : tensor type of matrices by part of the name, e.g. ``{"ffn_down": "Q6_K"}``, or of any
         tensor by its full name
@@ -182,7 +183,7 @@ def _float_values(rng: np.random.Generator, spec: TensorSpec, shape: ModelShape)
 
 
 def _fields(shape: ModelShape, dtype: str, name: str) -> dict[str, Any]:
-    add_bos = shape.arch in ("gemma3", "opt")
+    add_bos = shape.arch in ("gemma", "gemma2", "gemma3", "opt")
     return architecture_fields(shape, dtype, name) | vocabulary_fields(
         make_vocabulary(shape.n_vocab), add_bos=add_bos
     )

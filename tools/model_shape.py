@@ -13,7 +13,27 @@ from typing import Any
 
 import numpy as np
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "phi3", "opt")
+ARCHITECTURES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "granite",
+    "minicpm",
+    "smollm3",
+    "olmo2",
+    "opt",
+)
+GEMMA = ("gemma", "gemma2", "gemma3")
+INTERLEAVED = (
+    "llama",
+    "granite",
+    "minicpm",
+    "smollm3",
+)  # rotate neighbouring rows, the others halves
 FILE_TYPES = {
     "F32": 0,
     "F16": 1,
@@ -57,14 +77,24 @@ class ModelShape:
     norm_eps: float = 1e-5
     # {"type": "linear", "factor": f}, or {"type": "yarn", "factor", "original_context_length",
     # perhaps "attn_factor" and YARN_FIELDS}, or {"type": "llama3", "factor", "low_freq_factor",
-    # "high_freq_factor", "original_context_length"} (llama only: stored as rope_freqs.weight), or
+    # "high_freq_factor", "original_context_length"} (stored as rope_freqs.weight), or
     # {"type": "longrope", "short_factor", "long_factor" (lists), "original_context_length",
     # "attn_factor"} (phi3 only: stored as rope_factors_short.weight and rope_factors_long.weight)
     rope_scaling: dict[str, Any] | None = None
-    sliding_window: int | None = None  # gemma3's local layers, phi3's all
+    # of the local layers of gemma2 and gemma3, of all of phi3's
+    sliding_window: int | None = None
     rope_dim: int | None = None  # rotated part of a head (phi3); None: all of it
     attention_bias: bool = False  # of q, k, v and output (opt has them, qwen2 but the last)
     mlp_bias: bool = False  # of gate, up and down (llama; opt has them)
+    attn_softcap: float | None = None  # of gemma2 and gemma3, like the next
+    final_softcap: float | None = None
+    # None: the architecture's own; else "relu", "drelu" (on gate and up) or "fatrelu:T" (0 up to T)
+    activation: str | None = None
+    # granite's factors: of embeddings, of what layers add, of scores; the last divides logits
+    embedding_scale: float | None = None
+    residual_scale: float | None = None
+    attention_scale: float | None = None
+    logit_scale: float | None = None
 
     @property
     def n_q(self) -> int:
@@ -98,14 +128,14 @@ class ModelShape:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
         if self.arch == "opt" and not self.tied:
             raise ValueError("opt has a tied head: tied must be True")
-        if self.attention_bias and self.arch in ("qwen2", "opt"):
+        if self.attention_bias and self.arch in ("qwen2", "gemma", "gemma2", "olmo2", "opt"):
             raise ValueError(f"attention_bias is not a choice for {self.arch}")
         if self.mlp_bias and self.arch != "llama":
             raise ValueError(f"mlp_bias is for llama, not {self.arch}")
         kind = self.rope_scaling and self.rope_scaling["type"]
         allowed = {
-            "llama": (None, "linear", "yarn", "llama3"),
-            "gemma3": (None, "linear"),
+            **dict.fromkeys(("llama", "granite", "minicpm"), (None, "linear", "yarn", "llama3")),
+            **dict.fromkeys(("gemma2", "gemma3"), (None, "linear")),
             "phi3": (None, "linear", "longrope"),
             "opt": (None,),
         }
@@ -141,7 +171,8 @@ def tensor_specs(shape: ModelShape) -> list[TensorSpec]:
     """All tensors in file order. Scales keep activations near 1 and logits a few units apart."""
     n_embd, n_ff, n_vocab = shape.n_embd, shape.n_ff, shape.n_vocab
     n_q, n_kv = shape.n_q, shape.n_kv
-    opt, gemma3, phi3 = (shape.arch == arch for arch in ("opt", "gemma3", "phi3"))
+    opt, olmo2, phi3 = (shape.arch == arch for arch in ("opt", "olmo2", "phi3"))
+    post_norms = shape.arch in ("gemma2", "gemma3", "olmo2")
     qkv_bias = opt or shape.attention_bias or shape.arch == "qwen2"
     output_bias = opt or shape.attention_bias
     mlp_bias = opt or shape.mlp_bias
@@ -162,7 +193,7 @@ def tensor_specs(shape: ModelShape) -> list[TensorSpec]:
 
     # A tied head would repeat the last token for ever if its row were large in the residual
     # stream: there the embedding is small and the last norm makes up for it.
-    embd_gain = 3.0 if not shape.tied else 0.4 if gemma3 else 1.0
+    embd_gain = 3.0 if not shape.tied else 0.4 if shape.arch in GEMMA else 1.0
     matrix("token_embd", n_vocab, n_embd, embd_gain)
     if opt:
         specs.append(TensorSpec("position_embd.weight", (shape.n_ctx + 2, n_embd), "table", 0.05))
@@ -173,21 +204,23 @@ def tensor_specs(shape: ModelShape) -> list[TensorSpec]:
         specs.append(TensorSpec(name, (shape.n_rotated // 2,), "rope_factors", 0.0))
     for i in range(shape.n_layer):
         blk = f"blk.{i}"
-        norm(f"{blk}.attn_norm", n_embd)
+        if not olmo2:
+            norm(f"{blk}.attn_norm", n_embd)
         apart = (("q", n_q, 1.4), ("k", n_kv, 1.4), ("v", n_kv, 1.0))
         for name, rows, gain in (("qkv", n_q + 2 * n_kv, 1.3),) if phi3 else apart:
             matrix(f"{blk}.attn_{name}", rows, n_embd, gain)
             if qkv_bias:
                 bias(f"{blk}.attn_{name}", rows, 0.3)
-        if shape.arch in ("qwen3", "gemma3"):
-            norm(f"{blk}.attn_q_norm", shape.head_dim)
-            norm(f"{blk}.attn_k_norm", shape.head_dim)
+        if shape.arch in ("qwen3", "gemma3", "olmo2"):
+            norm(f"{blk}.attn_q_norm", n_q if olmo2 else shape.head_dim)
+            norm(f"{blk}.attn_k_norm", n_kv if olmo2 else shape.head_dim)
         matrix(f"{blk}.attn_output", n_embd, n_q, 1.0)
         if output_bias:
             bias(f"{blk}.attn_output", n_embd, 0.1)
-        if gemma3:
+        if post_norms:
             norm(f"{blk}.post_attention_norm", n_embd)
-        norm(f"{blk}.ffn_norm", n_embd)
+        if not olmo2:
+            norm(f"{blk}.ffn_norm", n_embd)
         if shape.gated and not phi3:
             matrix(f"{blk}.ffn_gate", n_ff, n_embd, 1.0)
             if mlp_bias:
@@ -198,7 +231,7 @@ def tensor_specs(shape: ModelShape) -> list[TensorSpec]:
         matrix(f"{blk}.ffn_down", n_embd, n_ff, 2.0)
         if mlp_bias:
             bias(f"{blk}.ffn_down", n_embd, 0.1)
-        if gemma3:
+        if post_norms:
             norm(f"{blk}.post_ffw_norm", n_embd)
     return specs
 
@@ -237,16 +270,16 @@ def architecture_fields(shape: ModelShape, file_type: str, name: str) -> dict[st
         f"{arch}.attention.head_count": shape.n_head,
         f"{arch}.attention.head_count_kv": shape.n_head_kv,
     }
-    if arch in ("qwen3", "gemma3") or shape.n_q != shape.n_embd:
+    if arch in ("qwen3", *GEMMA) or shape.n_q != shape.n_embd:
         fields[f"{arch}.attention.key_length"] = shape.head_dim
         fields[f"{arch}.attention.value_length"] = shape.head_dim
     norm_kind = "layer_norm_rms_epsilon" if rotary else "layer_norm_epsilon"
     fields[f"{arch}.attention.{norm_kind}"] = float(shape.norm_eps)
     if rotary:
         fields[f"{arch}.rope.freq_base"] = float(shape.rope_freq_base)
-    if arch == "llama":
-        fields["llama.rope.dimension_count"] = shape.head_dim
-        fields["llama.vocab_size"] = shape.n_vocab
+    if arch in INTERLEAVED:
+        fields[f"{arch}.rope.dimension_count"] = shape.head_dim
+        fields[f"{arch}.vocab_size"] = shape.n_vocab
     scaling = shape.rope_scaling or {}
     if scaling.get("type") in ("linear", "yarn"):
         fields[f"{arch}.rope.scaling.type"] = scaling["type"]
@@ -266,6 +299,23 @@ def architecture_fields(shape: ModelShape, file_type: str, name: str) -> dict[st
         fields["phi3.rope.scaling.attn_factor"] = float(scaling["attn_factor"])
     if shape.sliding_window:
         fields[f"{arch}.attention.sliding_window"] = shape.sliding_window
+    if shape.attn_softcap:
+        fields[f"{arch}.attn_logit_softcapping"] = float(shape.attn_softcap)
+    if shape.final_softcap:
+        fields[f"{arch}.final_logit_softcapping"] = float(shape.final_softcap)
+    for key, scale in (
+        ("embedding_scale", shape.embedding_scale),
+        ("residual_scale", shape.residual_scale),
+        ("attention.scale", shape.attention_scale),
+        ("logit_scale", shape.logit_scale),
+    ):
+        if scale:
+            fields[f"{arch}.{key}"] = float(scale)
+    if shape.activation:
+        name, _, threshold = shape.activation.partition(":")
+        fields[f"{arch}.hidden_activation"] = name
+        if threshold:
+            fields[f"{arch}.hidden_activation_threshold"] = float(threshold)
     fields["general.file_type"] = FILE_TYPES[file_type]
     fields["general.quantization_version"] = QUANTIZATION_VERSION
     return fields

@@ -1,4 +1,5 @@
-"""The shapes of synthetic models: a tiny one of each architecture, and the papers' real ones."""
+"""The shapes of synthetic models: a tiny one of each architecture, and of llama with ReLU, and the
+papers' real ones."""
 
 from __future__ import annotations
 
@@ -14,6 +15,23 @@ TINY = {
     ),
     "qwen3": ModelShape(
         "qwen3", 2, 256, 512, 4, 2, 128, 384, 256, rope_freq_base=1e6, norm_eps=1e-6
+    ),
+    "gemma": ModelShape("gemma", 2, 256, 512, 4, 1, 128, 352, 256, tied=True, norm_eps=1e-6),
+    "gemma2": ModelShape(
+        "gemma2",
+        4,
+        256,
+        512,
+        4,
+        2,
+        128,
+        352,
+        256,
+        tied=True,
+        norm_eps=1e-6,
+        sliding_window=8,
+        attn_softcap=20.0,
+        final_softcap=15.0,
     ),
     "gemma3": ModelShape(
         "gemma3",
@@ -50,8 +68,41 @@ TINY = {
             "long_factor": [1.0 + 0.5 * i for i in range(24)],
         },
     ),
+    "granite": ModelShape(
+        "granite",
+        3,
+        256,
+        512,
+        4,
+        2,
+        64,
+        352,
+        256,
+        embedding_scale=2.0,
+        residual_scale=0.5,
+        attention_scale=0.1,
+        logit_scale=0.75,
+    ),
+    "minicpm": ModelShape(
+        "minicpm",
+        3,
+        256,
+        512,
+        4,
+        2,
+        64,
+        352,
+        256,
+        activation="fatrelu:0.1",
+        embedding_scale=2.0,
+        residual_scale=0.8,
+        logit_scale=0.8,
+    ),
+    "smollm3": ModelShape("smollm3", 5, 256, 512, 4, 2, 64, 352, 256, tied=True),
+    "olmo2": ModelShape("olmo2", 3, 256, 512, 4, 2, 64, 352, 256),
     "opt": ModelShape("opt", 3, 256, 1024, 4, 4, 64, 336, 256, tied=True),
 }
+TINY["llama-relu"] = replace(TINY["llama"], activation="relu")
 LLAMA31_SCALING = {
     "type": "llama3",
     "factor": 8.0,

@@ -21,7 +21,7 @@ import torch
 import transformers
 from gguf import GGUFReader
 
-from hf_architectures import from_gguf_values, hf_name
+from hf_architectures import LAYERS_27B, from_gguf_values, hf_name
 from make_synthetic_model import make_tiny_model
 from model_shape import ModelShape
 
@@ -71,8 +71,34 @@ CASES: dict[str, dict[str, Any]] = {
         **SMALL,
         "rope_scaling": {"type": "yarn", "factor": 4.0, "original_context_length": 32},
     },
+    "llama_relu": {"arch": "llama", "seed": 11, **SMALL, "activation": "relu"},
+    "llama_fatrelu": {"arch": "llama", "seed": 12, **SMALL, "activation": "fatrelu:0.25"},
+    "llama_drelu": {"arch": "llama", "seed": 13, **SMALL, "activation": "drelu"},
     "qwen2": {"arch": "qwen2", "seed": 4, **SMALL},
     "qwen3": {"arch": "qwen3", "seed": 5, **SMALL, "head_dim": 24},
+    "gemma": {"arch": "gemma", "seed": 14, **SMALL, "head_dim": 24},
+    "gemma2": {
+        "arch": "gemma2",
+        "seed": 15,
+        **SMALL,
+        "n_layer": 4,
+        "head_dim": 24,
+        "sliding_window": 5,
+        "attn_softcap": 3.0,
+        "final_softcap": 5.0,
+    },
+    "gemma2_27b": {
+        "arch": "gemma2",
+        "seed": 16,
+        **SMALL,
+        "n_layer": 46,
+        "n_embd": 32,
+        "n_ff": 32,
+        "head_dim": 10,
+        "sliding_window": 5,
+        "attn_softcap": 50.0,
+        "final_softcap": 30.0,
+    },
     "gemma3": {
         "arch": "gemma3",
         "seed": 6,
@@ -89,6 +115,29 @@ CASES: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
         "rope_scaling": {"type": "linear", "factor": 8.0},
     },
+    "granite": {
+        "arch": "granite",
+        "seed": 17,
+        **SMALL,
+        "n_layer": 3,
+        "embedding_scale": 12.0,
+        "residual_scale": 0.22,
+        "attention_scale": 0.08,
+        "logit_scale": 0.7,
+    },
+    "minicpm": {
+        "arch": "minicpm",
+        "seed": 20,
+        **SMALL,
+        "n_layer": 3,
+        "norm_eps": 0.01,
+        "activation": "fatrelu:0.25",
+        "embedding_scale": 12.0,
+        "residual_scale": 0.4,
+        "logit_scale": 3.0,
+    },
+    "smollm3": {"arch": "smollm3", "seed": 18, **SMALL, "n_layer": 5},
+    "olmo2": {"arch": "olmo2", "seed": 19, **SMALL, "n_layer": 3},
     "opt": {"arch": "opt", "seed": 8, **SMALL, "n_head_kv": 4},
     "qwen3_long": {"arch": "qwen3", "seed": 9, **SMALL, "n_ctx": 128, "head_dim": 40, "tied": True},
     "llama_biases": {
@@ -208,7 +257,19 @@ def build(
     if shape.tied:
         state["lm_head.weight"] = state[hf_name(shape.arch, "token_embd.weight")]
     model.load_state_dict(state, strict=True)
+    if shape.activation:
+        activate(model, shape.activation)
     return model.double().eval()
+
+
+def activate(model: torch.nn.Module, activation: str) -> None:
+    """Change a model with ReLU to what only some models' own code has."""
+    name, _, threshold = activation.partition(":")
+    for module in [m for m in model.modules() if hasattr(m, "up_proj")]:
+        if name == "fatrelu":
+            module.act_fn = torch.nn.Threshold(float(threshold), 0.0)
+        if name == "drelu":
+            module.up_proj = torch.nn.Sequential(module.up_proj, torch.nn.ReLU())
 
 
 def config_of(shape: ModelShape, extra_metadata: dict[str, Any]) -> transformers.PretrainedConfig:
@@ -242,6 +303,18 @@ def config_of(shape: ModelShape, extra_metadata: dict[str, Any]) -> transformers
         return transformers.Phi3Config(
             **common, original_max_position_embeddings=original, sliding_window=shape.sliding_window
         )
+    if shape.arch == "gemma":
+        return transformers.GemmaConfig(**common)
+    if shape.arch == "gemma2":
+        narrow = shape.n_embd // shape.n_head if shape.n_layer == LAYERS_27B["gemma2"] else None
+        return transformers.Gemma2Config(
+            **common,
+            query_pre_attn_scalar=narrow or shape.head_dim,
+            sliding_window=shape.sliding_window,
+            attn_logit_softcapping=shape.attn_softcap,
+            final_logit_softcapping=shape.final_softcap,
+            attn_implementation="eager",  # the others leave the cap out
+        )
     if shape.arch == "gemma3":
         local_base = extra_metadata.get("gemma3.rope.freq_base_swa", 10000.0)
         local = {"rope_type": "default", "rope_theta": local_base}
@@ -254,14 +327,25 @@ def config_of(shape: ModelShape, extra_metadata: dict[str, Any]) -> transformers
             layer_types=pattern and [("full", "sliding")[s] + "_attention" for s in pattern],
             final_logit_softcapping=extra_metadata.get("gemma3.final_logit_softcapping"),
         )
+    if shape.arch in ("granite", "minicpm"):  # transformers has no MiniCPM
+        common |= {
+            "embedding_multiplier": shape.embedding_scale,
+            "residual_multiplier": shape.residual_scale,
+            "attention_multiplier": shape.attention_scale or shape.head_dim**-0.5,
+            "logits_scaling": shape.logit_scale,
+        }
     kinds = {
+        "granite": transformers.GraniteConfig,
+        "minicpm": transformers.GraniteConfig,
+        "smollm3": transformers.SmolLM3Config,
+        "olmo2": transformers.Olmo2Config,
         "llama": transformers.LlamaConfig,
         "qwen2": transformers.Qwen2Config,
         "qwen3": transformers.Qwen3Config,
     }
     if shape.arch == "llama":
         common["mlp_bias"] = shape.mlp_bias
-    return kinds[shape.arch](**common)
+    return kinds[shape.arch](**common, hidden_act="relu" if shape.activation else "silu")
 
 
 def rope_of(shape: ModelShape) -> dict[str, Any]:

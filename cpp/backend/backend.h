@@ -75,7 +75,15 @@ struct Norm {
   float eps = 1e-5f;
 };
 
-enum class Activation { kSilu, kGeluTanh, kRelu };
+// act(gate) * up with a gate, act(up) without.
+struct Activation {
+  enum Kind { kSilu, kGeluTanh, kRelu };
+  Kind kind = kSilu;
+  float threshold = 0.0f;  // of kRelu: x where it is above, else 0
+  bool both = false;       // act(gate) * act(up); with kRelu and a gate only
+
+  bool operator==(const Activation&) const = default;
+};
 
 // y = W x + bias; added to `out` instead of stored when `accumulate`.
 struct Linear {
@@ -245,8 +253,8 @@ class Backend {
   // h = act(G x') * (U x') with a gate, act(U x') without; x' = norm(x), and each product has its
   // bias added. Where act_gate.data is given it receives act(G x') too (count_gate; without a gate
   // the same as h). What lies between the rows of h may be overwritten.
-  virtual void ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Activation act, Rows h,
-                          Rows act_gate) = 0;
+  virtual void ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, const Activation& act,
+                          Rows h, Rows act_gate) = 0;
   // Head norms and rope on q and k, k and v stored at positions [first, first + n), then each row's
   // attention over all positions up to its own. q, k and v are overwritten.
   virtual void attend(const AttentionSpec& spec, Rows q, Rows k, Rows v, KvCache& cache,

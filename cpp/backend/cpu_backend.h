@@ -20,10 +20,11 @@
 namespace coreinfer {
 
 // The row function of an activation.
-inline ActivateFn activation_kernel(const VectorKernels& kernels, Activation act) {
-  return act == Activation::kSilu       ? kernels.silu
-         : act == Activation::kGeluTanh ? kernels.gelu_tanh
-                                        : kernels.relu;
+inline ActivateFn activation_kernel(const VectorKernels& kernels, const Activation& act) {
+  return act.kind == Activation::kSilu       ? kernels.silu
+         : act.kind == Activation::kGeluTanh ? kernels.gelu_tanh
+         : act.both                          ? kernels.relu_both
+                                             : kernels.relu;
 }
 
 // One row through a norm that has a weight; out may be x.
@@ -63,7 +64,7 @@ class CpuBackend final : public Backend {
              int64_t first_position, Rows out) override;
   void norm(Rows x, const Norm& norm, Rows out) override;
   void linear(Rows x, const Norm& norm, std::span<const Linear> linears) override;
-  void ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Activation act, Rows h,
+  void ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, const Activation& act, Rows h,
                   Rows act_gate) override;
   void attend(const AttentionSpec& spec, Rows q, Rows k, Rows v, KvCache& cache, int64_t layer,
               int64_t first, Rows out) override;

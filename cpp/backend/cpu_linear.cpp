@@ -104,8 +104,9 @@ class LinearTask final : public ProductTask {
 // A unit is the same strip of up and gate.
 class HiddenTask final : public ProductTask {
  public:
-  HiddenTask(Product& product, const FfnWeights& ffn, ActivateFn activate, Rows h, Rows act_gate)
-      : ffn_(ffn), activate_(activate), h_(h), act_gate_(act_gate) {
+  HiddenTask(Product& product, const FfnWeights& ffn, ActivateFn activate, float threshold, Rows h,
+             Rows act_gate)
+      : ffn_(ffn), activate_(activate), threshold_(threshold), h_(h), act_gate_(act_gate) {
     up_ = product.add(ffn.up.get());
     if (ffn.gate) gate_ = product.add(ffn.gate.get());
   }
@@ -128,9 +129,9 @@ class HiddenTask final : public ProductTask {
       float* const a =
           act_gate_.data ? act_gate_.data + (first + t) * act_gate_.stride + row : nullptr;
       if (ffn_.gate) {
-        activate_(tiles[1] + t * kStripRows, up, rows, h, a);
+        activate_(tiles[1] + t * kStripRows, up, rows, threshold_, h, a);
       } else {
-        activate_(up, nullptr, rows, h, a);
+        activate_(up, nullptr, rows, threshold_, h, a);
       }
     }
   }
@@ -138,6 +139,7 @@ class HiddenTask final : public ProductTask {
  private:
   const FfnWeights& ffn_;
   ActivateFn activate_;
+  float threshold_;
   Rows h_, act_gate_;
   size_t up_ = 0, gate_ = 0;
 };
@@ -242,15 +244,12 @@ void CpuBackend::linear(Rows x, const Norm& norm, std::span<const Linear> linear
   product.run(task.n_units(), task);
 }
 
-void CpuBackend::ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Activation act, Rows h,
-                            Rows act_gate) {
+void CpuBackend::ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, const Activation& act,
+                            Rows h, Rows act_gate) {
   const std::lock_guard lock(mutex_);
-  const VectorKernels& vectors = vector_kernels(isa_);
-  const ActivateFn activate = act == Activation::kSilu       ? vectors.silu
-                              : act == Activation::kGeluTanh ? vectors.gelu_tanh
-                                                             : vectors.relu;
+  const ActivateFn activate = activation_kernel(vector_kernels(isa_), act);
   Product product(isa_, options_.f32_activations, pool_, linear_scratch_, x, norm);
-  const HiddenTask task(product, ffn, activate, h, act_gate);
+  const HiddenTask task(product, ffn, activate, act.threshold, h, act_gate);
   product.run(task.n_units(), task);
 }
 

@@ -155,7 +155,7 @@ class SplitBackend final : public Backend {
     for (size_t i = 0; i < there.size(); ++i) fetch(there[i].out, wanted[i]);
   }
 
-  void ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, Activation act, Rows h,
+  void ffn_hidden(Rows x, const Norm& norm, const FfnWeights& ffn, const Activation& act, Rows h,
                   Rows act_gate) override {
     FfnWeights parts = ffn;
     parts.gate = part_of(ffn.gate);

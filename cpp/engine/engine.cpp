@@ -7,6 +7,8 @@
 #include "base/clock.h"
 #include "base/error.h"
 #include "base/memory_use.h"
+#include "gguf/fingerprint.h"
+#include "model/activation.h"
 #include "model/arch/arch.h"
 #include "neurons/column_norms.h"
 #include "neurons/ffn_samples.h"
@@ -72,6 +74,25 @@ std::unique_ptr<Backend> make_backend(const EngineOptions& options, const GgufFi
   return make_split_backend(make_cpu_backend(cpu), std::move(gpu), last_layers(file, n_layer, n));
 }
 
+// The activation of that name; nothing where it is the configuration's own, or the name is empty.
+std::optional<Activation> other_activation(const ModelConfig& config, const std::string& name) {
+  if (name.empty()) return std::nullopt;
+  const std::optional<Activation> activation = activation_named(name);
+  if (!activation || (activation->both && !config.gated)) {
+    throw_error(ErrorKind::kValue, "activation is '%s', expected one of %s%s", name.c_str(),
+                activation_names().c_str(),
+                activation ? ", and drelu only where there is a gate" : "");
+  }
+  if (*activation == config.activation) return std::nullopt;
+  return activation;
+}
+
+uint64_t fingerprint_of(const GgufFile& file, const std::optional<Activation>& replaced) {
+  if (!replaced) return file.fingerprint();
+  const std::string name = activation_name(*replaced);
+  return hash_bytes(std::as_bytes(std::span(name)), file.fingerprint());
+}
+
 }  // namespace
 
 std::shared_ptr<const Engine> Engine::load(const std::string& path, const EngineOptions& options) {
@@ -89,6 +110,8 @@ std::shared_ptr<const Engine> Engine::load(std::shared_ptr<const GgufFile> file,
   std::shared_ptr<Engine> engine(new Engine());
   engine->file_ = std::move(file);
   engine->config_ = read_config(*engine->file_);
+  engine->replaced_ = other_activation(engine->config_, options.activation);
+  if (engine->replaced_) engine->config_.activation = *engine->replaced_;
   const ModelConfig& config = engine->config_;
   SessionMemory session;
   if (options.session) {
@@ -115,6 +138,13 @@ std::shared_ptr<const Engine> Engine::load(std::shared_ptr<const GgufFile> file,
   engine->weights_ = load_weights(*engine->file_, engine->config_, *engine->backend_, weights);
   engine->load_seconds_ = seconds_since(start_ns);
   return engine;
+}
+
+uint64_t Engine::fingerprint() const { return fingerprint_of(*file_, replaced_); }
+
+uint64_t Engine::fingerprint(const GgufFile& file, const std::string& activation) {
+  if (activation.empty()) return file.fingerprint();
+  return fingerprint_of(file, other_activation(read_config(file), activation));
 }
 
 const std::vector<BufferPtr>& Engine::column_norms() const {

@@ -32,6 +32,7 @@ struct EngineOptions {
   // Whether the dense FFN weights must stay within the limit, too, or must not, since core weights
   // are all that will decode; nothing: they do where there is room.
   std::optional<bool> dense;
+  std::string activation;  // of the feed-forward networks, by name; "": as the file says
   std::optional<SessionOptions> session;  // the one to come, for the limit; nothing: not counted
   int64_t samples = 0;                    // FFN samples that its prefills will keep
   std::function<void(float)> progress;    // of loading, in [0, 1]
@@ -53,6 +54,10 @@ class Engine {
   // ||W_down[:, n]|| of each layer (n_ff), in backend memory; computed from the file when first
   // asked for.
   const std::vector<BufferPtr>& column_norms() const;
+  // That of the file, and of the activation where it is not the file's: another model.
+  uint64_t fingerprint() const;
+  // What an engine of this file and EngineOptions::activation would have.
+  static uint64_t fingerprint(const GgufFile& file, const std::string& activation);
   double load_seconds() const { return load_seconds_; }
 
  private:
@@ -61,6 +66,7 @@ class Engine {
                                             const EngineOptions& options, int64_t start_ns);
   std::shared_ptr<const GgufFile> file_;
   ModelConfig config_;
+  std::optional<Activation> replaced_;  // by the options, another than the file's
   std::unique_ptr<const MemoryPlan> memory_;
   std::unique_ptr<Backend> backend_;
   ModelWeights weights_;  // after backend_: released first

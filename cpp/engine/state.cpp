@@ -89,7 +89,7 @@ std::vector<std::byte> Session::save_state() {
   forget_expected();
   Writer w;
   for (char c : kMagic) w.value(c);
-  w.value(engine_->file().fingerprint());
+  w.value(engine_->fingerprint());
   w.value(cache_->spec().type_k);
   w.value(cache_->spec().type_v);
   const ModelConfig& c = engine_->config();
@@ -137,7 +137,7 @@ void Session::load_state(std::span<const std::byte> state) {
   for (char expected : kMagic) {
     if (r.value<char>() != expected) Reader::damaged("it is not a state of this version");
   }
-  if (r.value<uint64_t>() != engine_->file().fingerprint()) {
+  if (r.value<uint64_t>() != engine_->fingerprint()) {
     throw_error(ErrorKind::kValue, "the saved state is of another model than %s",
                 engine_->file().path().c_str());
   }

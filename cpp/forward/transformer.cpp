@@ -100,6 +100,8 @@ void Transformer::attention(const LayerWeights& w, int64_t layer, int64_t first,
                         {w.k.get(), w.k_bias.get(), k, false},
                         {w.v.get(), w.v_bias.get(), v, false}};
   backend_.linear(x, w.attn_norm, qkv);
+  if (w.q_norm.weight) backend_.norm(q, w.q_norm, q);
+  if (w.k_norm.weight) backend_.norm(k, w.k_norm, k);
   const bool is_long = config_.takes_long_rope(cache.spec().n_ctx);
   backend_.attend(is_long ? w.attention_long : w.attention, q, k, v, cache, layer, first, attended);
   if (w.attn_post_norm.weight) {
@@ -171,6 +173,9 @@ void Transformer::head(Rows x, WantLogits want) {
     backend_.linear(x.slice(x.n - n + done, count), weights_.output_norm, head);
     backend_.read(out.data, logits_.data() + done * n_vocab, count * n_vocab);
     done += count;
+  }
+  if (config_.logit_scale != 1.0f) {
+    for (float& l : logits_) l *= config_.logit_scale;
   }
   if (config_.final_softcap > 0.0f) {
     const float cap = config_.final_softcap;

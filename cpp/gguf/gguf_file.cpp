@@ -14,7 +14,8 @@
 namespace coreinfer {
 namespace {
 
-constexpr uint32_t kMagic = 0x46554747;  // "GGUF", little endian
+constexpr uint32_t kMagic = 0x46554747;            // "GGUF", little endian
+constexpr uint32_t kPowerInferMagic = 0x49525750;  // "PWRI"
 constexpr const char* kSplitNo = "split.no";
 constexpr const char* kSplitCount = "split.count";
 constexpr const char* kSplitTensors = "split.tensors.count";
@@ -41,6 +42,11 @@ struct Header {
 
 Header read_header(ByteReader& reader) {
   const uint32_t magic = reader.read<uint32_t>("magic");
+  if (magic == kPowerInferMagic) {
+    reader.fail(
+        "a file for PowerInfer, which is not supported; expected a GGUF file: convert the "
+        "original model with tools/convert_hf_to_gguf.py");
+  }
   if (magic != kMagic) {
     const std::string_view found(reinterpret_cast<const char*>(&magic), 4);
     reader.fail("not a GGUF file: expected it to start with 'GGUF', found '%s'",

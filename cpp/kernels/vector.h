@@ -11,9 +11,9 @@
 namespace coreinfer {
 
 // h = act(gate) * up, or act(gate) where up is null; act_gate (may be null) receives act(gate).
-// h may be gate or up.
-using ActivateFn = void (*)(const float* gate, const float* up, int64_t n, float* h,
-                            float* act_gate);
+// h may be gate or up. Only relu and relu_both look at the threshold.
+using ActivateFn = void (*)(const float* gate, const float* up, int64_t n, float threshold,
+                            float* h, float* act_gate);
 
 struct VectorKernels {
   // out = x / sqrt(mean(x^2) + eps) * weight; out may be x.
@@ -23,7 +23,8 @@ struct VectorKernels {
                      float* out);
   ActivateFn silu;       // x / (1 + exp(-x))
   ActivateFn gelu_tanh;  // x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))
-  ActivateFn relu;       // NaN stays NaN
+  ActivateFn relu;       // x where above the threshold, else 0; NaN stays NaN
+  ActivateFn relu_both;  // relu(gate) * relu(up)
   // x += y
   void (*add)(float* x, const float* y, int64_t n);
   // x *= s

@@ -35,11 +35,12 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
   }
 }
 
-template <float (*kActivation)(float)>
-void activate(const float* gate, const float* up, int64_t n, float* h, float* act_gate) {
+template <float (*kActivation)(float, float), bool kBoth = false>
+void activate(const float* gate, const float* up, int64_t n, float threshold, float* h,
+              float* act_gate) {
   for (int64_t i = 0; i < n; ++i) {
-    const float a = kActivation(gate[i]);
-    const float u = up ? up[i] : 1.0f;
+    const float a = kActivation(gate[i], threshold);
+    const float u = !up ? 1.0f : kBoth ? kActivation(up[i], threshold) : up[i];
     if (act_gate) act_gate[i] = a;
     h[i] = up ? a * u : a;
   }
@@ -51,15 +52,15 @@ float sigmoid(float x) {
   return (x < 0 ? e : 1.0f) / (1.0f + e);
 }
 
-float silu(float x) { return x * sigmoid(x); }
+float silu(float x, float) { return x * sigmoid(x); }
 
-float gelu_tanh(float x) {
+float gelu_tanh(float x, float) {
   constexpr float kTwiceSqrt2OverPi = 1.5957691216057308f;
   const float u = kTwiceSqrt2OverPi * (x + 0.044715f * x * x * x);
   return x * sigmoid(u);  // (1 + tanh(u / 2)) / 2 = 1 / (1 + exp(-u))
 }
 
-float relu(float x) { return x <= 0 ? 0.0f : x; }
+float relu(float x, float threshold) { return x <= threshold ? 0.0f : x; }
 
 void add(float* x, const float* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] += y[i];
@@ -236,6 +237,7 @@ void use_scalar(VectorTables& tables) {
                    .silu = activate<silu>,
                    .gelu_tanh = activate<gelu_tanh>,
                    .relu = activate<relu>,
+                   .relu_both = activate<relu, true>,
                    .add = add,
                    .scale = scale,
                    .blend = blend,

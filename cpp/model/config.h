@@ -18,7 +18,7 @@ enum class Presence { kNever, kMaybe, kAlways };
 
 struct LayerConfig {
   int64_t window = 0;  // sliding attention window, own position included; 0: all positions
-  // (rope_dim / 2) angles per position, scaling applied; null without rope.
+  // (rope_dim / 2) angles per position, scaling applied; null: no rope in this layer.
   std::shared_ptr<const std::vector<float>> rope_freq;
   std::shared_ptr<const std::vector<float>> rope_freq_long;  // null: there is one kind alone
 };
@@ -37,7 +37,7 @@ struct ModelConfig {
 
   NormKind norm = NormKind::kRms;
   float norm_eps = 1e-5f;
-  Activation activation = Activation::kSilu;
+  Activation activation;
   bool gated = true;
   bool fused_ffn = false;  // gate and up are one tensor in the file, the gate's rows first
 
@@ -47,6 +47,7 @@ struct ModelConfig {
   float attention_scale = 0.0f;
   float attention_softcap = 0.0f;  // 0: none
   float final_softcap = 0.0f;      // 0: none
+  float logit_scale = 1.0f;        // logits are multiplied by it
   float embedding_scale = 1.0f;
   // Learned positions: table row of position p is p + position_offset; -1: none.
   int64_t position_offset = -1;
@@ -60,7 +61,9 @@ struct ModelConfig {
   Presence attn_output_bias = Presence::kNever;
   Presence ffn_bias = Presence::kNever;
   Presence norm_bias = Presence::kNever;  // of every norm but the head norms
+  Presence pre_norm = Presence::kAlways;  // before attention and before the FFN
   Presence qk_norm = Presence::kNever;
+  bool qk_norm_of_rows = false;           // over all heads together, not head by head
   Presence post_norm = Presence::kNever;  // after attention and after the FFN
   std::vector<LayerConfig> layers;
 

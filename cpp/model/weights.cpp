@@ -109,7 +109,7 @@ LayerWeights load_layer(Loader& loader, const ModelConfig& c, const LayerConfig&
                         bool ffn_resident) {
   LayerWeights w;
   const auto always = Presence::kAlways;
-  w.attn_norm = loader.norm("attn_norm", c.n_embd, always, c.norm_bias);
+  w.attn_norm = loader.norm("attn_norm", c.n_embd, c.pre_norm, c.norm_bias);
   load_qkv(loader, c, w);
   w.o = loader.matrix(loader.mat("attn_output.weight", {c.n_embd_q(), c.n_embd}, always));
   w.o_bias = loader.vector("attn_output.bias", c.n_embd, c.attn_output_bias);
@@ -121,9 +121,12 @@ LayerWeights load_layer(Loader& loader, const ModelConfig& c, const LayerConfig&
   a.scale = c.attention_scale;
   a.softcap = c.attention_softcap;
   a.window = layer.window;
-  a.q_norm = loader.norm("attn_q_norm", c.head_dim, c.qk_norm, Presence::kNever);
-  a.k_norm = loader.norm("attn_k_norm", c.head_dim, c.qk_norm, Presence::kNever);
-  a.rope = c.rope;
+  const bool rows = c.qk_norm_of_rows;
+  (rows ? w.q_norm : a.q_norm) =
+      loader.norm("attn_q_norm", rows ? c.n_embd_q() : c.head_dim, c.qk_norm, Presence::kNever);
+  (rows ? w.k_norm : a.k_norm) =
+      loader.norm("attn_k_norm", rows ? c.n_embd_kv() : c.head_dim, c.qk_norm, Presence::kNever);
+  a.rope = layer.rope_freq ? c.rope : RopeKind::kNone;
   a.rope_dim = c.rope_dim;
   a.rope_freq = layer.rope_freq;
   a.rope_scale = c.rope_scale;
@@ -131,7 +134,7 @@ LayerWeights load_layer(Loader& loader, const ModelConfig& c, const LayerConfig&
   w.attention_long.rope_freq = layer.rope_freq_long;
 
   w.attn_post_norm = loader.norm("post_attention_norm", c.n_embd, c.post_norm, Presence::kNever);
-  w.ffn_norm = loader.norm("ffn_norm", c.n_embd, always, c.norm_bias);
+  w.ffn_norm = loader.norm("ffn_norm", c.n_embd, c.pre_norm, c.norm_bias);
   w.ffn_post_norm = loader.norm("post_ffw_norm", c.n_embd, c.post_norm, Presence::kNever);
   CompactSource& s = w.source;
   if (c.fused_ffn) {
@@ -146,7 +149,7 @@ LayerWeights load_layer(Loader& loader, const ModelConfig& c, const LayerConfig&
   s.gate_bias = loader.vector("ffn_gate.bias", c.n_ff, c.gated ? c.ffn_bias : Presence::kNever);
   s.up_bias = loader.vector("ffn_up.bias", c.n_ff, c.ffn_bias);
   s.down_bias = loader.vector("ffn_down.bias", c.n_embd, c.ffn_bias);
-  s.zeros = c.activation == Activation::kRelu;
+  s.zeros = c.activation.kind == Activation::kRelu;
   if (!ffn_resident) return w;
   if (c.gated) w.ffn.gate = loader.matrix(s.gate);
   w.ffn.up = loader.matrix(s.up);

@@ -14,17 +14,18 @@
 namespace coreinfer {
 
 struct LayerWeights {
-  Norm attn_norm;
+  Norm attn_norm;                            // no weight: none
   WeightPtr q;                               // (n_head * head_dim, n_embd)
   WeightPtr k;                               // (n_head_kv * head_dim, n_embd)
   WeightPtr v;                               // (n_head_kv * head_dim, n_embd)
   WeightPtr o;                               // (n_embd, n_head * head_dim)
+  Norm q_norm, k_norm;                       // over all heads; no weight: none
   BufferPtr q_bias, k_bias, v_bias, o_bias;  // null where the model has none
-  AttentionSpec attention;                   // with the head norms and rope of this layer
-  AttentionSpec attention_long;              // the same for contexts that take rope_freq_long
-  Norm attn_post_norm;                       // no weight: none
-  Norm ffn_norm;
-  FfnWeights ffn;  // empty where dense FFN weights are not resident
+  AttentionSpec attention;       // with the norms of single heads and rope of this layer
+  AttentionSpec attention_long;  // the same for contexts that take rope_freq_long
+  Norm attn_post_norm;           // no weight: none
+  Norm ffn_norm;                 // no weight: none
+  FfnWeights ffn;                // empty where dense FFN weights are not resident
   Norm ffn_post_norm;
   CompactSource source;  // the same FFN in the mapped file; `neurons` empty
 };

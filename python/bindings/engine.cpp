@@ -8,21 +8,10 @@
 #include "base/memory_use.h"
 #include "bindings/arrays.h"
 #include "bindings/module.h"
+#include "model/activation.h"
 
 namespace coreinfer::python {
 namespace {
-
-const char* activation_name(const ModelConfig& c) {
-  switch (c.activation) {
-    case Activation::kSilu:
-      return "silu";
-    case Activation::kGeluTanh:
-      return "gelu_tanh";
-    case Activation::kRelu:
-      return "relu";
-  }
-  return "";
-}
 
 nb::dict config_dict(const Engine& engine) {
   const ModelConfig& c = engine.config();
@@ -36,7 +25,7 @@ nb::dict config_dict(const Engine& engine) {
   d["head_dim"] = c.head_dim;
   d["n_vocab"] = c.n_vocab;
   d["n_ctx_train"] = c.n_ctx;
-  d["activation"] = activation_name(c);
+  d["activation"] = activation_name(c.activation);
   d["gated"] = c.gated;
   return d;
 }
@@ -54,17 +43,19 @@ nb::dict backend_dict(const Engine& engine) {
 }
 
 std::shared_ptr<const Engine> load(nb::handle source, int n_threads, bool f32_activations,
-                                   uint64_t memory_limit, double core_share,
-                                   std::optional<bool> dense, std::optional<int64_t> n_ctx,
-                                   int64_t n_batch, const std::string& type_k,
-                                   const std::string& type_v, int64_t samples, int64_t n_gpu_layers,
-                                   int main_gpu, uint64_t vram_limit,
+                                   const std::string& activation, uint64_t memory_limit,
+                                   double core_share, std::optional<bool> dense,
+                                   std::optional<int64_t> n_ctx, int64_t n_batch,
+                                   const std::string& type_k, const std::string& type_v,
+                                   int64_t samples, int64_t n_gpu_layers, int main_gpu,
+                                   uint64_t vram_limit,
                                    const std::function<void(float)>& progress) {
   EngineOptions options;
   options.n_gpu_layers = n_gpu_layers;
   options.main_gpu = main_gpu;
   options.vram_limit = vram_limit;
   options.memory_limit = memory_limit;
+  options.activation = activation;
   options.core_share = core_share;
   options.dense = dense;
   if (n_ctx) {
@@ -90,21 +81,22 @@ std::shared_ptr<const Engine> load(nb::handle source, int n_threads, bool f32_ac
 void bind_engine(nb::module_& m) {
   nb::class_<Engine>(m, "Engine", "A loaded model on a backend, constant; shared by sessions.")
       .def(nb::new_(&load), nb::arg("source"), nb::kw_only(), nb::arg("n_threads") = 0,
-           nb::arg("f32_activations") = false, nb::arg("memory_limit") = 0,
-           nb::arg("core_share") = 0.0, nb::arg("dense") = nb::none(),
+           nb::arg("f32_activations") = false, nb::arg("activation") = "",
+           nb::arg("memory_limit") = 0, nb::arg("core_share") = 0.0, nb::arg("dense") = nb::none(),
            nb::arg("n_ctx") = nb::none(), nb::arg("n_batch") = 512, nb::arg("type_k") = "f16",
            nb::arg("type_v") = "f16", nb::arg("samples") = 0, nb::arg("n_gpu_layers") = 0,
            nb::arg("main_gpu") = 0, nb::arg("vram_limit") = 0, nb::arg("progress") = nb::none(),
            "Loads a GGUF file (a path: str, bytes or os.PathLike; or a GgufFile). memory_limit "
            "leaves room for a Session of n_ctx, n_batch, type_k and type_v that keeps so many FFN "
            "samples (n_ctx None: for none), and for core weights of core_share, "
-           "beside all dense ones (dense True), without them (False), or as there is room. Raises "
+           "beside all dense ones (dense True), without them (False), or as there is room. "
+           "activation stands in for what the file says (\"\": nothing). Raises "
            "GGUFError for a malformed or unsupported "
            "file, OSError where it cannot be read and MemoryError for a limit that is too low.")
       .def_prop_ro("gguf", [](const Engine& e) { return gguf_object(e.shared_file()); })
       .def_prop_ro("config", &config_dict)
       .def_prop_ro("backend", &backend_dict)
-      .def_prop_ro("fingerprint", [](const Engine& e) { return e.file().fingerprint(); })
+      .def_prop_ro("fingerprint", [](const Engine& e) { return e.fingerprint(); })
       .def_prop_ro(
           "weight_bytes", [](const Engine& e) { return e.weights().bytes_per_token(); },
           "Weight bytes that one dense decode step reads.")
@@ -130,6 +122,17 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("n_layer", [](const Engine& e) { return e.config().n_layer; })
       .def_prop_ro("n_ctx_train", [](const Engine& e) { return e.config().n_ctx; });
 
+  m.def(
+      "fingerprint",
+      [](nb::handle file, const std::string& activation) {
+        const std::shared_ptr<const GgufFile> opened = gguf_file(file);
+        if (!opened) throw nb::type_error("file is no GgufFile");
+        nb::gil_scoped_release release;
+        return Engine::fingerprint(*opened, activation);
+      },
+      nb::arg("file"), nb::arg("activation") = "",
+      nb::sig("def fingerprint(file: GgufFile, activation: str = '') -> int"),
+      "The fingerprint of an Engine of this file and activation.");
   m.def(
       "memory",
       [] {

@@ -18,6 +18,7 @@
 #include "base/error.h"
 #include "bindings/arrays.h"
 #include "bindings/module.h"
+#include "model/activation.h"
 #include "neurons/statistic.h"
 
 namespace coreinfer::python {
@@ -124,9 +125,7 @@ class AnyBackend {
     if (gate) ffn.gate = gate->weight;
     ffn.up = up.weight;
     if (up_bias) ffn.up_bias = buffer(up_bias->data(), up_bias->size());
-    const Activation act = activation == "silu"        ? Activation::kSilu
-                           : activation == "gelu_tanh" ? Activation::kGeluTanh
-                                                       : Activation::kRelu;
+    const Activation act = activation_named(activation).value();
     const BufferPtr h = backend_->allocate(in.rows.n * ffn.n_ff());
     const BufferPtr a = backend_->allocate(in.rows.n * ffn.n_ff());
     const Rows hr = h->rows(in.rows.n, ffn.n_ff()), ar = a->rows(in.rows.n, ffn.n_ff());
@@ -146,7 +145,7 @@ class AnyBackend {
     const Block room = block(nan.data(), n, stride);
     const Rows hidden{room.rows.data, n, width, stride};
     const Block out = block(nan.data(), n, down.weight->rows());
-    backend_->ffn_hidden(in.rows, Norm{}, ffn, Activation::kSilu, hidden, Rows{});
+    backend_->ffn_hidden(in.rows, Norm{}, ffn, Activation{}, hidden, Rows{});
     const Linear linears[] = {{down.weight.get(), nullptr, out.rows, false}};
     backend_->linear(hidden, Norm{}, linears);
     return array(out.rows);

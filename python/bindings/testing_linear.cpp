@@ -19,6 +19,7 @@
 #include "bindings/arrays.h"
 #include "bindings/module.h"
 #include "kernels/linear.h"
+#include "model/activation.h"
 
 namespace coreinfer::python {
 namespace {
@@ -133,9 +134,7 @@ class TestBackend {
     if (gate) ffn.gate = gate->weight;
     ffn.up = up.weight;
     if (up_bias) ffn.up_bias = buffer(up_bias->data(), up_bias->size());
-    const Activation act = activation == "silu"        ? Activation::kSilu
-                           : activation == "gelu_tanh" ? Activation::kGeluTanh
-                                                       : Activation::kRelu;
+    const Activation act = activation_named(activation).value();
     const BufferPtr in = buffer(x.data(), x.size());
     const BufferPtr h = backend_.allocate(n * ffn.n_ff()), a = backend_.allocate(n * ffn.n_ff());
     {

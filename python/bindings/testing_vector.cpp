@@ -24,6 +24,7 @@
 #include "kernels/attention_block.h"
 #include "kernels/count_row.h"
 #include "kernels/vector.h"
+#include "model/activation.h"
 
 namespace coreinfer::python {
 namespace {
@@ -86,11 +87,12 @@ Array<float> layer_norm(const std::string& isa, FloatVector x, FloatVector weigh
 
 std::pair<Array<float>, Array<float>> activate(const std::string& isa, const std::string& name,
                                                FloatVector gate, std::optional<FloatVector> up) {
-  const auto act = find_name<Activation>("activation", name, {"silu", "gelu_tanh", "relu"});
+  const Activation act = activation_named(name).value();
   Array<float> h = make_array<float>({gate.size()});
   Array<float> act_gate = make_array<float>({gate.size()});
-  activation_kernel(vector_kernels(find_isa(isa)), act)(gate.data(), up ? up->data() : nullptr,
-                                                        size_of(gate), h.data(), act_gate.data());
+  const ActivateFn activate = activation_kernel(vector_kernels(find_isa(isa)), act);
+  activate(gate.data(), up ? up->data() : nullptr, size_of(gate), act.threshold, h.data(),
+           act_gate.data());
   return {h, act_gate};
 }
 

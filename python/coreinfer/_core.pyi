@@ -94,9 +94,9 @@ class GgufFile:
 class Engine:
     """A loaded model on a backend, constant; shared by sessions."""
 
-    def __init__(self, source: object, *, n_threads: int = 0, f32_activations: bool = False, memory_limit: int = 0, core_share: float = 0.0, dense: bool | None = None, n_ctx: int | None = None, n_batch: int = 512, type_k: str = 'f16', type_v: str = 'f16', samples: int = 0, n_gpu_layers: int = 0, main_gpu: int = 0, vram_limit: int = 0, progress: Callable[[float], None] | None = None) -> None:
+    def __init__(self, source: object, *, n_threads: int = 0, f32_activations: bool = False, activation: str = '', memory_limit: int = 0, core_share: float = 0.0, dense: bool | None = None, n_ctx: int | None = None, n_batch: int = 512, type_k: str = 'f16', type_v: str = 'f16', samples: int = 0, n_gpu_layers: int = 0, main_gpu: int = 0, vram_limit: int = 0, progress: Callable[[float], None] | None = None) -> None:
         """
-        Loads a GGUF file (a path: str, bytes or os.PathLike; or a GgufFile). memory_limit leaves room for a Session of n_ctx, n_batch, type_k and type_v that keeps so many FFN samples (n_ctx None: for none), and for core weights of core_share, beside all dense ones (dense True), without them (False), or as there is room. Raises GGUFError for a malformed or unsupported file, OSError where it cannot be read and MemoryError for a limit that is too low.
+        Loads a GGUF file (a path: str, bytes or os.PathLike; or a GgufFile). memory_limit leaves room for a Session of n_ctx, n_batch, type_k and type_v that keeps so many FFN samples (n_ctx None: for none), and for core weights of core_share, beside all dense ones (dense True), without them (False), or as there is room. activation stands in for what the file says ("": nothing). Raises GGUFError for a malformed or unsupported file, OSError where it cannot be read and MemoryError for a limit that is too low.
         """
 
     @property
@@ -139,6 +139,9 @@ class Engine:
 
     @property
     def n_ctx_train(self) -> int: ...
+
+def fingerprint(file: GgufFile, activation: str = '') -> int:
+    """The fingerprint of an Engine of this file and activation."""
 
 def memory() -> dict:
     """Resident bytes of this process, now and at most: rss, peak_rss."""

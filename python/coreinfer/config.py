@@ -43,7 +43,7 @@ LayerRange = tuple[int, int | None]
 class Spec:
     """What is known of one parameter beside its default.
 
-    `kind` is one of int, float, str, bool, layers, bias, size, patch; `low` and `high` are
+    `kind` is one of int, float, str, text, bool, layers, bias, size, patch; `low` and `high` are
     inclusive bounds unless `low_open`; `flag` is the command-line name where it differs from the
     field's.
     """
@@ -96,6 +96,10 @@ def _checked(name: str, value: Any, spec: Spec) -> Any:
     if spec.kind == "bool":
         if not isinstance(value, bool):
             raise _wrong(name, value, "True or False")
+        return value
+    if spec.kind == "text":
+        if not isinstance(value, str) or not value:
+            raise _wrong(name, value, "some text")
         return value
     if spec.kind == "layers":
         return _checked_layers(name, value)
@@ -542,6 +546,14 @@ class LoadConfig(Checked):
         "layer at a time where they do not fit (default: no limit)",
         "size",
         optional=True,
+    )
+    activation: str | None = parameter(
+        None,
+        "the activation of the feed-forward networks, for files that have lost it: relu, drelu "
+        "(on gate and up), fatrelu:0.01, silu or gelu_tanh (default: what the file says)",
+        "text",
+        optional=True,
+        metavar="NAME",
     )
     f32_activations: bool = parameter(
         False, "keep activations in float32 instead of 8 bits; slower, for comparisons", "bool"

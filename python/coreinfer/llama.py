@@ -60,7 +60,7 @@ class Llama(TokenModel):
     ----------
     model_path
         A GGUF file (`coreinfer.resolve_model("smollm2")` gives the path of a known model).
-    n_ctx, n_batch, n_threads, seed, type_k, type_v, memory_limit, f32_activations
+    n_ctx, n_batch, n_threads, seed, type_k, type_v, memory_limit, activation, f32_activations
         See `coreinfer.config.LoadConfig`. `n_ctx=0` is the model's own length.
     n_gpu_layers, main_gpu, vram_limit
         0 computes on the CPU, -1 (or at least the model's layers) on that GPU, with at most
@@ -116,6 +116,7 @@ class Llama(TokenModel):
         type_k: str | int | None = None,
         type_v: str | int | None = None,
         memory_limit: int | str | None = LoadConfig.memory_limit,
+        activation: str | None = LoadConfig.activation,
         f32_activations: bool = LoadConfig.f32_activations,
         n_gpu_layers: int = LoadConfig.n_gpu_layers,
         main_gpu: int = LoadConfig.main_gpu,
@@ -153,6 +154,7 @@ class Llama(TokenModel):
             type_k=cache_type(type_k, LoadConfig.type_k),
             type_v=cache_type(type_v, LoadConfig.type_v),
             memory_limit=memory_limit,  # type: ignore[arg-type]  # text becomes a number
+            activation=activation,
             f32_activations=f32_activations,
             n_gpu_layers=n_gpu_layers,
             main_gpu=main_gpu,

@@ -54,6 +54,7 @@ def _load(
         file,
         n_threads=config.n_threads or 0,
         f32_activations=config.f32_activations,
+        activation=config.activation or "",
         memory_limit=config.memory_limit or 0,
         core_share=max(map(_core_share, cores)),
         dense=dense,

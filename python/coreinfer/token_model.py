@@ -62,7 +62,8 @@ class TokenModel:
         self.prefill_progress = prefill_progress
         self._config = config
         self._tuning = tuning
-        find_tuning = partial(tuning_of, tuning, model_path, file.fingerprint)
+        fingerprint = _core.fingerprint(file, config.activation or "")
+        find_tuning = partial(tuning_of, tuning, model_path, fingerprint)
         if clusters is not None and not isinstance(clusters, Clusters):
             clusters = Clusters.load(clusters)  # before the weights, which are planned by it
         self._engine: _core.Engine | None = load_engine(file, config, core, find_tuning, clusters)
@@ -170,7 +171,7 @@ class TokenModel:
 
     @property
     def fingerprint(self) -> int:
-        """Fingerprint of the model file, as core sets carry it."""
+        """Fingerprint of the model file and a replaced activation, as core sets carry it."""
         return self._open_engine().fingerprint
 
     @property

@@ -319,8 +319,8 @@ def find_tuning(model_path: str | os.PathLike[str], fingerprint: int) -> Tuning 
         return None
     if tuning.fingerprint != fingerprint:
         raise ValueError(
-            f"{path}: the tuning file belongs to another model file; run `coreinfer tune` again, "
-            "or remove it"
+            f"{path}: the tuning file belongs to another model file or activation; run "
+            "`coreinfer tune` again, or remove it"
         )
     return tuning
 
@@ -340,8 +340,8 @@ def tuning_of(
     if tuning.fingerprint != fingerprint:
         where = "" if isinstance(given, Tuning) else f"{os.fspath(given)}: "
         raise ValueError(
-            f"{where}the tuning file belongs to another model file; run `coreinfer tune` with this "
-            "one"
+            f"{where}the tuning file belongs to another model file or activation; run "
+            "`coreinfer tune` with this one"
         )
     return tuning
 

@@ -62,11 +62,13 @@ void check_vector(Isa isa, int64_t n) {
   compare("scale", [&](const VectorKernels& k, float* p) { k.scale(p, 0.7f, n); });
   compare("blend", [&](const VectorKernels& k, float* p) { k.blend(p, .7f, y.data() + 1, 3, n); });
   compare("silu",
-          [&](const VectorKernels& k, float* p) { k.silu(p, w.data() + 1, n, p, nullptr); });
+          [&](const VectorKernels& k, float* p) { k.silu(p, w.data() + 1, n, 0.0f, p, nullptr); });
   compare("gelu_tanh",
-          [&](const VectorKernels& k, float* p) { k.gelu_tanh(p, nullptr, n, p, nullptr); });
+          [&](const VectorKernels& k, float* p) { k.gelu_tanh(p, nullptr, n, 0.0f, p, nullptr); });
   compare("relu",
-          [&](const VectorKernels& k, float* p) { k.relu(p, w.data() + 1, n, p, nullptr); });
+          [&](const VectorKernels& k, float* p) { k.relu(p, w.data() + 1, n, 0.25f, p, nullptr); });
+  compare("relu_both",
+          [&](const VectorKernels& k, float* p) { k.relu_both(p, p, n, 0.25f, p, nullptr); });
   if (n > 0) {
     compare("rms_norm",
             [&](const VectorKernels& k, float* p) { k.rms_norm(p, w.data() + 1, 1e-5f, n, p); });

@@ -1,5 +1,5 @@
-"""A float64 forward pass over a GGUF file, for llama, qwen2, qwen3, gemma3, phi3 and
-opt.
+"""A float64 forward pass over a GGUF file, for llama, qwen2, qwen3, gemma 1 to 3, phi3, granite,
+minicpm, smollm3, olmo2 and opt.
 
 In: a file and token ids. Out: logits of every token, and the activations of every FFN layer.
 Prefill, decode and score are the same function here; decoding with core neurons is the FFN
@@ -17,9 +17,12 @@ import numpy as np
 
 from reference.quant import GgufTensors, log_softmax
 
-GEMMA3_GLOBAL_EVERY = 6  # layers 5, 11, 17, ... attend to everything, unless the file says other
+GEMMA = ("gemma", "gemma2", "gemma3")
+INTERLEAVED = ("llama", "granite", "minicpm", "smollm3")
+GLOBAL_EVERY = {"gemma2": 2, "gemma3": 6}  # layers of which the last attends to everything
 GEMMA3_LOCAL_ROPE_BASE = 10000.0
-GEMMA3_LAYERS_27B = 62  # this one size scales attention by n_embd / n_head, not by head_dim
+LAYERS_27B = {"gemma2": 46, "gemma3": 62}  # scale attention by n_embd / n_head, not by head_dim
+OWN_ACTIVATION = {"opt": "relu"} | dict.fromkeys(GEMMA, "gelu_tanh")  # the others have silu
 CoreLayers = Sequence[np.ndarray | None]
 
 
@@ -46,8 +49,15 @@ class Config:
     window: int | None  # sliding window of local layers
     pattern: int | list[int]  # of local layers: every which one is global, or a flag for each
     local_rope_base: float
+    local_rope_factor: float
     attn_softcap: float  # 0: none
     final_softcap: float
+    rope: bool  # nowhere where not
+    embedding_scale: float
+    residual_scale: float
+    logit_scale: float  # logits are divided by it
+    activation: str
+    threshold: float  # of fatrelu
 
     @classmethod
     def read(cls, file: GgufTensors, n_ctx: int | None = None) -> Config:
@@ -56,15 +66,26 @@ class Config:
         n_ctx None: what the model was trained for.
         """
         arch = file.field("general.architecture")
-        if arch not in ("llama", "qwen2", "qwen3", "gemma3", "phi3", "opt"):
+        if arch not in (
+            "llama",
+            "qwen2",
+            "qwen3",
+            *GEMMA,
+            "phi3",
+            "granite",
+            "minicpm",
+            "smollm3",
+            "olmo2",
+            "opt",
+        ):
             raise ValueError(f"the oracle does not know architecture {arch!r}")
 
         def get(key: str, default: float | None = None) -> float:
             return file.field(f"{arch}.{key}", default)
 
         scaling = file.field(f"{arch}.rope.scaling.type", "none")
-        own = {"gemma3": (), "opt": (), "phi3": ("longrope",)}.get(arch, ("yarn",))
-        known = ("none", "linear", *own)
+        own = {"gemma2": None, "gemma3": None, "phi3": "longrope"}
+        known = ("none", "linear", own.get(arch, "yarn"))
         if scaling not in known:
             raise ValueError(f"the oracle does not know rope scaling {scaling!r}")
         factor = float(get("rope.scaling.factor", 1.0)) if scaling != "none" else 1.0
@@ -82,9 +103,14 @@ class Config:
             int(get(key)) for key in ("block_count", "embedding_length", "attention.head_count")
         )
         head_dim = int(get("attention.key_length", n_embd // n_head))
-        narrow = n_embd // n_head if arch == "gemma3" and n_layer == GEMMA3_LAYERS_27B else head_dim
+        narrow = n_embd // n_head if n_layer == LAYERS_27B.get(arch) else head_dim
         eps_key = "layer_norm_epsilon" if arch == "opt" else "layer_norm_rms_epsilon"
-        window = get("attention.sliding_window", 0) if arch in ("gemma3", "phi3") else 0
+        windows = {"gemma2": 4096, "gemma3": 0, "phi3": 0}  # where the file does not say
+        window = get("attention.sliding_window", windows[arch]) if arch in windows else 0
+        caps = (50.0, 30.0) if arch == "gemma2" else (0.0, 0.0)
+        rope_base = float(get("rope.freq_base", 10000.0))
+        gemma3 = arch == "gemma3"
+        local_base = get("rope.freq_base_swa", GEMMA3_LOCAL_ROPE_BASE if gemma3 else rope_base)
         return cls(
             arch=arch,
             n_layer=n_layer,
@@ -94,20 +120,31 @@ class Config:
             n_head_kv=int(get("attention.head_count_kv", n_head)),
             head_dim=head_dim,
             norm_eps=float(get(f"attention.{eps_key}")),
-            rope_base=float(get("rope.freq_base", 10000.0)),
+            rope_base=rope_base,
             rope_factor=factor,
             yarn=yarn,
             rope_magnitude=magnitude,
-            attn_scale=narrow**-0.5,
+            attn_scale=float(get("attention.scale", 0.0)) or narrow**-0.5,
             rope_dim=int(get("rope.dimension_count", head_dim)),
             n_ctx=n_ctx or int(get("context_length")),
             original_context=int(get("rope.scaling.original_context_length", 0)),
             window=int(window) or None,
-            pattern=get("attention.sliding_window_pattern", GEMMA3_GLOBAL_EVERY),
-            local_rope_base=float(get("rope.freq_base_swa", GEMMA3_LOCAL_ROPE_BASE)),
-            attn_softcap=float(get("attn_logit_softcapping", 0.0)),
-            final_softcap=float(get("final_logit_softcapping", 0.0)),
+            pattern=get("attention.sliding_window_pattern", GLOBAL_EVERY.get(arch, 1)),
+            local_rope_base=float(local_base),
+            local_rope_factor=1.0 if gemma3 else factor,
+            attn_softcap=float(get("attn_logit_softcapping", caps[0])),
+            final_softcap=float(get("final_logit_softcapping", caps[1])),
+            rope=arch != "opt" and (arch != "granite" or bool(get("rope.scaling.finetuned", True))),
+            embedding_scale=n_embd**0.5 if arch in GEMMA else float(get("embedding_scale", 1.0)),
+            residual_scale=float(get("residual_scale", 1.0)),
+            logit_scale=float(get("logit_scale", 1.0)),
+            activation=get("hidden_activation", OWN_ACTIVATION.get(arch, "silu")),
+            threshold=float(get("hidden_activation_threshold", 0.0)),
         )
+
+    def has_rope(self, layer: int) -> bool:
+        """Whether a layer's queries and keys are rotated."""
+        return self.rope and (self.arch != "smollm3" or (layer + 1) % 4 != 0)
 
     def is_local(self, layer: int) -> bool:
         """Whether a layer sees only the last `window` tokens."""
@@ -122,8 +159,8 @@ class Config:
     def rope_frequencies(self, layer: int) -> np.ndarray:
         """Radians a position, for each pair of rotated dimensions, without what tensors add."""
         half = self.rope_dim // 2
-        if self.is_local(layer) and self.arch == "gemma3":
-            return frequencies(self.local_rope_base, half)
+        if self.is_local(layer) and self.arch in GLOBAL_EVERY:
+            return frequencies(self.local_rope_base, half) / self.local_rope_factor
         own = frequencies(self.rope_base, half)
         if self.yarn is None:
             return own / self.rope_factor
@@ -200,19 +237,17 @@ class ReferenceModel:
         for i in range(config.n_layer):
             blk = f"blk.{i}"
             y = self._attention(i, self._norm(x, f"{blk}.attn_norm"), positions, cache)
-            if config.arch == "gemma3":
-                y = self._norm(y, f"{blk}.post_attention_norm")
-            x = x + y
+            y = self._norm(y, f"{blk}.post_attention_norm")
+            x = x + y * config.residual_scale
             core = None if core_layers is None else core_layers[i]
             y, h, act = self._ffn(blk, self._norm(x, f"{blk}.ffn_norm"), core)
-            if config.arch == "gemma3":
-                y = self._norm(y, f"{blk}.post_ffw_norm")
-            x = x + y
+            y = self._norm(y, f"{blk}.post_ffw_norm")
+            x = x + y * config.residual_scale
             all_h.append(h)
             all_act.append(act)
         head = "output.weight" if "output.weight" in self.file else "token_embd.weight"
         logits = self._norm(x, "output_norm") @ self.weight(head).T
-        logits = softcapped(logits, config.final_softcap)
+        logits = softcapped(logits / config.logit_scale, config.final_softcap)
         return Forward(logits, np.stack(all_h), np.stack(all_act))
 
     def score(
@@ -245,14 +280,18 @@ class ReferenceModel:
 
     def _embed(self, tokens: Sequence[int], positions: np.ndarray) -> np.ndarray:
         x = self.weight("token_embd.weight")[np.asarray(tokens, np.int64)]
-        if self.config.arch == "gemma3":
-            return x * np.sqrt(self.dtype(self.config.n_embd))
+        x = x * self.dtype(self.config.embedding_scale)
         if self.config.arch == "opt":
             return x + self.weight("position_embd.weight")[positions + 2]
         return x
 
     def _norm(self, x: np.ndarray, name: str) -> np.ndarray:
-        """RMSNorm, or LayerNorm for opt, over the last axis. (Gemma's files hold 1 + w.)"""
+        """RMSNorm, or LayerNorm for opt, over the last axis; x where the file has no such norm.
+
+        (Gemma's files hold 1 + w.)
+        """
+        if f"{name}.weight" not in self.file:
+            return x
         weight = self.weight(f"{name}.weight")
         if self.config.arch == "opt":
             x = x - x.mean(axis=-1, keepdims=True)
@@ -269,18 +308,17 @@ class ReferenceModel:
         config, blk = self.config, f"blk.{layer}"
         n = len(x)
         if f"{blk}.attn_qkv.weight" in self.file:
-            heads = config.n_head + np.array([0, config.n_head_kv])
-            fused = self._linear(x, f"{blk}.attn_qkv").reshape(n, -1, config.head_dim)
-            q, k, v = np.split(fused, heads, axis=1)
+            ends = (config.n_head + np.array([0, config.n_head_kv])) * config.head_dim
+            q, k, v = np.split(self._linear(x, f"{blk}.attn_qkv"), ends, axis=1)
         else:
-            q, k, v = (
-                self._linear(x, f"{blk}.attn_{name}").reshape(n, -1, config.head_dim)
-                for name in "qkv"
-            )
+            q, k, v = (self._linear(x, f"{blk}.attn_{name}") for name in "qkv")
+        if config.arch == "olmo2":  # over all heads together
+            q, k = self._norm(q, f"{blk}.attn_q_norm"), self._norm(k, f"{blk}.attn_k_norm")
+        q, k, v = (rows.reshape(n, -1, config.head_dim) for rows in (q, k, v))
         if config.arch in ("qwen3", "gemma3"):
             q = self._norm(q, f"{blk}.attn_q_norm")
             k = self._norm(k, f"{blk}.attn_k_norm")
-        if config.arch != "opt":
+        if config.has_rope(layer):
             q = self._rope(q, positions, layer)
             k = self._rope(k, positions, layer)
         if len(cache.keys) == layer:
@@ -306,7 +344,7 @@ class ReferenceModel:
         return self._linear(y, f"{blk}.attn_output")
 
     def _rope(self, x: np.ndarray, positions: np.ndarray, layer: int) -> np.ndarray:
-        """Rotate pairs of dimensions: (2j, 2j+1) for llama, (j, j + rope_dim/2) for the others."""
+        """Rotate pairs of dimensions: (2j, 2j+1) for some, (j, j + rope_dim/2) for the others."""
         config = self.config
         half = config.rope_dim // 2
         frequency = config.rope_frequencies(layer)
@@ -316,10 +354,10 @@ class ReferenceModel:
                 frequency = frequency / self.weight(f"{name}.weight")
         angle = (positions[:, None] * frequency)[:, None, :]  # (n, 1, half)
         cos, sin = np.cos(angle) * config.rope_magnitude, np.sin(angle) * config.rope_magnitude
-        even = np.s_[..., 0 : 2 * half : 2] if config.arch == "llama" else np.s_[..., :half]
-        odd = (
-            np.s_[..., 1 : 2 * half : 2] if config.arch == "llama" else np.s_[..., half : 2 * half]
-        )
+        if config.arch in INTERLEAVED:
+            even, odd = np.s_[..., 0 : 2 * half : 2], np.s_[..., 1 : 2 * half : 2]
+        else:
+            even, odd = np.s_[..., :half], np.s_[..., half : 2 * half]
         out = x.copy()
         out[even] = x[even] * cos - x[odd] * sin
         out[odd] = x[even] * sin + x[odd] * cos
@@ -331,20 +369,26 @@ class ReferenceModel:
         """The FFN's output, its activations h and act(gate)."""
         up = self._linear(x, f"{blk}.ffn_up")
         if self.config.arch == "opt":
-            act = np.maximum(up, 0)
+            act = self._activate(up)
             h = act
         else:
             if self.config.arch == "phi3":
                 gate, up = np.split(up, 2, axis=-1)
             else:
                 gate = self._linear(x, f"{blk}.ffn_gate")
-            act = gelu_tanh(gate) if self.config.arch == "gemma3" else silu(gate)
-            h = act * up
+            act = self._activate(gate)
+            h = act * (self._activate(up) if self.config.activation == "drelu" else up)
         if core is not None:
             kept = np.zeros_like(h)
             kept[:, core] = h[:, core]
             h = kept
         return self._linear(h, f"{blk}.ffn_down"), h, act
+
+    def _activate(self, x: np.ndarray) -> np.ndarray:
+        name = self.config.activation
+        if name in ("relu", "drelu", "fatrelu"):
+            return np.where(x > self.config.threshold, x, 0)
+        return {"silu": silu, "gelu_tanh": gelu_tanh}[name](x)
 
 
 def frequencies(base: float, half: int) -> np.ndarray:

@@ -6,6 +6,8 @@
 #include <numbers>
 
 #include "base/error.h"
+#include "gguf/byte_reader.h"
+#include "model/activation.h"
 
 namespace coreinfer {
 namespace {
@@ -16,8 +18,10 @@ struct Architecture {
 };
 
 constexpr Architecture kArchitectures[] = {
-    {"llama", arch::read_llama},   {"qwen2", arch::read_qwen2}, {"qwen3", arch::read_qwen3},
-    {"gemma3", arch::read_gemma3}, {"phi3", arch::read_phi3},   {"opt", arch::read_opt},
+    {"llama", arch::read_llama},     {"qwen2", arch::read_qwen2},     {"qwen3", arch::read_qwen3},
+    {"gemma", arch::read_gemma},     {"gemma2", arch::read_gemma2},   {"gemma3", arch::read_gemma3},
+    {"phi3", arch::read_phi3},       {"granite", arch::read_granite}, {"smollm3", arch::read_smollm3},
+    {"minicpm", arch::read_minicpm}, {"olmo2", arch::read_olmo2},     {"opt", arch::read_opt},
 };
 
 // Above any real model and far below what would overflow a product of two.
@@ -30,20 +34,21 @@ constexpr int64_t kMaxContext = int64_t{1} << 26;
 struct Unsupported {
   const char* name;
   double neutral;
+  bool scale = false;  // some architectures read it
 };
 constexpr Unsupported kUnsupported[] = {
     {"attention.causal", 1},
     {"attention.clamp_kqv", 0},
     {"attention.max_alibi_bias", 0},
     {"attention.output_scale", 1},
-    {"attention.scale", 0},
+    {"attention.scale", 0, true},
     {"attention.shared_kv_layers", 0},
     {"attention.temperature_length", 0},
     {"attention.temperature_scale", 0},
     {"attention.value_scale", 1},
-    {"embedding_scale", 1},
-    {"logit_scale", 1},
-    {"residual_scale", 1},
+    {"embedding_scale", 1, true},
+    {"logit_scale", 1, true},
+    {"residual_scale", 1, true},
     {"rope.scaling.alpha", 0},
     {"use_parallel_residual", 0},
 };
@@ -64,6 +69,33 @@ std::optional<double> scalar(const Metadata& metadata, const std::string& key, V
   }
 }
 
+// hidden_activation, which llama.cpp knows for other architectures, and what its "fatrelu" needs.
+void read_activation(const GgufFile& file, ModelConfig& config) {
+  const std::string key = config.architecture + ".hidden_activation";
+  const std::string threshold = key + "_threshold";
+  const Metadata& metadata = file.metadata();
+  std::optional<std::string> name = metadata.maybe_string(key);
+  if (name == "fatrelu") name = format_string("fatrelu:%.9g", metadata.f32(threshold));
+  if (!name) return;
+  const std::optional<Activation> activation = activation_named(*name);
+  if (!activation || (activation->both && !config.gated)) {
+    throw_error(ErrorKind::kGguf, "%s: %s is \"%s\", which is not supported; expected one of %s%s",
+                file.path().c_str(), key.c_str(), printable(*name).c_str(),
+                activation_names().c_str(),
+                activation ? ", and drelu only where there is a gate" : "");
+  }
+  config.activation = *activation;
+}
+
+// PowerInfer's files have this matrix transposed, and more tensors.
+void refuse_powerinfer(const GgufFile& file) {
+  if (!file.has("blk.0.ffn_down_t.weight")) return;
+  throw_error(ErrorKind::kGguf,
+              "%s: tensor blk.0.ffn_down_t.weight: a file for PowerInfer, which is not supported; "
+              "convert the original model with tools/convert_hf_to_gguf.py",
+              file.path().c_str());
+}
+
 }  // namespace
 
 std::string supported_architectures() {
@@ -75,9 +107,13 @@ std::string supported_architectures() {
 }
 
 ModelConfig read_config(const GgufFile& file) {
+  refuse_powerinfer(file);
   const std::string name = file.metadata().string("general.architecture");
   for (const Architecture& a : kArchitectures) {
-    if (name == a.name) return a.read(file);
+    if (name != a.name) continue;
+    ModelConfig config = a.read(file);
+    read_activation(file, config);
+    return config;
   }
   throw_error(ErrorKind::kGguf, "%s: architecture \"%s\" is not supported; supported: %s",
               file.path().c_str(), name.c_str(), supported_architectures().c_str());
@@ -133,8 +169,9 @@ float HyperParameters::number_or(const char* name, float fallback, double above)
   return file.metadata().has(key(name)) ? number(name, above) : fallback;
 }
 
-void HyperParameters::refuse_unsupported() const {
+void HyperParameters::refuse_unsupported(bool scales) const {
   for (const Unsupported& u : kUnsupported) {
+    if (u.scale && scales) continue;
     const auto entry = file.metadata().find(key(u.name));
     if (!entry) continue;
     const std::optional<double> value = scalar(file.metadata(), key(u.name), entry->type);
@@ -146,9 +183,9 @@ void HyperParameters::refuse_unsupported() const {
   }
 }
 
-void HyperParameters::read_sizes() {
+void HyperParameters::read_sizes(bool scales) {
   ModelConfig& c = config;
-  refuse_unsupported();
+  refuse_unsupported(scales);
   if (integer_or("expert_count", 0, 0, kMaxWidth) > 0) {
     throw_error(ErrorKind::kGguf,
                 "%s: %s is above 0: mixture-of-experts models are not supported, only dense ones",
@@ -210,8 +247,8 @@ RopeScaling HyperParameters::linear_scaling(const char* also) const {
   if (type != "linear" && type != also) {
     throw_error(
         ErrorKind::kGguf,
-        "%s: %s is \"%s\", supported: \"none\", \"linear\" (and rope_freqs.weight), in llama, "
-        "qwen2 and qwen3 \"yarn\", in phi3 \"longrope\"",
+        "%s: %s is \"%s\", supported: \"none\", \"linear\" (and rope_freqs.weight), in phi3 "
+        "\"longrope\", and \"yarn\" in all but gemma2, gemma3 and phi3",
         file.path().c_str(), key("rope.scaling.type").c_str(), type.c_str());
   }
   float factor = 0.0f;
@@ -319,21 +356,21 @@ void HyperParameters::read_rope_shape(RopeKind kind) {
   config.rope_scale = number_or("rope.scaling.attn_factor", 1.0f, 0.0);
 }
 
-void HyperParameters::read_rope(RopeKind kind) {
+void HyperParameters::read_rope(RopeKind kind, Presence factors) {
   read_rope_shape(kind);
   const int64_t window = integer_or("attention.sliding_window", 0, 0, int64_t{1} << 30);
   if (window > 0 && window < config.n_ctx) {
     throw_error(ErrorKind::kGguf,
                 "%s: %s is %lld, less than the context of %lld, and sliding windows are supported "
-                "for gemma3 and phi3 only",
+                "for gemma2, gemma3 and phi3 only",
                 file.path().c_str(), key("attention.sliding_window").c_str(),
                 static_cast<long long>(window), static_cast<long long>(config.n_ctx));
   }
-  config.rope_factors = Presence::kMaybe;
+  config.rope_factors = factors;
   const float base = number_or("rope.freq_base", 10000.0f, 0.0);
   const bool yarn = file.metadata().maybe_string(key("rope.scaling.type")) == "yarn";
-  const auto freq =
-      rope_frequencies(base, yarn ? read_yarn(base) : linear_scaling(), "rope_freqs.weight");
+  const char* const divisors = factors == Presence::kNever ? nullptr : "rope_freqs.weight";
+  const auto freq = rope_frequencies(base, yarn ? read_yarn(base) : linear_scaling(), divisors);
   for (LayerConfig& layer : config.layers) layer.rope_freq = freq;
 }
 

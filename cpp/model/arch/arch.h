@@ -44,7 +44,8 @@ class HyperParameters {
 
   // n_layer, n_embd, n_ff, heads, head_dim, n_vocab, n_ctx, softcaps; refuses mixture-of-experts
   // files, and keys that ask for what no architecture here does.
-  void read_sizes();
+  // `scales`: the architecture reads the factors of embeddings, scores, residuals and logits.
+  void read_sizes(bool scales = false);
   // Inverse frequencies base^(-2i/rope_dim), scaled, divided by those in the tensor `divisors`
   // where one is named and the file has it.
   std::shared_ptr<const std::vector<float>> rope_frequencies(float base, const RopeScaling& scaling,
@@ -53,7 +54,7 @@ class HyperParameters {
   void read_rope_shape(RopeKind kind);
   // The same and base, linear scaling, YaRN and Llama-3 factors, alike for all layers, which all
   // see the whole context.
-  void read_rope(RopeKind kind);
+  void read_rope(RopeKind kind, Presence factors = Presence::kMaybe);
   // Linear scaling; an error for kinds that are not supported, but `also`.
   RopeScaling linear_scaling(const char* also = "linear") const;
   // YaRN's, and its factor on cos and sin into the configuration.
@@ -63,14 +64,20 @@ class HyperParameters {
   ModelConfig config;
 
  private:
-  void refuse_unsupported() const;
+  void refuse_unsupported(bool scales) const;
 };
 
 ModelConfig read_llama(const GgufFile& file);
 ModelConfig read_qwen2(const GgufFile& file);
 ModelConfig read_qwen3(const GgufFile& file);
+ModelConfig read_gemma(const GgufFile& file);
+ModelConfig read_gemma2(const GgufFile& file);
 ModelConfig read_gemma3(const GgufFile& file);
 ModelConfig read_phi3(const GgufFile& file);
+ModelConfig read_granite(const GgufFile& file);
+ModelConfig read_minicpm(const GgufFile& file);
+ModelConfig read_smollm3(const GgufFile& file);
+ModelConfig read_olmo2(const GgufFile& file);
 ModelConfig read_opt(const GgufFile& file);
 
 }  // namespace arch

@@ -17,7 +17,7 @@ ModelConfig read_opt(const GgufFile& file) {
   ModelConfig& c = h.config;
   c.norm = NormKind::kLayer;
   c.norm_eps = h.number("attention.layer_norm_epsilon", 0.0);
-  c.activation = Activation::kRelu;
+  c.activation = {Activation::kRelu};
   c.gated = false;
   c.position_offset = kPositionOffset;
   c.qkv_bias = c.attn_output_bias = c.ffn_bias = c.norm_bias = Presence::kAlways;

@@ -20,7 +20,7 @@ from .pull import resolve
 
 # Not `seed`: the sampler's, where a build's is that of the clusters.
 _LOADING = ("n_ctx", "n_batch", "n_threads", "n_gpu_layers", "main_gpu", "vram_limit")
-_LOADING += ("memory_limit", "f32_activations")
+_LOADING += ("memory_limit", "activation", "f32_activations")
 _COUNTING = ("statistic", "alpha", "weighted", "beta")
 
 

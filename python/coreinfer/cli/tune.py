@@ -40,6 +40,7 @@ _LOADING = (
     "n_gpu_layers",
     "main_gpu",
     "vram_limit",
+    "activation",
     "f32_activations",
 )
 _LISTS = {  # the flags of fields that take a list here
