@@ -268,21 +268,26 @@ void CpuBackend::attend(const AttentionSpec& spec, Rows q, Rows k, Rows v, KvCac
                             .high_queries = s.bf16_queries.as<uint16_t>(),
                             .low_queries = s.bf16_queries.as<uint16_t>() + all_queries};
 
-  pool_.run([&](ThreadPool::Context& context) {
-    const Panel& panel = s.panels[static_cast<size_t>(context.thread())];
-    auto* partials = s.partials.as<float>();
-    auto* totals = s.totals.as<float>();
-    if (exact && plan.by_head) {
-      return attend_heads(attention, plan, partials, totals, panel, context);
-    }
-    prepare_rows(attention, context);
-    context.barrier();
-    if (exact) {
-      attend_spans(attention, plan, partials, totals, panel, context);
-    } else {
-      attend_batch(attention, rows_together, room, panel, context);
-    }
-  });
+  auto* const partials = s.partials.as<float>();
+  auto* const totals = s.totals.as<float>();
+  const auto panel_of = [&s](const ThreadPool::Context& context) -> const Panel& {
+    return s.panels[static_cast<size_t>(context.thread())];
+  };
+  if (exact && plan.by_head) {
+    pool_.share([&](ThreadPool::Context& context) {
+      attend_heads(attention, plan, partials, totals, panel_of(context), context);
+    });
+  } else {
+    pool_.run([&](ThreadPool::Context& context) {
+      prepare_rows(attention, context);
+      context.barrier();
+      if (exact) {
+        attend_spans(attention, plan, partials, totals, panel_of(context), context);
+      } else {
+        attend_batch(attention, rows_together, room, panel_of(context), context);
+      }
+    });
+  }
   kv.mark_written(layer, first + q.n);
 }
 

@@ -120,7 +120,7 @@ CompactWeights CpuBackend::compact(std::span<const CompactSource> layers, Room* 
   const auto gather = [&](std::span<const Target> matrices) {
     std::vector<int64_t> first{0};  // unit of each matrix
     for (const Target& t : matrices) first.push_back(first.back() + t.units());
-    pool_.run([&](ThreadPool::Context& context) {
+    pool_.share([&](ThreadPool::Context& context) {
       int64_t begin, end;
       while (context.next(first.back(), kChunkUnits, &begin, &end)) {
         auto i = static_cast<size_t>(std::upper_bound(first.begin(), first.end(), begin) -

@@ -150,7 +150,7 @@ class HiddenTask final : public ProductTask {
 WeightPtr CpuBackend::load(const Mat& mat) {
   if (!traits(mat.type).quantized) {
     std::shared_ptr<std::byte> memory = weight_memory_.take(mat.bytes());
-    pool_.run([&](ThreadPool::Context& context) {
+    pool_.share([&](ThreadPool::Context& context) {
       int64_t begin, end;
       while (context.next(static_cast<int64_t>(mat.bytes()), int64_t{1} << 20, &begin, &end)) {
         std::memcpy(memory.get() + begin, mat.data + begin, static_cast<size_t>(end - begin));
@@ -164,7 +164,7 @@ WeightPtr CpuBackend::load(const Mat& mat) {
   std::shared_ptr<std::byte> memory = weight_memory_.take(strips.bytes() + kPackedSlack);
   strips.data = memory.get();
   const StripPacker packer(isa_, mat, {}, strips);
-  pool_.run([&](ThreadPool::Context& context) {
+  pool_.share([&](ThreadPool::Context& context) {
     int64_t begin, end;
     while (context.next(strips.n_strips(), 4, &begin, &end)) packer.pack(begin, end);
   });
@@ -177,7 +177,7 @@ WeightPtr CpuBackend::load_for_zeros(const Mat& mat) {
   ColumnsView columns = columns_layout(mat, {});
   std::shared_ptr<std::byte> memory = weight_memory_.take(columns.bytes());
   columns.data = memory.get();
-  pool_.run([&](ThreadPool::Context& context) {
+  pool_.share([&](ThreadPool::Context& context) {
     int64_t begin, end;
     while (context.next(strips_of(mat.rows), 4, &begin, &end)) {
       store_columns(mat, {}, begin * kStripRows, std::min(end * kStripRows, mat.rows), columns);

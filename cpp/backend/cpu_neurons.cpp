@@ -98,7 +98,7 @@ std::vector<std::vector<int32_t>> CpuBackend::select(Rows scores, int64_t k) {
   const CountKernels& kernels = count_kernels(isa_);
   std::vector<std::vector<int32_t>> chosen(static_cast<size_t>(scores.n));
   std::vector<int64_t> first_nan(static_cast<size_t>(scores.n), -1);
-  pool_.run([&](ThreadPool::Context& context) {
+  pool_.share([&](ThreadPool::Context& context) {
     std::vector<int32_t> keys;
     int64_t row, end;
     while (context.next(scores.n, 1, &row, &end)) {

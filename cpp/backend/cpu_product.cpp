@@ -117,7 +117,7 @@ void Product::run(int64_t n_units, const ProductTask& task) {
     const ProductTask* task;
   } const job{this, n_units, &task};
   // One pointer fits into a std::function without an allocation.
-  pool_.run([j = &job](ThreadPool::Context& context) {
+  const auto on_thread = [j = &job](ThreadPool::Context& context) {
     const Product& p = *j->product;
     auto* const row = reinterpret_cast<float*>(p.thread_memory(context));
     size_t copy = 0;
@@ -136,7 +136,12 @@ void Product::run(int64_t n_units, const ProductTask& task) {
     } else {
       p.work(context, copy, j->n_units, *j->task);
     }
-  });
+  };
+  if (copy_per_thread_) {
+    pool_.share(on_thread);
+  } else {
+    pool_.run(on_thread);
+  }
 }
 
 // ---- Memory -------------------------------------------------------------------------------------

@@ -65,9 +65,14 @@ bool spin(int64_t budget_ns, const Done& done) {
 }  // namespace
 
 struct ThreadPool::State {
+  // What `door` holds: the number of the job, times kJob; kClosed when no more workers may come to
+  // it; how many came.
+  static constexpr uint64_t kJob = 1 << 16, kClosed = 1 << 15, kCame = kClosed - 1;
+  static_assert(kMaxThreads <= static_cast<int>(kCame));
+
   std::mutex run_mutex;  // one job at a time
   const std::function<void(Context&)>* job = nullptr;
-  bool stop = false;
+  std::atomic<bool> stop{false};
   int64_t spin_ns = kSpinNs;
   int64_t look_ns = kLookNs;
   std::vector<std::thread> workers;
@@ -76,11 +81,11 @@ struct ThreadPool::State {
   std::mutex error_mutex;
   std::exception_ptr error;  // the first of the running job
 
-  alignas(kApart) std::atomic<uint32_t> generation{0};  // one more for each job
-  alignas(kApart) std::atomic<int32_t> running{0};      // workers that have not finished the job
-  alignas(kApart) std::atomic<int32_t> arrived{0};      // threads that wait at the barrier
-  alignas(kApart) std::atomic<uint32_t> phase{0};       // one more for each barrier passed
-  alignas(kApart) std::atomic<int64_t> counter{0};      // of next()
+  alignas(kApart) std::atomic<uint64_t> door{kClosed};
+  alignas(kApart) std::atomic<int32_t> finished{0};  // workers that came and are done
+  alignas(kApart) std::atomic<int32_t> arrived{0};   // threads that wait at the barrier
+  alignas(kApart) std::atomic<uint32_t> phase{0};    // one more for each barrier passed
+  alignas(kApart) std::atomic<int64_t> counter{0};   // of next()
 
   void execute(Context& context) {
     try {
@@ -92,28 +97,40 @@ struct ThreadPool::State {
   }
 
   void work(ThreadPool* pool, int thread, int n_threads) {
-    uint32_t seen = 0;
+    uint64_t seen = 0;  // number of the last job
     for (;;) {
-      const auto new_job = [&] { return generation.load(std::memory_order_acquire) != seen; };
+      uint64_t now = door.load(std::memory_order_acquire);
+      const auto new_job = [&] {
+        now = door.load(std::memory_order_acquire);
+        return now / kJob != seen;
+      };
       if (!spin(spin_ns, new_job) && !poll(look_ns, std::this_thread::yield, new_job)) {
-        while (!new_job()) generation.wait(seen, std::memory_order_acquire);
+        while (!new_job()) door.wait(now, std::memory_order_acquire);
       }
-      ++seen;
-      if (stop) return;
+      if (stop.load(std::memory_order_acquire)) return;
+      while (!(now & kClosed) && !door.compare_exchange_weak(now, now + 1)) {
+      }
+      seen = now / kJob;
+      if (now & kClosed) continue;
       Context context(pool, thread, n_threads);
       execute(context);
-      if (running.fetch_sub(1, std::memory_order_acq_rel) == 1) running.notify_one();
+      finished.fetch_add(1, std::memory_order_acq_rel);
+      finished.notify_one();
     }
   }
 
-  void wake() {
-    generation.fetch_add(1, std::memory_order_release);
-    generation.notify_all();
+  void open() {
+    const uint64_t last = door.load(std::memory_order_relaxed) / kJob;
+    door.store((last + 1) * kJob, std::memory_order_release);
+    door.notify_all();
   }
 
+  // Returns how many workers came.
+  int32_t close() { return static_cast<int32_t>(door.fetch_or(kClosed) & kCame); }
+
   void join() {
-    stop = true;
-    wake();
+    stop.store(true, std::memory_order_release);
+    open();
     for (std::thread& worker : workers) worker.join();
   }
 };
@@ -145,7 +162,11 @@ ThreadPool::~ThreadPool() {
   }
 }
 
-void ThreadPool::run(const std::function<void(Context&)>& job) {
+void ThreadPool::run(const std::function<void(Context&)>& job) { run(job, true); }
+
+void ThreadPool::share(const std::function<void(Context&)>& job) { run(job, false); }
+
+void ThreadPool::run(const std::function<void(Context&)>& job, bool wait_for_all) {
   State& s = *state_;
   if (s.process != getpid()) {
     throw_error(
@@ -156,16 +177,15 @@ void ThreadPool::run(const std::function<void(Context&)>& job) {
   std::lock_guard<std::mutex> lock(s.run_mutex);
   s.job = &job;
   s.counter.store(0, std::memory_order_relaxed);
-  if (n_threads_ > 1) {
-    s.running.store(n_threads_ - 1, std::memory_order_relaxed);
-    s.wake();
-  }
+  s.finished.store(0, std::memory_order_relaxed);
+  if (n_threads_ > 1) s.open();
   Context context(this, 0, n_threads_);
   s.execute(context);
-  const auto all_done = [&] { return s.running.load(std::memory_order_acquire) == 0; };
+  const int32_t awaited = n_threads_ == 1 ? 0 : wait_for_all ? n_threads_ - 1 : s.close();
+  const auto all_done = [&] { return s.finished.load(std::memory_order_acquire) == awaited; };
   if (!spin(s.spin_ns, all_done)) {
-    for (int32_t left; (left = s.running.load(std::memory_order_acquire)) != 0;) {
-      s.running.wait(left, std::memory_order_acquire);
+    for (int32_t n; (n = s.finished.load(std::memory_order_acquire)) != awaited;) {
+      s.finished.wait(n, std::memory_order_acquire);
     }
   }
   if (s.error) std::rethrow_exception(std::exchange(s.error, nullptr));

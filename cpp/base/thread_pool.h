@@ -1,6 +1,7 @@
 // The one owner of threads. run() executes a function on every thread of the pool (the caller is
 // thread 0) and returns when all are done; inside, barrier() separates phases and next() hands out
-// chunks of work. Kernels know nothing of it. Workers spin briefly between jobs, then sleep.
+// chunks of work. share() does not wait for threads that are not there. Kernels know nothing of it.
+// Workers spin briefly between jobs, then sleep.
 #pragma once
 
 #include <cstdint>
@@ -46,11 +47,16 @@ class ThreadPool {
   // barrier() must not throw between barriers.
   void run(const std::function<void(Context&)>& job);
 
+  // The same on the threads that come while there is work: one whose core another program has taken
+  // is not waited for. For jobs whose work is claimed with next() alone, without barrier().
+  void share(const std::function<void(Context&)>& job);
+
   // Threads that make sense on this machine: the cores that this process may use.
   static int default_threads();
 
  private:
   struct State;
+  void run(const std::function<void(Context&)>& job, bool wait_for_all);
   std::unique_ptr<State> state_;
   int n_threads_;
 };

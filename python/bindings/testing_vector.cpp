@@ -337,6 +337,31 @@ std::vector<int64_t> pool_sums(int n_threads, int n_jobs, int64_t n, int64_t chu
   return sums;
 }
 
+// The same sums, by jobs that not every thread has to come to; and how many came to each job.
+std::vector<std::pair<int64_t, int>> pool_shared_sums(int n_threads, int n_jobs, int64_t n,
+                                                      int64_t chunk) {
+  ThreadPool pool(n_threads);
+  std::vector<std::pair<int64_t, int>> results;
+  for (int job = 0; job < n_jobs; ++job) {
+    std::vector<int64_t> partial(static_cast<size_t>(n_threads), -1);
+    pool.share([&](ThreadPool::Context& context) {
+      int64_t begin, end, sum = 0;
+      while (context.next(n, chunk, &begin, &end)) {
+        for (; begin < end; ++begin) sum += begin * begin;
+      }
+      partial[static_cast<size_t>(context.thread())] = sum;
+    });
+    std::pair<int64_t, int> result{0, 0};
+    for (const int64_t p : partial) {
+      if (p < 0) continue;
+      result.first += p;
+      ++result.second;
+    }
+    results.push_back(result);
+  }
+  return results;
+}
+
 // A job that throws on one thread; then one that does not, whose result is returned.
 int pool_after_throw(int n_threads, int thread) {
   ThreadPool pool(n_threads);
@@ -385,6 +410,8 @@ void bind_testing_vector(nb::module_& testing) {
               arg("softcap"), arg("max"), arg("sum"));
   testing.def("pool_sums", &pool_sums, arg("n_threads"), arg("n_jobs"), arg("n"), arg("chunk"),
               nb::call_guard<nb::gil_scoped_release>());
+  testing.def("pool_shared_sums", &pool_shared_sums, arg("n_threads"), arg("n_jobs"), arg("n"),
+              arg("chunk"), nb::call_guard<nb::gil_scoped_release>());
   testing.def("pool_after_throw", &pool_after_throw, arg("n_threads"), arg("thread"),
               nb::call_guard<nb::gil_scoped_release>());
   testing.def("default_threads", &ThreadPool::default_threads);

@@ -54,12 +54,28 @@ int64_t sum_of_squares(ThreadPool& pool) {
   return sum;
 }
 
+// The same sum by a job that not every thread has to come to.
+int64_t shared_sum_of_squares(ThreadPool& pool) {
+  constexpr int64_t kN = 500, kChunk = 7;
+  std::vector<int64_t> squares(kN);
+  pool.share([&](ThreadPool::Context& context) {
+    int64_t begin, end;
+    while (context.next(kN, kChunk, &begin, &end)) {
+      for (int64_t i = begin; i < end; ++i) squares[static_cast<size_t>(i)] += i * i;
+    }
+  });
+  int64_t sum = 0;
+  for (const int64_t square : squares) sum += square;
+  return sum;
+}
+
 constexpr int64_t kSum = 499 * 500 * 999 / 6;
 
 void check_pool(int n_threads) {
   ThreadPool pool(n_threads);
   for (int i = 0; i < 300; ++i) {
     check(sum_of_squares(pool) == kSum, "a wrong sum", n_threads);
+    check(shared_sum_of_squares(pool) == kSum, "a wrong sum of shared work", n_threads);
     // Long enough for the workers to fall asleep, now and then.
     if (i % 50 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
@@ -77,7 +93,9 @@ void check_pool(int n_threads) {
   }
   std::atomic<int> wrong{0};
   run_at_once(3, [&] {
-    for (int i = 0; i < 50; ++i) wrong += sum_of_squares(pool) != kSum;
+    for (int i = 0; i < 50; ++i) {
+      wrong += sum_of_squares(pool) != kSum || shared_sum_of_squares(pool) != kSum;
+    }
   });
   check(wrong == 0, "a wrong sum with three callers", n_threads);
 }
