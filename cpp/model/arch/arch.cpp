@@ -18,10 +18,12 @@ struct Architecture {
 };
 
 constexpr Architecture kArchitectures[] = {
-    {"llama", arch::read_llama},     {"qwen2", arch::read_qwen2},     {"qwen3", arch::read_qwen3},
-    {"gemma", arch::read_gemma},     {"gemma2", arch::read_gemma2},   {"gemma3", arch::read_gemma3},
-    {"phi3", arch::read_phi3},       {"granite", arch::read_granite}, {"smollm3", arch::read_smollm3},
-    {"minicpm", arch::read_minicpm}, {"olmo2", arch::read_olmo2},     {"opt", arch::read_opt},
+    {"llama", arch::read_llama},     {"qwen2", arch::read_qwen2},
+    {"qwen3", arch::read_qwen3},     {"gemma", arch::read_gemma},
+    {"gemma2", arch::read_gemma2},   {"gemma3", arch::read_gemma3},
+    {"phi3", arch::read_phi3},       {"granite", arch::read_granite},
+    {"smollm3", arch::read_smollm3}, {"minicpm", arch::read_minicpm},
+    {"olmo2", arch::read_olmo2},     {"opt", arch::read_opt},
 };
 
 // Above any real model and far below what would overflow a product of two.
