@@ -255,7 +255,8 @@ def test_a_token_is_one_graph_launch_and_three_copies(target, models, arch, dtyp
     assert steps[2:] == [[1, 0, 0, 3]] * 3
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+# Those that differ in what they launch.
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "gemma3", "phi3", "olmo2", "opt"])
 @pytest.mark.parametrize("dtype", ["F16", "Q4_0"])
 @pytest.mark.parametrize("mode", ["dense", "core"])
 def test_a_layer_is_few_launches(target, models, arch, dtype, mode):  # noqa: F811
