@@ -332,6 +332,20 @@ def test_newer_rope_parameters_mean_the_same(tmp_path):
     assert shape_from_config(config) == old == shape
 
 
+@pytest.mark.parametrize("arch", ["gemma", "gemma2", "minicpm", "smollm3", "llama"])
+def test_a_configuration_that_is_silent_about_a_tied_head(tmp_path, arch):
+    """Has what its class in transformers (or MiniCPM's own) has."""
+    config = config_of(make_tiny_model(tmp_path / "m.gguf", **MODELS[arch]))
+    del config["tie_word_embeddings"]
+    assert shape_from_config(config).tied == (arch != "llama")
+
+
+def test_smollm3_has_a_rope_base_of_its_own(tmp_path):
+    config = config_of(make_tiny_model(tmp_path / "m.gguf", **MODELS["smollm3"]))
+    del config["rope_theta"]
+    assert shape_from_config(config).rope_freq_base == 2e6
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [

@@ -74,7 +74,7 @@ _NAMES = {
     "olmo2": _POST_NORMS,
     "opt": _OPT,
 }
-# What a config.json of Gemma may leave out, and what it then means.
+# What a config.json may leave out, and what it then means, where others mean something else.
 _GEMMA_DEFAULTS = {
     "head_dim": 256,
     "max_position_embeddings": 8192,
@@ -102,7 +102,13 @@ _GEMMA3_DEFAULTS = {
     "tie_word_embeddings": True,
     "hidden_activation": "gelu_pytorch_tanh",
 }
-_DEFAULTS = {"gemma": _GEMMA_DEFAULTS, "gemma2": _GEMMA2_DEFAULTS, "gemma3": _GEMMA3_DEFAULTS}
+_DEFAULTS = {
+    "gemma": _GEMMA_DEFAULTS,
+    "gemma2": _GEMMA2_DEFAULTS,
+    "gemma3": _GEMMA3_DEFAULTS,
+    "minicpm": {"tie_word_embeddings": True},
+    "smollm3": {"tie_word_embeddings": True, "rope_theta": 2e6},
+}
 # May have biases on q, k, v and output (those of qwen2 on q, k and v are not a choice).
 _ATTENTION_BIAS = ("llama", "qwen3", "gemma3", "granite", "minicpm", "smollm3")
 GLOBAL_EVERY = {"gemma2": 2, "gemma3": 6}

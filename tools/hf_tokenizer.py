@@ -155,7 +155,7 @@ def _pre_tokenizer(path: Path, tokenizer: dict[str, Any]) -> str:
                 return name
     raise CheckpointError(
         f"{path}: pre-tokenizer {kinds} with normalizers {normalizers} is none "
-        f"of the known ones (gpt-2, smollm, llama-bpe, gpt-4o, qwen2)"
+        f"of the known ones (gpt-2, smollm, llama-bpe, smaug-bpe, gpt-4o, qwen2)"
     )
 
 

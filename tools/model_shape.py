@@ -2,7 +2,8 @@
 
 `ModelShape` is plain data; `tensor_specs` and `architecture_fields` derive from it what
 llama.cpp's own converter would write for that architecture (`opt`, which llama.cpp lacks, follows
-its habits). The maker of synthetic models and the converter share them.
+its habits), and the activation, which it leaves out. The maker of synthetic models and the
+converter share them.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class ModelShape:
     final_softcap: float | None = None
     # None: the architecture's own; else "relu", "drelu" (on gate and up) or "fatrelu:T" (0 up to T)
     activation: str | None = None
-    # granite's factors: of embeddings, of what layers add, of scores; the last divides logits
+    # factors of granite and minicpm: of embeddings, of what layers add, of scores; the last divides
+    # logits
     embedding_scale: float | None = None
     residual_scale: float | None = None
     attention_scale: float | None = None

@@ -181,8 +181,9 @@ class Clusters:
             )
         if None not in (self.fingerprint, fingerprint) and self.fingerprint != fingerprint:
             raise ValueError(
-                f"the clusters belong to another model (fingerprint {self.fingerprint:016x}, "
-                f"this one has {fingerprint:016x}); build them with this model"
+                f"the clusters belong to another model or activation (fingerprint "
+                f"{self.fingerprint:016x}, this one has {fingerprint:016x}); build "
+                "them with this model"
             )
 
     @property

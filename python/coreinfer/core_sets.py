@@ -163,8 +163,9 @@ class CoreSet:
             )
         if None not in (self.fingerprint, fingerprint) and self.fingerprint != fingerprint:
             raise ValueError(
-                f"the core set belongs to another model (fingerprint {self.fingerprint:016x}, "
-                f"this one has {fingerprint:016x}); make one with this model"
+                f"the core set belongs to another model or activation (fingerprint "
+                f"{self.fingerprint:016x}, this one has {fingerprint:016x}); make "
+                "one with this model"
             )
 
     def for_any_model(self) -> CoreSet:
