@@ -24,8 +24,8 @@ namespace coreinfer {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-// How long a thread that has nothing to do burns its core before it sleeps (or, at a barrier,
-// yields): longer than the gaps between the jobs of one decode step, short against a token.
+// How long a thread that has nothing to do burns its core before it gives way or sleeps: longer
+// than the gaps between the jobs of one decode step, short against a token.
 constexpr int64_t kSpinNs = 50'000;
 // How long a worker then goes on looking for a job, giving way to others between two looks: longer
 // than sampling a token takes. To be woken takes a worker tens of microseconds, a small model's
@@ -107,9 +107,10 @@ struct ThreadPool::State {
       if (!spin(spin_ns, new_job) && !poll(look_ns, std::this_thread::yield, new_job)) {
         while (!new_job()) door.wait(now, std::memory_order_acquire);
       }
-      if (stop.load(std::memory_order_acquire)) return;
       while (!(now & kClosed) && !door.compare_exchange_weak(now, now + 1)) {
       }
+      // Behind the door, not before it: join() opens it once more, when there is no job.
+      if (stop.load(std::memory_order_acquire)) return;
       seen = now / kJob;
       if (now & kClosed) continue;
       Context context(pool, thread, n_threads);

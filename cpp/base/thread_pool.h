@@ -1,7 +1,7 @@
 // The one owner of threads. run() executes a function on every thread of the pool (the caller is
 // thread 0) and returns when all are done; inside, barrier() separates phases and next() hands out
 // chunks of work. share() does not wait for threads that are not there. Kernels know nothing of it.
-// Workers spin briefly between jobs, then sleep.
+// Between jobs workers spin briefly, then look while they give way, then sleep.
 #pragma once
 
 #include <cstdint>
@@ -47,8 +47,9 @@ class ThreadPool {
   // barrier() must not throw between barriers.
   void run(const std::function<void(Context&)>& job);
 
-  // The same on the threads that come while there is work: one whose core another program has taken
-  // is not waited for. For jobs whose work is claimed with next() alone, without barrier().
+  // The same on the threads that come while there is work: one that cannot, since another program
+  // has taken its core, is not waited for. For jobs whose work is claimed with next() alone,
+  // without barrier().
   void share(const std::function<void(Context&)>& job);
 
   // Threads that make sense on this machine: the cores that this process may use.

@@ -113,6 +113,11 @@ int main() {
     }
   });
   check(wrong == 0, "a wrong sum in pools side by side", 2);
+  // Whoever comes late to the last job of a pool comes to no job.
+  for (int i = 0; i < 300; ++i) {
+    ThreadPool pool(16);
+    check(shared_sum_of_squares(pool) == kSum, "a wrong sum of a pool that goes at once", 16);
+  }
   if (failures == 0) std::printf("the thread pool is right\n");
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }
