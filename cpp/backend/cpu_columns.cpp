@@ -111,7 +111,7 @@ void multiply_columns(Isa isa, ThreadPool& pool, ColumnScratch& scratch, Rows x,
   const size_t list_bytes = NonZeros::bytes(x.width);
   scratch.nonzeros.ensure(static_cast<size_t>(own ? n_threads : x.n) * list_bytes);
   scratch.sums.ensure(static_cast<size_t>(n_threads * kUnitRows) * sizeof(float));
-  pool.run([&](ThreadPool::Context& context) {
+  const auto on_thread = [&](ThreadPool::Context& context) {
     const auto list = [&](int64_t i) {
       return scratch.nonzeros.as<std::byte>() + static_cast<size_t>(i) * list_bytes;
     };
@@ -141,7 +141,12 @@ void multiply_columns(Isa isa, ThreadPool& pool, ColumnScratch& scratch, Rows x,
         }
       }
     }
-  });
+  };
+  if (own) {
+    pool.share(on_thread);
+  } else {
+    pool.run(on_thread);
+  }
 }
 
 }  // namespace coreinfer
