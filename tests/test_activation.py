@@ -113,7 +113,7 @@ def test_unknown_activations_are_refused_with_the_known_ones(lost, name):
         (
             "llama",
             {"hidden_activation": "fatrelu", "hidden_activation_threshold": -0.5},
-            'hidden_activation is "fatrelu:-0.5"',
+            "hidden_activation_threshold is -0.5",
         ),
         ("opt", {"hidden_activation": "drelu"}, "only where there is a gate"),
     ],

@@ -138,7 +138,8 @@ void Session::load_state(std::span<const std::byte> state) {
     if (r.value<char>() != expected) Reader::damaged("it is not a state of this version");
   }
   if (r.value<uint64_t>() != engine_->fingerprint()) {
-    throw_error(ErrorKind::kValue, "the saved state is of another model, or another activation, than %s",
+    throw_error(ErrorKind::kValue,
+                "the saved state is of another model, or another activation, than %s",
                 engine_->file().path().c_str());
   }
   const auto type_k = r.value<KvType>();

@@ -44,7 +44,7 @@ PassingCompact::PassingCompact(Backend& backend, const ModelWeights& weights,
       sizes_(core_sizes(share, static_cast<int64_t>(weights.layers.size()), counts.n_ff())) {
   // A backend may put tables of the picked neurons beside the weights.
   const int64_t picked = std::accumulate(sizes_.begin(), sizes_.end(), int64_t{0});
-  const auto tables = static_cast<size_t>(16 * picked) + sizes_.size() * kTablesOfALayer;
+  const auto tables = static_cast<size_t>(20 * picked) + sizes_.size() * kTablesOfALayer;
   room_.buffer = backend.allocate(static_cast<int64_t>((room_bytes + tables) / sizeof(float)));
   set_.n_ff = counts.n_ff();
 }

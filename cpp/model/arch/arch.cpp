@@ -77,7 +77,14 @@ void read_activation(const GgufFile& file, ModelConfig& config) {
   const std::string threshold = key + "_threshold";
   const Metadata& metadata = file.metadata();
   std::optional<std::string> name = metadata.maybe_string(key);
-  if (name == "fatrelu") name = format_string("fatrelu:%.9g", metadata.f32(threshold));
+  if (name == "fatrelu") {
+    const float above = metadata.f32(threshold);
+    if (!std::isfinite(above) || above < 0.0f) {
+      throw_error(ErrorKind::kGguf, "%s: %s is %g, expected a finite number of at least 0",
+                  file.path().c_str(), threshold.c_str(), above);
+    }
+    name = format_string("fatrelu:%.9g", above);
+  }
   if (!name) return;
   const std::optional<Activation> activation = activation_named(*name);
   if (!activation || (activation->both && !config.gated)) {
