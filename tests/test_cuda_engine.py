@@ -18,25 +18,12 @@ from coreinfer.bench import binary_path
 from cuda_host.build import cublas_library, interleaved_library
 from cuda_host.target import HAS_DEVICE, target  # noqa: F401  (a fixture)
 from make_synthetic_model import make_tiny_model
+from model_shape import ARCHITECTURES
 from reference import neurons as oracle
 from reference.model import ReferenceModel
 from reference.quant import kl_divergence, log_softmax
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "transformers_logits.npz")
-ARCHITECTURES = [
-    "llama",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3",
-    "phi3",
-    "granite",
-    "minicpm",
-    "smollm3",
-    "olmo2",
-    "opt",
-]
 
 
 def tokens_of(n: int, n_vocab: int, seed: int = 0) -> np.ndarray:

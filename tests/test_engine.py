@@ -16,26 +16,12 @@ import make_synthetic_model
 from coreinfer import _core
 from coreinfer._core import testing
 from make_synthetic_model import make_tiny_model
-from model_shape import TensorSpec, tensor_specs
+from model_shape import ARCHITECTURES, TensorSpec, tensor_specs
 from reference import neurons as oracle
 from reference.model import Forward, ReferenceModel
 from reference.quant import kl_divergence, log_softmax
 
 ISAS = testing.available_isas()
-ARCHITECTURES = [
-    "llama",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3",
-    "phi3",
-    "granite",
-    "minicpm",
-    "smollm3",
-    "olmo2",
-    "opt",
-]
 STATISTICS = ["count", "count_gate", "count_abs", "flock"]
 DTYPES = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
 GOLDEN = np.load(Path(__file__).parent / "golden" / "transformers_logits.npz")

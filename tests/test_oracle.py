@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from make_synthetic_model import make_tiny_model
+from model_shape import ARCHITECTURES
 from reference import neurons, quant
 from reference.model import KvCache, ReferenceModel, gelu_tanh, silu
 
@@ -239,23 +240,7 @@ def test_forward_equals_transformers(case, tmp_path):
     np.testing.assert_allclose(result.h[:, at], GOLDEN[f"{case}.h"], rtol=0, atol=tolerance)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        "llama",
-        "qwen2",
-        "qwen3",
-        "gemma",
-        "gemma2",
-        "gemma3",
-        "phi3",
-        "granite",
-        "minicpm",
-        "smollm3",
-        "olmo2",
-        "opt",
-    ],
-)
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def model(request, tmp_path_factory) -> ReferenceModel:
     path = tmp_path_factory.mktemp("tiny") / "m.gguf"
     make_tiny_model(path, request.param)
