@@ -77,11 +77,11 @@ std::unique_ptr<Backend> make_backend(const EngineOptions& options, const GgufFi
 // The activation of that name; nothing where it is the configuration's own, or the name is empty.
 std::optional<Activation> other_activation(const ModelConfig& config, const std::string& name) {
   if (name.empty()) return std::nullopt;
-  const std::optional<Activation> activation = activation_named(name);
-  if (!activation || (activation->both && !config.gated)) {
-    throw_error(ErrorKind::kValue, "activation is '%s', expected one of %s%s", name.c_str(),
-                activation_names().c_str(),
-                activation ? ", and drelu only where there is a gate" : "");
+  std::string expected;
+  const std::optional<Activation> activation = activation_for(name, config.gated, &expected);
+  if (!activation) {
+    throw_error(ErrorKind::kValue, "activation is '%s', expected one of %s", name.c_str(),
+                expected.c_str());
   }
   if (*activation == config.activation) return std::nullopt;
   return activation;

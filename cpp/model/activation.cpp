@@ -49,6 +49,13 @@ std::string activation_name(const Activation& a) {
   return "";
 }
 
-std::string activation_names() { return "silu, gelu_tanh, relu, drelu, fatrelu:THRESHOLD"; }
+std::optional<Activation> activation_for(const std::string& text, bool gated,
+                                         std::string* expected) {
+  const std::optional<Activation> activation = activation_named(text);
+  if (activation && (gated || !activation->both)) return activation;
+  *expected = "silu, gelu_tanh, relu, drelu, fatrelu:THRESHOLD";
+  if (activation) *expected += ", and drelu only where there is a gate";
+  return std::nullopt;
+}
 
 }  // namespace coreinfer

@@ -14,7 +14,9 @@ namespace coreinfer {
 std::optional<Activation> activation_named(const std::string& text);
 // The name that gives it back.
 std::string activation_name(const Activation& activation);
-// "silu, gelu_tanh, ...", for messages.
-std::string activation_names();
+// The same for a network with or without a gate, which not every activation suits. Where there is
+// none, `expected` gets what could have been named: "silu, gelu_tanh, ...".
+std::optional<Activation> activation_for(const std::string& text, bool gated,
+                                         std::string* expected);
 
 }  // namespace coreinfer

@@ -86,12 +86,11 @@ void read_activation(const GgufFile& file, ModelConfig& config) {
     name = format_string("fatrelu:%.9g", above);
   }
   if (!name) return;
-  const std::optional<Activation> activation = activation_named(*name);
-  if (!activation || (activation->both && !config.gated)) {
-    throw_error(ErrorKind::kGguf, "%s: %s is \"%s\", which is not supported; expected one of %s%s",
-                file.path().c_str(), key.c_str(), printable(*name).c_str(),
-                activation_names().c_str(),
-                activation ? ", and drelu only where there is a gate" : "");
+  std::string expected;
+  const std::optional<Activation> activation = activation_for(*name, config.gated, &expected);
+  if (!activation) {
+    throw_error(ErrorKind::kGguf, "%s: %s is \"%s\", which is not supported; expected one of %s",
+                file.path().c_str(), key.c_str(), printable(*name).c_str(), expected.c_str());
   }
   config.activation = *activation;
 }
