@@ -7,7 +7,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
-#include <cstring>
+#include "kernels/amx_tiles.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
@@ -75,19 +75,6 @@ void pair_rows(const T* b, int64_t ldb, int64_t depth, int64_t cols, uint16_t* h
     }
   }
 }
-
-// Eight tiles of 16 rows of 64 bytes.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-static_assert(sizeof(TileConfig) == 64);
-
-// The intrinsics do not tell GCC 12 what memory they read.
-inline void compiler_barrier() { asm volatile("" ::: "memory"); }
 
 // The sums of 32 (or 16) rows and 32 columns: c (+)= a (rows, depth) * b (depth, columns).
 template <bool kTwo, bool kParts>
@@ -159,9 +146,7 @@ inline void multiply_rows(const Bf16Rows& a, const Bf16Rows& b, float* c, int64_
 
 void multiply(Bf16Rows a, Bf16Rows b, float* c, int64_t ldc, int64_t rows, int64_t depth,
               int64_t cols, bool accumulate) {
-  const TileConfig config;
-  compiler_barrier();
-  asm volatile("ldtilecfg %0" ::"m"(config));
+  configure_tiles();
   if (a.low) {
     multiply_rows<true>(a, b, c, ldc, rows, depth, cols, accumulate);
   } else {

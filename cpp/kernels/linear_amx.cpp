@@ -9,6 +9,7 @@
 
 #include <cstring>
 
+#include "kernels/amx_tiles.h"
 #include "kernels/linear_types.h"
 #include "tensor/blocks.h"
 
@@ -146,25 +147,7 @@ void columns(const std::byte* first, size_t stride, int64_t begin, int64_t end, 
 
 // ---- Tiles: 0 to 3 are sums, 4 and 5 tokens, 6 and 7 weights ------------------------------------
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-static_assert(sizeof(TileConfig) == 64);
-
-// GCC 12 believes that only the first bytes of a configuration are read, and that tile loads read
-// no memory; without the barriers it drops or moves the stores before them.
-inline void compiler_barrier() { asm volatile("" ::: "memory"); }
-
-void begin() {
-  const TileConfig config;
-  compiler_barrier();
-  asm volatile("ldtilecfg %0" ::"m"(config));
-}
-
+void begin() { configure_tiles(); }
 void end() { _tile_release(); }
 
 template <bool kTwoTokens, bool kTwoPanels>
