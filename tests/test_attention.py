@@ -216,6 +216,29 @@ def test_every_length_around_block_edges(isa, n):
         assert_attention(case.run(isa, [n - 1, 1], kv="f32"), whole)
 
 
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("n", [17, 31, 33, 64, 128, 513])
+def test_large_batches_begin_and_end_anywhere(isa, n, window, group):
+    case = Case(n, n_head=2 * group, n_head_kv=2, window=window)
+    expected = case.expected()
+    for chunks in [n], [n // 2, n - n // 2], [1, n - 1]:
+        out = case.run(isa, chunks, f32_activations=False)
+        assert_rounded_attention(out, case, expected, "f16")
+
+
+@pytest.mark.parametrize("f32_activations", [False, True])
+@pytest.mark.parametrize("kv", ["f32", "f16"])
+@pytest.mark.parametrize("n", [20, 90])
+def test_what_a_longer_text_left_in_the_cache_is_not_seen(isa, n, kv, f32_activations):
+    longer, case = Case(128, seed=1), Case(n, seed=2)
+    fresh = case.run(isa, kv=kv, f32_activations=f32_activations)
+    longer.k[:], longer.v[:] = np.nan, np.inf
+    longer.run(isa, kv=kv)
+    again = case.run(isa, kv=kv, f32_activations=f32_activations, cache=longer.cache)
+    np.testing.assert_array_equal(again, fresh)
+
+
 @pytest.mark.parametrize("window", [0, 3, 64, 300])
 @pytest.mark.parametrize("kv", ["f32", "f16", "q8_0"])
 def test_bits_of_few_rows_do_not_depend_on_chunks_or_threads(isa, kv, window):

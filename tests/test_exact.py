@@ -235,12 +235,14 @@ def test_refresh_reads_the_answer_again_dense(tmp_path):
     assert llm._session.n_dense == len(prompt) + 24
 
 
+# Here and in the measured refresh the same tokens come in one large batch and in few rows: only in
+# float32 do both round alike on every instruction set.
 @pytest.mark.parametrize("patch", [False, 8])
 def test_an_answer_may_begin_dense_and_choose_by_its_beginning(tmp_path, patch):
     path = tmp_path / "tiny.gguf"
     make_tiny_model(path, "llama", "Q8_0")
     core = CoreConfig(beta=0.3, start=12, patch=patch)
-    with Llama(str(path), core=core, verbose=False) as llm:
+    with Llama(str(path), core=core, f32_activations=True, verbose=False) as llm:
         prompt = llm.prompt_ids("ab" * 20)
         chosen, taken = [], []
         for token in itertools.islice(llm.generate(prompt, temp=0), 20):
@@ -293,7 +295,7 @@ def test_measured_refresh_is_what_a_generation_does(tmp_path):
     path = tmp_path / "tiny.gguf"
     make_tiny_model(path, "llama", "Q8_0")
     core = CoreConfig(beta=0.3, refresh=8, patch=False)
-    with Llama(str(path), core=core, verbose=False) as llm:
+    with Llama(str(path), core=core, f32_activations=True, verbose=False) as llm:
         prompt = llm.prompt_ids("ab" * 20)
         taken = np.array(list(itertools.islice(llm.generate(prompt, temp=0), 25)), np.int32)
         llm.core = replace(core, refresh=None)

@@ -132,6 +132,19 @@ def test_product_equals_numpy_for_every_short_number_of_rows(isa, type_name):
             check_product(y, x, w, type_name, isa, False)
 
 
+@pytest.mark.parametrize("f32", [False, True], ids=["fast", "f32"])
+@pytest.mark.parametrize("type_name", FAMILIES)
+def test_product_equals_numpy_for_several_blocks_of_tokens(isa, type_name, f32):
+    rows, cols = 83, 300 if type_name in PLAIN_TYPES else 512
+    data, w = matrix(type_name, rows, cols)
+    backend = testing.TestBackend(isa, f32, 2)
+    weight = backend.load(type_name, data, rows, cols)
+    for n in (129, 513):  # a token more than a block has, of 8-bit or float and of bf16 products
+        x = activations(n, cols)
+        (y,) = backend.linear(x, [weight])
+        check_product(y, x, w, type_name, isa, f32)
+
+
 @pytest.mark.parametrize("zeros", [False, True], ids=["by rows", "by columns"])
 @pytest.mark.parametrize("type_name", PLAIN_TYPES)
 def test_product_equals_numpy_for_every_short_input(isa, type_name, zeros):
