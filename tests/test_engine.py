@@ -163,6 +163,24 @@ def test_fast_activations_stay_close_to_the_oracle(models, reference_forward, fo
     assert kl_divergence(expected[29:], got).mean() < 0.015
 
 
+@pytest.mark.parametrize("dtype", ["F16", "Q8_0"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_fast_large_batches_of_every_architecture_stay_close_to_the_oracle(
+    models, reference_forward, forced_isa, arch, dtype
+):
+    """What rounds in large batches alone: products and attention in bf16, in heads that fit it."""
+    overrides = {"head_dim": 64} if arch == "phi3" else {"head_dim": 32}
+    path = models(arch, dtype, **overrides)
+    tokens = tokens_of(70, 320)
+    expected = reference_forward(path, tokens).logits[-1]
+    engine = engine_on(forced_isa, path)
+    for n_batch in (512, 33):
+        session = _core.Session(engine, n_batch=n_batch)
+        session.prefill(tokens)
+        # Rounding moves single logits by up to a fifth of their spread in these models.
+        np.testing.assert_allclose(session.logits(), expected, atol=0.3 * expected.std())
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_rope_and_head_variants(models, arch):
     variants = {
