@@ -96,7 +96,7 @@ def test_unknown_instruction_set_is_refused_with_the_valid_ones(models, monkeypa
     )
 
 
-@pytest.mark.parametrize("name", ["avx2", "avx512", "amx", "neon"])
+@pytest.mark.parametrize("name", ["avx2", "avx512", "avx512_bf16", "amx", "neon"])
 def test_instruction_set_of_another_machine_is_refused(models, monkeypatch, name):
     if name in ISAS:
         pytest.skip(f"{name} can run here")

@@ -94,7 +94,7 @@ size_t Product::add(const Weight* weight) {
     throw_error(ErrorKind::kState, "a matrix of %lld columns times rows of %lld elements",
                 static_cast<long long>(w.cols()), static_cast<long long>(x_.width));
   }
-  if (w.packed() && !w.columns()->dense) bf16_ = nullptr;
+  if (bf16_ != nullptr && w.packed() && !(bf16_->packed && w.columns()->dense)) bf16_ = nullptr;
   size_t i = 0;
   while (i < n_inputs_ && !inputs_[i].serves(w, !f32_)) ++i;
   if (i == n_inputs_) {

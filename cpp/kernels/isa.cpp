@@ -16,12 +16,14 @@
 namespace coreinfer {
 namespace {
 
-constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAmx, Isa::kNeon};
+constexpr Isa kAllIsas[] = {Isa::kScalar,     Isa::kAvx2, Isa::kAvx512,
+                            Isa::kAvx512Bf16, Isa::kAmx,  Isa::kNeon};
 
 struct Features {
   bool avx2 = false;
   bool avx512 = false;
   bool avx512_vbmi = false;
+  bool avx512_bf16 = false;
   bool amx = false;
   bool neon = false;
   bool amd = false;
@@ -72,10 +74,10 @@ Features detect() {
              bit(b7, 31) && bit(c7, 11);
   f.avx512_vbmi = f.avx512 && bit(c7, 1);
   uint32_t a71, b71, c71, d71;
-  const bool bf16 = __get_cpuid_count(7, 1, &a71, &b71, &c71, &d71) && bit(a71, 5);
+  f.avx512_bf16 = f.avx512 && __get_cpuid_count(7, 1, &a71, &b71, &c71, &d71) && bit(a71, 5);
   const bool tiles = kTilesEmulated || ((saved & kTiles) == kTiles && bit(d7, 22) && bit(d7, 24) &&
                                         request_amx_permission());
-  f.amx = f.avx512 && bf16 && tiles;
+  f.amx = f.avx512_bf16 && tiles;
   return f;
 }
 
@@ -115,6 +117,8 @@ bool runs(Isa isa) {
       return features().avx2;
     case Isa::kAvx512:
       return features().avx512;
+    case Isa::kAvx512Bf16:
+      return features().avx512_bf16;
     case Isa::kAmx:
       return features().amx;
     case Isa::kNeon:
@@ -133,6 +137,8 @@ std::string_view isa_name(Isa isa) {
       return "avx2";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
     case Isa::kAmx:
       return "amx";
     case Isa::kNeon:

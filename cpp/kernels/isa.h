@@ -10,15 +10,21 @@
 namespace coreinfer {
 
 enum class Isa {
-  kScalar,  // plain C++; the reference for all others
-  kAvx2,    // AVX2, FMA, F16C
-  kAvx512,  // AVX-512 F, BW, VL, DQ, VNNI
-  kAmx,     // kAvx512, its bf16 conversions, and AMX tiles with bf16
-  kNeon,    // AArch64 with the dot-product instructions
+  kScalar,      // plain C++; the reference for all others
+  kAvx2,        // AVX2, FMA, F16C
+  kAvx512,      // AVX-512 F, BW, VL, DQ, VNNI
+  kAvx512Bf16,  // kAvx512 and products of bf16 pairs
+  kAmx,         // kAvx512Bf16 and AMX tiles with bf16
+  kNeon,        // AArch64 with the dot-product instructions
 };
 
-// "scalar", "avx2", "avx512", "amx", "neon": what COREINFER_ISA accepts.
+// "scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon": what COREINFER_ISA accepts.
 std::string_view isa_name(Isa isa);
+
+// Whether the set holds kAvx512.
+constexpr bool has_avx512(Isa isa) {
+  return isa == Isa::kAvx512 || isa == Isa::kAvx512Bf16 || isa == Isa::kAmx;
+}
 
 // Everything that this process can run, plainest first; kScalar is always there.
 const std::vector<Isa>& available_isas();

@@ -6,7 +6,7 @@
 // are exact integers, groups are added in packed order by one fused multiply-add each. Float: the
 // weights as float32 values, one fused multiply-add a column in packed order. Both orders are
 // fixed, so that the bits of a result depend neither on the number of tokens nor, for these
-// kernels, on the instruction set. (AMX has a third family, for many tokens only.)
+// kernels, on the instruction set. (A third family, linear_bf16.h, is for many tokens only.)
 #pragma once
 
 #include <cstddef>

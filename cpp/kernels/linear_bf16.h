@@ -1,7 +1,8 @@
-// The third family of matrix kernels, for many tokens at once where the CPU multiplies bf16 tiles
-// (AMX). Weights of 16 outputs are unpacked into a panel, activations are rounded once into tiles;
-// both keep 8 significant bits, sums are float32. A row's bits may differ from those of the other
-// families, so this one serves only more than 16 tokens. Dense matrices only.
+// The third family of matrix kernels, for many tokens at once where the CPU multiplies bf16: pairs
+// (AVX-512 BF16) or tiles of them (AMX). Weights of 16 outputs are unpacked into a panel,
+// activations are rounded once into tiles; both keep 8 significant bits, sums are float32. A row's
+// bits may differ from those of the other families, so this one serves only more than 16 tokens.
+// Dense matrices only.
 //
 // Panel: [column / 2][16 outputs][2], columns rounded up to whole tiles of 32 with zeros.
 // Tokens: [token / 16][column / 32][16 tokens][32 columns].
@@ -39,6 +40,9 @@ struct Bf16Kernels {
                              uint16_t* panel);
   ColumnsFn (*columns)(DType type);
 
+  // Whether packed matrices are faster so than by the integer family.
+  bool packed;
+
   // For each of n_panels (1 or 2) panels of n_tiles tiles of columns:
   // sums[p][token * 16 + output] += panel[p] * tokens, or = where `first`. Token tile i starts at
   // tokens + i * token_stride; sums hold whole token tiles.
@@ -53,5 +57,11 @@ struct Bf16Kernels {
 
 // nullptr where the instruction set has no such kernels.
 const Bf16Kernels* bf16_kernels(Isa isa);
+
+#if defined(__x86_64__)
+// The tables, one a file.
+const Bf16Kernels& bf16_kernels_avx512();
+const Bf16Kernels& bf16_kernels_amx();
+#endif
 
 }  // namespace coreinfer

@@ -19,12 +19,13 @@ static_assert(std::endian::native == std::endian::little);
 #include "kernels/packed_strip.inc"
 
 // Whether strips are packed by plan_strip's plans.
-bool by_plan(Isa isa) { return (isa == Isa::kAmx || isa == Isa::kAvx512) && has_avx512_vbmi(); }
+bool by_plan(Isa isa) { return has_avx512(isa) && has_avx512_vbmi(); }
 
 PackStripFn find_pack_strip(Isa isa, DType type) {
   if (by_plan(isa)) return pack_strip_avx512(type);
   switch (isa) {
     case Isa::kAmx:
+    case Isa::kAvx512Bf16:
     case Isa::kAvx512:
     case Isa::kAvx2:
       return pack_strip_avx2(type);

@@ -15,8 +15,8 @@ VectorTables make_tables(Isa isa) {
   VectorTables t;
   kernels::use_scalar(t);
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx2 || isa == Isa::kAvx512 || isa == Isa::kAmx) kernels::use_avx2(t);
-  if (isa == Isa::kAvx512 || isa == Isa::kAmx) kernels::use_avx512(t);
+  if (isa == Isa::kAvx2 || has_avx512(isa)) kernels::use_avx2(t);
+  if (has_avx512(isa)) kernels::use_avx512(t);
   if (isa == Isa::kAmx) kernels::use_amx(t);
 #elif defined(__aarch64__)
   if (isa == Isa::kNeon) kernels::use_neon(t);
@@ -25,9 +25,9 @@ VectorTables make_tables(Isa isa) {
 }
 
 const VectorTables& tables(Isa isa) {
-  static const std::array<VectorTables, 5> all = {
-      make_tables(Isa::kScalar), make_tables(Isa::kAvx2), make_tables(Isa::kAvx512),
-      make_tables(Isa::kAmx), make_tables(Isa::kNeon)};
+  static const std::array<VectorTables, 6> all = {
+      make_tables(Isa::kScalar),     make_tables(Isa::kAvx2), make_tables(Isa::kAvx512),
+      make_tables(Isa::kAvx512Bf16), make_tables(Isa::kAmx),  make_tables(Isa::kNeon)};
   return all[static_cast<size_t>(isa)];
 }
 

@@ -556,7 +556,7 @@ class LoadConfig(Checked):
         metavar="NAME",
     )
     f32_activations: bool = parameter(
-        False, "keep activations in float32 instead of 8 bits; slower, for comparisons", "bool"
+        False, "keep activations in float32, not 8 bits or bf16; slower, for comparisons", "bool"
     )
 
     def __post_init__(self) -> None:
