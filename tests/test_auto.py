@@ -119,6 +119,19 @@ def test_a_setting_serves_answers_drawn_at_no_more_than_it_was_measured_with():
     assert Tuning(1, rows).known(CoreConfig(beta=0.2), 100) == 0.3
 
 
+@pytest.mark.parametrize("tuned", [(0.2,), (0.2, 0.3), (0.2, 0.9), ()], ids=str)
+def test_exact_drafts_need_no_more_neurons_than_some_setting_that_memory_is_planned_for(tuned):
+    tuning = Tuning(1, tuple(row(beta, 64, 0.03, choosing=4.0) for beta in tuned))
+    auto = Auto(CoreConfig(mode="auto", max_drafts=3), tuning, ffn_resident=True)
+    planned = max(setting.share for setting in auto.settings)
+    assert planned == max(tuned, default=CoreConfig.beta)
+    for n_answer, temperature, n_tokens in [(None, 0.8, 32), (4, 0.8, 100), (None, 0.9, 100)]:
+        auto.begin(n_answer, temperature)
+        exact = auto.decide(n_tokens, 0, 0.9, never).config
+        assert exact.mode == "exact" and exact.share <= planned
+        assert exact.max_drafts == 3  # as the user said
+
+
 def test_auto_goes_by_the_temperature_of_an_answer(tiny):
     with Llama(str(tiny), verbose=False, core="off") as llm:
         tuned = row(0.4, 8, 0.01, stability=0.0, temperature=0.3)

@@ -118,11 +118,18 @@ class Auto:
         return self._core.in_mode("exact" if self._resident else "stable")
 
     @property
+    def _exact(self) -> CoreConfig:
+        """Drafts take no larger share than a measured setting: memory is planned by those."""
+        exact = replace(self.counting.in_mode("exact"), max_drafts=self._core.max_drafts)
+        shares = [choice.config.share for choices in self._possible for choice in choices]
+        return replace(exact, beta=min(exact.beta, max(shares, default=1.0)))
+
+    @property
     def settings(self) -> list[CoreConfig]:
         """What some text may be decoded with; exact mode is among it if the dense weights stay."""
         if self._resident:
             tuned = [choice.config for choices in self._possible for choice in choices]
-            return [*tuned, self.counting.in_mode("exact")]
+            return [*tuned, self._exact]
         at = [self._fastest(None, temperature) for temperature in self._temperatures()]
         tuned = [choice.config for pair in at for choice in pair if choice is not None]
         return tuned or [self.counting]
@@ -207,8 +214,7 @@ class Auto:
         elif not reasons:
             gains = f" and faster for {self._answer}" if any(self._possible) else ""
             reasons = [f"nothing measured is within {self._allowed}{gains}"]
-        exact = self.counting.in_mode("exact")
-        return Decision(exact, "; ".join(reasons), 0.0, min(again, default=None))
+        return Decision(self._exact, "; ".join(reasons), 0.0, min(again, default=None))
 
     def _without_dense(self, unlike: _Unlike, n_tokens: int) -> Decision:
         """Every dense token would bring in all weights again, so that there is no waiting."""

@@ -395,6 +395,11 @@ class CoreConfig(Checked):
         wanted = " or ".join(f"core={mode!r}" for mode in modes)
         raise ValueError(f"{name} is {value!r}; it needs {wanted}, but core is {self.mode!r}")
 
+    @property
+    def share(self) -> float:
+        """Share of a layer's neurons that decode beside the dense weights, or instead of them."""
+        return {"off": 0.0, "similar": self.gamma}.get(self.mode, self.beta)
+
     def in_mode(self, mode: str) -> CoreConfig:
         """In another mode, with all that both look at."""
         names = _looked_at(mode) & _looked_at(self.mode) - {"mode"}

@@ -344,9 +344,8 @@ class CoreChoice:
         """Of the text in the cache, where its neurons were counted."""
         if not self.counted():
             return None
-        core = self._active
-        beta = core.gamma if core.mode == "similar" else core.beta
-        return session.stability(beta=beta, layers=core.layer_range(self._model.n_layer))
+        layers = self._active.layer_range(self._model.n_layer)
+        return session.stability(beta=self._active.share, layers=layers)
 
     def _share(self, core: CoreConfig) -> dict[str, Any]:
         """How many neurons are chosen by the prompt, as the session's keyword arguments."""

@@ -71,9 +71,7 @@ def _load(
 
 def _core_share(core: CoreConfig | CoreSet) -> float:
     """Share of the FFN weights that decoding will want beside the dense ones."""
-    if isinstance(core, CoreSet):
-        return core.kept
-    return {"off": 0.0, "similar": core.gamma}.get(core.mode, core.beta)
+    return core.kept if isinstance(core, CoreSet) else core.share
 
 
 def _samples(cores: Sequence[CoreConfig | CoreSet]) -> int:
