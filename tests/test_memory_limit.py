@@ -366,7 +366,7 @@ def asked_for(model, monkeypatch, rows: list[Row], **options) -> list[tuple[floa
 
     monkeypatch.setattr(_core, "Engine", engine)
     with pytest.raises(MemoryError):
-        Llama(model, tuning=tuning, memory_limit="1GiB", verbose=False, **options)
+        Llama(model, tuning=tuning, verbose=False, **{"memory_limit": "1GiB", **options})
     return asked
 
 
@@ -391,6 +391,26 @@ def test_auto_s_limit_is_planned_with_what_may_decode(model, tuned, shares, monk
     with_dense, without = asked_for(model, monkeypatch, rows)
     assert with_dense == (shares[0], dense, True)
     assert without == (shares[1], _core.PATCH_SAMPLES, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "attempts"),
+    [
+        ({"n_gpu_layers": 5, "memory_limit": None}, [True]),
+        ({"n_gpu_layers": 5}, [True, False]),
+        ({"n_gpu_layers": 6, "memory_limit": None}, [True, False]),
+        ({"n_gpu_layers": -1, "memory_limit": None}, [True, False]),
+    ],
+    ids=["a part", "a part, host limited", "all by number", "all"],
+)
+def test_a_gpu_that_has_a_part_of_the_layers_is_planned_with_all_that_auto_may_take(
+    model, monkeypatch, options, attempts
+):
+    """All dense weights stay there, so auto may begin dense, whatever else was planned."""
+    rows = [measured(CoreConfig(beta=0.9, start=32)), measured(CoreConfig(beta=0.2))]
+    asked = asked_for(model, monkeypatch, rows, **options)
+    assert [dense for _, _, dense in asked] == attempts
+    assert asked[0][0] == 0.9
 
 
 EXACT_AT_FIRST = """

@@ -6,7 +6,6 @@ limited, and a GPU's always is, what decodes decides how much of it the dense we
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 
 from . import _core
@@ -37,9 +36,21 @@ def load_engine(
         Auto(core, tuning, ffn_resident=resident, clusters=clusters).settings
         for resident in (True, False)
     )
-    with contextlib.suppress(MemoryError):
+    try:
         return _load(file, config, with_dense, dense=True)
+    except MemoryError:
+        if _keeps_all(file, config):
+            raise
     return _load(file, config, without, dense=False)
+
+
+def _keeps_all(file: _core.GgufFile, config: LoadConfig) -> bool:
+    """Whether the dense weights stay whatever the plan: some layers are the GPU's, without a limit.
+
+    A second plan would have less room than auto then asks for.
+    """
+    n_layer = file.metadata[f"{file.metadata['general.architecture']}.block_count"]
+    return config.memory_limit is None and 0 < config.n_gpu_layers < n_layer
 
 
 def _load(
