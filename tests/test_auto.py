@@ -441,8 +441,9 @@ def test_auto_under_a_memory_limit_warns_that_nothing_is_known(tiny, monkeypatch
         core_choice, "Auto", lambda core, tuning, **_: made(core, tuning, ffn_resident=False)
     )
     with Llama(str(tiny), verbose=False) as llm:
-        with pytest.warns(UserWarning, match="not known"):
+        with pytest.warns(UserWarning, match="not known") as caught:
             llm("ab" * 30, max_tokens=4)
+        assert [warning.filename for warning in caught] == [__file__]
         assert llm.core_set is not None
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # once is enough
@@ -459,9 +460,18 @@ def test_auto_under_a_memory_limit_warns_of_what_measured_worse_than_asked(tiny,
     with Llama(str(tiny), verbose=False, core="off") as llm:
         tuning = Tuning(llm.fingerprint, (row(0.4, 8, 0.16),))
     with Llama(str(tiny), verbose=False, tuning=tuning) as llm:
-        with pytest.warns(UserWarning, match="more than the allowed 0.05"):
-            llm("ab" * 30, max_tokens=4)
-        assert llm.decision.kl == 0.16
+        ways = [
+            lambda: llm("ab" * 30, max_tokens=4),
+            lambda: list(llm("ab" * 30, max_tokens=4, stream=True)),
+            lambda: next(llm.generate("ab" * 30)),
+            lambda: llm.score(llm.prompt_ids("ab" * 30), [1]),
+        ]
+        for way in ways:
+            llm.reset()
+            with pytest.warns(UserWarning, match="more than the allowed 0.05") as caught:
+                way()
+            assert [warning.filename for warning in caught] == [__file__]
+            assert llm.decision.kl == 0.16
 
 
 @pytest.fixture(scope="module")
@@ -607,8 +617,9 @@ def test_a_tuning_file_that_may_not_be_read_is_passed_over_with_a_warning(
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr("coreinfer.tuning.open", refused, raising=False)
-    with pytest.warns(UserWarning, match=r"tuning\.json: .* not used: Permission denied"):
+    with pytest.warns(UserWarning, match=r"tuning\.json: .* not used: Permission denied") as caught:
         llm = Llama(str(model), verbose=False)
+    assert [warning.filename for warning in caught] == [__file__]
     with llm:
         llm("ab", max_tokens=1)
         assert llm.decision.config.mode == "exact"

@@ -368,6 +368,15 @@ def test_tokenize_prints_ids_and_tokens(tiny, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["ids"] == ids
 
 
+def test_a_warning_is_one_line_without_a_place_in_the_code(tiny, tmp_path, capsys):
+    path = tmp_path / "nameless.gguf"
+    path.write_bytes(Path(tiny).read_bytes().replace(b"tokenizer.ggml.pre", b"tokenizer.ggml.per"))
+    assert main(["tokenize", str(path), "x"]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("coreinfer: warning: the file names no pre-tokenizer")
+    assert err.count("\n") == 1
+
+
 def test_tokenize_reads_control_tokens_when_asked(tiny, capsys):
     main(["tokenize", tiny, "<|eos|>", "--json", "--special"])
     special = json.loads(capsys.readouterr().out)

@@ -580,8 +580,9 @@ def test_a_vocabulary_without_pre_tokenizer_uses_the_default_and_warns():
     metadata = byte_level("default", DIGITS)
     expected = Tokenizer.from_metadata(metadata).tokenize(" 1234")
     drop("pre")(metadata)
-    with pytest.warns(UserWarning, match="names no pre-tokenizer"):
+    with pytest.warns(UserWarning, match="names no pre-tokenizer") as caught:
         assert Tokenizer.from_metadata(metadata).tokenize(" 1234") == expected
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_numpy_arrays_and_bytes_do_as_lists_and_text():

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import operator
 import re
-import warnings
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
+
+from .warning import warn
 
 PREFIX = "tokenizer.ggml."
 MODELS = ("gpt2", "llama")  # byte-level BPE, and SentencePiece's BPE with scores
@@ -176,10 +177,9 @@ def _text(metadata: Mapping[str, Any], key: str) -> str:
 def _pre(metadata: Mapping[str, Any]) -> str:
     if PREFIX + "pre" in metadata and (name := _text(metadata, "pre")):
         return name
-    warnings.warn(
+    warn(
         f"the file names no pre-tokenizer ({PREFIX}pre); 'default' is used, which may split text "
-        "in other places than the model was trained with",
-        stacklevel=4,
+        "in other places than the model was trained with"
     )
     return "default"
 

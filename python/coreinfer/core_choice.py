@@ -8,7 +8,6 @@ the lookup `ClusterLookup`'s, and what "auto" takes `Auto`'s.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +22,7 @@ from .config import CoreConfig
 from .core_sets import CoreSet
 from .embedders import AnyEmbedder
 from .tuning import Tuning
+from .warning import warn
 
 AnyClusters = str | os.PathLike[str] | Clusters
 
@@ -334,7 +334,7 @@ class CoreChoice:
         )
         self._active = self.decision.config
         if self._exceeds(self.decision) and (before is None or not self._exceeds(before)):
-            warnings.warn(self.decision.reason, stacklevel=5)
+            warn(self.decision.reason)
 
     def _exceeds(self, decision: Decision) -> bool:
         """Whether a text may be further from dense decoding than was asked for."""

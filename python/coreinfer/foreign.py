@@ -8,10 +8,11 @@ different question. Names that neither library knows are a TypeError that sugges
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from .warning import warn
 
 
 @dataclass(frozen=True)
@@ -150,5 +151,4 @@ def check_foreign(
         without_effect.append(name)
     if without_effect:
         names = ", ".join(without_effect)
-        # Of the caller of the method that has these arguments.
-        warnings.warn(f"{where}(): no effect in coreinfer: {names}", UserWarning, stacklevel=3)
+        warn(f"{where}(): no effect in coreinfer: {names}")

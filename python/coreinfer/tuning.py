@@ -12,7 +12,6 @@ import json
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -23,6 +22,7 @@ import numpy as np
 
 from . import sidecar
 from .config import CoreConfig, SamplingConfig
+from .warning import warn
 
 if TYPE_CHECKING:
     from .clusters import Clusters
@@ -315,7 +315,7 @@ def find_tuning(model_path: str | os.PathLike[str], fingerprint: int) -> Tuning 
     try:
         tuning = Tuning.load(path)
     except PermissionError as error:
-        warnings.warn(f"{path}: the tuning file is not used: {error.strerror}", stacklevel=2)
+        warn(f"{path}: the tuning file is not used: {error.strerror}")
         return None
     if tuning.fingerprint != fingerprint:
         raise ValueError(

@@ -11,9 +11,10 @@ import difflib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
-from . import cluster, info, pull, run, tokenize, tune
+from . import cluster, info, options, pull, run, tokenize, tune
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.error("a command is needed: run, tune, cluster, info, tokenize or pull")
     try:
-        status = args.call(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            status = args.call(args)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -80,6 +83,10 @@ def _unrecognized(args: argparse.Namespace, unknown: list[str]) -> str:
     return message
 
 
+def _warn(message: Warning | str, *_: object) -> None:
+    """Without the line of code, which is none of the user's."""
+    options.say(f"coreinfer: warning: {message}")
+
+
 def _complain(message: str) -> None:
-    if sys.stderr is not None:
-        print(f"coreinfer: error: {message}", file=sys.stderr)
+    options.say(f"coreinfer: error: {message}")
