@@ -354,10 +354,14 @@ def test_a_failure_keeps_the_rows_before_it_and_exits_with_1(model, fmt, tmp_pat
     assert [row["model_filename"] for row in parsed(fmt, done.stdout)] == [model]
 
 
-def test_results_that_cannot_be_written_are_a_failure(model):
+@pytest.mark.parametrize(
+    "arguments",
+    ["-m {model} -p 2 -n 0 -r 1 --bandwidth 0", "--help", "--version", "--list-devices"],
+)
+def test_results_that_cannot_be_written_are_a_failure(model, arguments):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [str(binary_path()), "-m", model, "-p", "2", "-n", "0", "-r", "1", "--bandwidth", "0"],
+            [str(binary_path()), *arguments.format(model=model).split()],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,

@@ -425,6 +425,17 @@ def test_closed_streams_are_one_line_on_stderr(tiny, redirection, arguments, mes
     assert message in done.stderr and done.stderr.count(b"\n") == 1
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", ["--help", "run --help", "--version", "info {model}"])
+def test_a_full_disk_is_one_line_on_stderr_and_an_error(tiny, arguments, unbuffered):
+    argv = [sys.executable, "-m", "coreinfer", *arguments.format(model=tiny).split()]
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, env=env, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == b"coreinfer: error: [Errno 28] No space left on device\n"
+
+
 def test_a_closed_stderr_costs_nothing_but_the_summary(tiny):
     line = f"{sys.executable} -m coreinfer run {tiny} -p x -n 1 --json 2>&-"
     done = subprocess.run(line, shell=True, stdout=subprocess.PIPE, timeout=60)

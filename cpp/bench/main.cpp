@@ -87,26 +87,26 @@ void run(const BenchParams& params) {
   all([](Printer& p) { p.footer(); });
 }
 
-int act(const BenchParams& params) {
+void act(const BenchParams& params) {
   switch (params.action) {
     case Action::kHelp:
       std::fputs(usage().c_str(), stdout);
-      return 0;
+      break;
     case Action::kVersion: {
       const BuildInfo build = build_info();
       std::printf("coreinfer-bench %s (commit %s, build %lld)\n", build.version, build.commit,
                   static_cast<long long>(build.number));
-      return 0;
+      break;
     }
     case Action::kListDevices:
       std::puts("Available devices:");
       for (const std::string& device : devices()) std::printf("  %s\n", device.c_str());
-      return 0;
+      break;
     case Action::kRun:
       run(params);
-      return 0;
+      break;
   }
-  return 1;
+  flush_results(stdout);
 }
 
 }  // namespace
@@ -115,7 +115,8 @@ int act(const BenchParams& params) {
 int main(int argc, char** argv) {
   std::setlocale(LC_NUMERIC, "C");  // a decimal point whatever the user's locale
   try {
-    return coreinfer::bench::act(coreinfer::bench::parse_params(argc, argv));
+    coreinfer::bench::act(coreinfer::bench::parse_params(argc, argv));
+    return 0;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "coreinfer-bench: error: %s\n", error.what());
     return 1;

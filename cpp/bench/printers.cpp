@@ -151,10 +151,10 @@ class SqlPrinter final : public Printer {
 
 }  // namespace
 
-void Printer::flush() {
-  if (std::fflush(out_) != 0 || std::ferror(out_) != 0) {
+void flush_results(std::FILE* out) {
+  if (std::fflush(out) != 0 || std::ferror(out) != 0) {
     throw_error(ErrorKind::kIo, "the results could not be written to %s",
-                out_ == stdout ? "stdout" : "stderr");
+                out == stdout ? "stdout" : "stderr");
   }
 }
 

@@ -12,6 +12,9 @@
 
 namespace coreinfer::bench {
 
+// Throws kIo when stdout or stderr did not take what was written.
+void flush_results(std::FILE* out);
+
 class Printer {
  public:
   explicit Printer(std::FILE* out) : out_(out) {}
@@ -19,8 +22,7 @@ class Printer {
   virtual void header() {}
   virtual void row(const Row& row) = 0;
   virtual void footer() {}
-  // Throws kIo when the stream did not take what was written.
-  void flush();
+  void flush() { flush_results(out_); }
 
  protected:
   void put(const std::string& text) { std::fwrite(text.data(), 1, text.size(), out_); }

@@ -13,12 +13,19 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 from . import cluster, info, options, pull, run, tokenize, tune
 
 
+class _Parser(argparse.ArgumentParser):
+    def print_help(self, file: TextIO | None = None) -> None:
+        """As any result: argparse itself would not say that it could not be written."""
+        (file or sys.stdout).write(self.format_help())
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="coreinfer",
         allow_abbrev=False,
         description="Run GGUF models, dense or with the neurons a prompt activates most.",
@@ -32,13 +39,34 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = _parser()
     if sys.stdout is None:
         _complain("stdout is closed; there is nowhere to write the answer to")
         return 1
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that cannot show a character gets its escape instead of losing the answer.
         sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _warn
+                return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        if sys.stderr is not None:
+            print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        _drop_stdout()
+        return 141
+    except (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError, ImportError) as error:
+        _complain(str(error) or type(error).__name__)
+        _drop_stdout()
+        return 1
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = _parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         getattr(args, "parser", parser).error(_unrecognized(args, unknown))
@@ -49,23 +77,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.command is None:
         parser.error("a command is needed: run, tune, cluster, info, tokenize or pull")
+    return args.call(args)
+
+
+def _drop_stdout() -> None:
+    """Where what is left cannot be written, Python would try again at exit, and complain."""
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _warn
-            status = args.call(args)
         sys.stdout.flush()
-        return status
-    except KeyboardInterrupt:
-        if sys.stderr is not None:
-            print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # Nobody reads any more; stop Python from flushing into the closed pipe at exit.
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError, ImportError) as error:
-        _complain(str(error) or type(error).__name__)
-        return 1
 
 
 def _unrecognized(args: argparse.Namespace, unknown: list[str]) -> str:
