@@ -616,7 +616,7 @@ def test_a_tuning_file_that_may_not_be_read_is_passed_over_with_a_warning(
     def refused(*_):  # tests may run as root, whom no mode refuses
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr("coreinfer.tuning.open", refused, raising=False)
+    monkeypatch.setattr("coreinfer.sidecar.open", refused, raising=False)
     with pytest.warns(UserWarning, match=r"tuning\.json: .* not used: Permission denied") as caught:
         llm = Llama(str(model), verbose=False)
     assert [warning.filename for warning in caught] == [__file__]

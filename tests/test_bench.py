@@ -480,6 +480,12 @@ def test_a_bad_token_file_is_an_error(model, tmp_path, text, message):
     assert done.returncode == 1 and message in done.stderr
 
 
+def test_a_folder_is_no_token_file(model, tmp_path):
+    done = bench("-m", model, "-p", 4, "-n", 0, "--bandwidth", 0, "--tokens", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"cannot read the token file {tmp_path}: it is a folder\n")
+
+
 def test_what_tokenize_prints_for_programs_is_refused_as_a_token_file(model, tmp_path):
     path = tmp_path / "ids"
     path.write_text('{"ids": [1, 2, 3, 4]}')

@@ -6,11 +6,14 @@ import errno
 import io
 import os
 import random
+import threading
 
 import numpy as np
 import pytest
 
+from coreinfer.clusters import Clusters
 from coreinfer.core_sets import CoreSet
+from coreinfer.tuning import Tuning
 from sidecar_bytes import header_npy, npy, npy_of_version, rewrite
 
 
@@ -262,6 +265,21 @@ def test_a_device_or_pipe_is_never_replaced_by_a_file(tmp_path):
     with pytest.raises(OSError, match="cannot save the core set: expected a new file or a regular"):
         make_set().save(path)
     assert path.is_fifo() and os.listdir(tmp_path) == ["pipe"]
+
+
+@pytest.mark.parametrize("of_a_kind", [CoreSet, Clusters, Tuning])
+def test_a_pipe_a_device_or_a_folder_is_refused_and_not_waited_for(tmp_path, of_a_kind):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    # Whoever opens the pipe to read finds it empty and does not wait for ever.
+    writer = threading.Thread(target=lambda: open(pipe, "wb").close(), daemon=True)
+    writer.start()
+    for path in (pipe, tmp_path, "/dev/zero"):
+        with pytest.raises(ValueError, match=f"{path}: not a valid .*: it is no regular file"):
+            of_a_kind.load(path)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    writer.join()
+    os.close(reader)
 
 
 def test_a_folder_that_is_not_there_is_an_oserror_that_says_what_failed(tmp_path):

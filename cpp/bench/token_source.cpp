@@ -1,6 +1,7 @@
 #include "bench/token_source.h"
 
 #include <cctype>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <limits>
@@ -16,6 +17,9 @@ namespace {
 // Ids between white space, or a JSON list of them: brackets around all, commas between. In the
 // first form a tab ends what is read of a line, so that `coreinfer tokenize` can write the file.
 std::vector<int32_t> read_ids(const std::string& path) {
+  if (std::filesystem::is_directory(path)) {
+    throw_error(ErrorKind::kIo, "cannot read the token file %s: it is a folder", path.c_str());
+  }
   std::ifstream file(path, std::ios::binary);
   if (!file) throw_error(ErrorKind::kIo, "cannot read the token file %s", path.c_str());
   std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());

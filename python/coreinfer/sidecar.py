@@ -95,12 +95,23 @@ def is_special(path: Path) -> bool:
     return path.exists() and not path.is_file()
 
 
+def open_regular(path: str | os.PathLike[str], noun: str) -> BinaryIO:
+    """Opens a file of our own to read; ValueError for a folder, a device or a pipe.
+
+    A pipe that nobody writes to would be waited for without end.
+    """
+    path = os.fspath(path)  # not a number, which is an open file's
+    if is_special(Path(os.fsdecode(path))):
+        raise ValueError(f"{path}: not a valid {noun}: it is no regular file")
+    return open(path, "rb")
+
+
 def load(
     path: str | os.PathLike[str], noun: str, read: Callable[[Archive], Value], *, max_bytes: int
 ) -> Value:
     """`read(archive)` of a file of at most `max_bytes`; whatever is wrong in it is a ValueError."""
-    with open(os.fspath(path), "rb") as file:  # not a number, which is an open file's
-        # Not all of a model, or of a device without an end, that was given by mistake.
+    with open_regular(path, noun) as file:
+        # Not all of a model that was given by mistake.
         data = file.read(len(_ZIP_MARK))
         if data == _ZIP_MARK:
             data += file.read(max_bytes + 1 - len(data))

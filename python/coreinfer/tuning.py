@@ -220,7 +220,7 @@ class Tuning:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tuning:
         """Read a tuning file; ValueError that says what is wrong with it."""
-        with open(os.fspath(path), "rb") as file:  # not a number, which is an open file's
+        with sidecar.open_regular(path, "tuning file") as file:
             data = file.read(_MAX_FILE_BYTES + 1)
         try:
             if len(data) > _MAX_FILE_BYTES:
