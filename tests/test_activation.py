@@ -3,6 +3,7 @@ and files for PowerInfer, which have such models, are refused as what they are."
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,14 @@ import pytest
 import make_synthetic_model
 from coreinfer import CoreSet, Llama, _core
 from coreinfer.cli import main
+from coreinfer.tuning import Tuning
 from make_synthetic_model import make_tiny_model
 from model_shape import tensor_specs
 from reference.model import ReferenceModel
+from small_clusters import make_clusters
 from tiny_llama import PROMPT, load, make_tiny_llama
 
+TOOLS = Path(make_synthetic_model.__file__).parent
 TOKENS = np.random.default_rng(0).integers(0, 300, 30, dtype=np.int32)
 NAMES = ["relu", "drelu", "fatrelu:0.01", "gelu_tanh"]
 
@@ -144,3 +148,36 @@ def test_files_for_powerinfer_are_refused_as_such(lost, tmp_path, monkeypatch):
         ) as error:
             _core.Engine(str(path))
         assert str(path) in str(error.value)
+
+
+MEASURING = {
+    "auto": "{model} --data t.txt --tuning tuning.json",
+    "exact": "{model} --data t.txt",
+    "fidelity": "{model} golden.json",
+    "patch": "{model} --data t.txt",
+    "refresh": "{model} --text t.txt",
+    "similarity": "{model} clusters.npz --data t.jsonl --fields text",
+    "start": "{model} --data t.txt",
+}
+
+
+@pytest.mark.parametrize("name", MEASURING)
+def test_the_measuring_tools_take_an_activation(lost, tmp_path, monkeypatch, name):
+    assert {path.stem for path in TOOLS.glob("measure_*.py")} == {f"measure_{n}" for n in MEASURING}
+    monkeypatch.chdir(tmp_path)
+    make_clusters().save("clusters.npz")
+    Tuning(1, ()).save("tuning.json")
+    Path("t.jsonl").write_text('{"text": "a"}')
+    module = importlib.import_module(f"measure_{name}")
+
+    class Loaded(Exception):
+        pass
+
+    def load(*_, activation, **__):
+        raise Loaded(activation)
+
+    monkeypatch.setattr(module, "Fidelity" if name == "fidelity" else "Llama", load)
+    argv = [*MEASURING[name].format(model=lost).split(), "--activation", "relu"]
+    monkeypatch.setattr("sys.argv", [name, *argv])
+    with pytest.raises(Loaded, match="relu"):
+        module.main()

@@ -29,16 +29,16 @@ load_mode lazy_mode embeddings no_op_offload no_host repack fit_target fit_min_c
 n_depth test_time avg_ns stddev_ns avg_ts stddev_ts
 """.split()
 OWN_COLUMNS = """
-test isa core statistic alpha weighted beta layer_first layer_last ffn_kept_frac n_prompt_select
-count_ns select_ns compact_ns choice_over_read_bw patch_rank patch_ns patch_bytes n_drafts accept
-acceptance compact_bytes compact_source_bytes weight_bytes_per_token kv_bytes_per_token
-eff_bw_gbs read_bw_gbs read_bw_bytes read_bw_share ttft_ns break_even_tokens verify_over_decode
-kv_bytes load_ns memory_limit rss peak_rss logits_hash
+test isa activation core statistic alpha weighted beta layer_first layer_last ffn_kept_frac
+n_prompt_select count_ns select_ns compact_ns choice_over_read_bw patch_rank patch_ns patch_bytes
+n_drafts accept acceptance compact_bytes compact_source_bytes weight_bytes_per_token
+kv_bytes_per_token eff_bw_gbs read_bw_gbs read_bw_bytes read_bw_share ttft_ns break_even_tokens
+verify_over_decode kv_bytes load_ns memory_limit rss peak_rss logits_hash
 """.split()
 TEXT_COLUMNS = """
 build_commit cpu_info gpu_info backends model_filename model_type cpu_mask type_k type_v split_mode
-devices tensor_split tensor_buft_overrides load_mode lazy_mode test_time test isa core statistic
-logits_hash
+devices tensor_split tensor_buft_overrides load_mode lazy_mode test_time test isa activation core
+statistic logits_hash
 """.split()
 
 
@@ -491,6 +491,21 @@ def test_what_tokenize_prints_for_programs_is_refused_as_a_token_file(model, tmp
     path.write_text('{"ids": [1, 2, 3, 4]}')
     done = bench("-m", model, "-p", 4, "-n", 0, "--bandwidth", 0, "--tokens", path)
     assert done.returncode == 1 and "`coreinfer tokenize` without --json" in done.stderr
+
+
+def test_the_user_s_activation_stands_in_for_the_file_s(model, tmp_path):
+    same = tmp_path / "relu.gguf"
+    make_tiny_model(same, "llama", "Q4_0", activation="relu")
+    args = ["-p", 8, "-n", 0]
+    (plain,), (said,), (file,) = (
+        rows_of(model, *args),
+        rows_of(model, *args, "--activation", "relu"),
+        rows_of(str(same), *args),
+    )
+    assert [row["activation"] for row in (plain, said, file)] == ["silu", "relu", "relu"]
+    assert said["logits_hash"] == file["logits_hash"] != plain["logits_hash"]
+    wrong = bench("-m", model, *args, "--bandwidth", 0, "--activation", "swish2")
+    assert wrong.returncode == 1 and "activation is 'swish2', expected one of silu" in wrong.stderr
 
 
 def test_drawn_ids_depend_on_the_seed_only(model):

@@ -65,7 +65,9 @@ def main() -> None:
         raise SystemExit(f"{path} is not there; run `coreinfer tune` first")
     tuning = Tuning.load(path)
     most_dense = max((row.config.start for row in tuning.rows), default=0)
-    with Llama(args.model, clusters=args.clusters, tuning=tuning, verbose=False) as llm:
+    with Llama(
+        args.model, clusters=args.clusters, tuning=tuning, activation=args.activation, verbose=False
+    ) as llm:
         print(f"{Path(args.model).name}\n")
         print(head(["prompt tokens", *(f"max_kl {k:g}" for k in args.max_kl)]))
         for length in args.lengths:

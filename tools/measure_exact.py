@@ -123,7 +123,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
 
-    with Llama(args.model, core="off", n_threads=args.threads, verbose=False) as llm:
+    with Llama(
+        args.model, core="off", n_threads=args.threads, activation=args.activation, verbose=False
+    ) as llm:
         n = args.skip + args.prompts
         prompts = read_prompts(llm, args.data, args.fields, args.length, n)[args.skip :]
         if not prompts:

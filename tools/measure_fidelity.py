@@ -18,6 +18,7 @@ import numpy as np
 
 from coreinfer import _core
 from coreinfer.tuning import agreement, divergence
+from measured_texts import add_activation
 
 STATISTICS = ("count", "count_gate", "count_abs", "flock")
 
@@ -47,9 +48,14 @@ class Fidelity:
         n_threads: int = 0,
         f32: bool = False,
         n_gpu_layers: int = 0,
+        activation: str = "",
     ) -> None:
         self.engine = _core.Engine(
-            model, n_threads=n_threads, f32_activations=f32, n_gpu_layers=n_gpu_layers
+            model,
+            n_threads=n_threads,
+            f32_activations=f32,
+            n_gpu_layers=n_gpu_layers,
+            activation=activation,
         )
         self.golden = json.loads(Path(golden).read_text())
         self.session = _core.Session(self.engine)
@@ -129,9 +135,16 @@ def main() -> None:
     parser.add_argument("--patch", type=int, default=0, metavar="RANK", help="0: no patch")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--f32", action="store_true", help="no rounding of activations")
+    add_activation(parser)
     args = parser.parse_args()
 
-    fidelity = Fidelity(args.model, args.golden, n_threads=args.threads, f32=args.f32)
+    fidelity = Fidelity(
+        args.model,
+        args.golden,
+        n_threads=args.threads,
+        f32=args.f32,
+        activation=args.activation or "",
+    )
     backend = fidelity.engine.backend
     print(f"{Path(args.model).name}, {backend['name']} {backend['isa']}\n")
     dense = fidelity.dense_figures()

@@ -45,7 +45,7 @@ def main() -> None:
     if clusters is not None and clusters.prior is None:
         raise SystemExit(f"{args.clusters} holds no prior; build it with --patch-rows 128")
     cores = ways(sorted(args.betas), args.patch, clusters is not None)
-    with Llama(args.model, clusters=clusters, verbose=False) as llm:
+    with Llama(args.model, clusters=clusters, activation=args.activation, verbose=False) as llm:
         prompts = read_prompts(llm, args.data, args.fields, args.length, args.prompts)
         found = compare(llm, prompts, cores, args.tokens)
     columns = list(dict.fromkeys(name for _, name in cores))

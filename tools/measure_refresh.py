@@ -21,7 +21,7 @@ import numpy as np
 
 from coreinfer import Clusters, CoreConfig, Llama
 from coreinfer.tuning import divergence
-from measured_texts import cut_text, head, mean_and_error
+from measured_texts import add_activation, cut_text, head, mean_and_error
 
 BLOCK = 256  # tokens that dense decoding scores at once
 
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--statistic", default="flock")
     parser.add_argument("--patch", type=int, default=64, help="its rank; 0 is none")
     parser.add_argument("--clusters", help="a file of clusters, whose neurons decode (similar)")
+    add_activation(parser)
     args = parser.parse_args()
     if sorted(set(args.ends)) != args.ends or min(args.ends + args.refresh) < 1:
         raise SystemExit("--ends must rise from 1 on, --refresh must be 1 or more")
@@ -100,7 +101,9 @@ def main() -> None:
     if args.clusters is not None:
         core = CoreConfig(mode="similar", gamma=args.beta, patch=args.patch or False)
     refreshes: list[int | None] = [None, *args.refresh]
-    with Llama(args.model, n_ctx=n_ctx, clusters=args.clusters, verbose=False) as llm:
+    with Llama(
+        args.model, n_ctx=n_ctx, clusters=args.clusters, activation=args.activation, verbose=False
+    ) as llm:
         pieces = cut_text(llm, args.text, n_ctx, args.pieces)
         found = compare(llm, pieces, args.prompt, core, refreshes)
         statistic = args.statistic

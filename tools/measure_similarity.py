@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from coreinfer import Clusters, CoreConfig, Llama
-from measured_texts import cell, compare, cut_prompts, difference, head, read_texts
+from measured_texts import add_activation, cell, compare, cut_prompts, difference, head, read_texts
 
 
 def ways(clusters: Clusters, share: float, blends: list[float]) -> dict[str, CoreConfig]:
@@ -59,12 +59,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="of every continuation")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the texts")
     parser.add_argument("--embedder", help="instead of the one that the clusters name")
+    add_activation(parser)
     args = parser.parse_args()
 
     files = [Clusters.load(path) for path in args.clusters]
     texts = read_texts(args.data, args.fields)
     np.random.default_rng(args.seed).shuffle(texts)
-    with Llama(args.model, core="off", verbose=False) as llm:
+    with Llama(args.model, core="off", activation=args.activation, verbose=False) as llm:
         print(f"{Path(args.model).name}, {100 * args.share:g} % of neurons")
         for c in files:
             print(f"{c.n_clusters} clusters by {c.by}, {c.statistic}")

@@ -57,7 +57,7 @@ def main() -> None:
     if min(args.starts) < 1 or args.tokens < 2:
         raise SystemExit("--starts must be 1 or more, --tokens 2 or more")
 
-    with Llama(args.model, verbose=False) as llm:
+    with Llama(args.model, activation=args.activation, verbose=False) as llm:
         prompts = read_prompts(llm, args.data, args.fields, args.length, args.prompts)
         found = measure(llm, prompts, args.starts, args.betas, args.tokens, args.temp)
     print(f"{Path(args.model).name}, {len(prompts)} prompts of {args.length} tokens\n")

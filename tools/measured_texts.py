@@ -22,6 +22,12 @@ from coreinfer.tuning import agreement, cut, divergence
 Way = TypeVar("Way", bound=Hashable)
 
 
+def add_activation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--activation", metavar="NAME", help="where the file has lost it, as `coreinfer run`"
+    )
+
+
 def parser_of(description: str, *, prompts: int, tokens: int) -> argparse.ArgumentParser:
     """The flags of a tool that reads prompts by `read_prompts`; these many by default."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
@@ -30,6 +36,7 @@ def parser_of(description: str, *, prompts: int, tokens: int) -> argparse.Argume
     parser.add_argument("--fields", nargs="+", default=["text"])
     parser.add_argument("--prompts", type=int, default=prompts, help="of every length")
     parser.add_argument("--tokens", type=int, default=tokens, help="of every continuation")
+    add_activation(parser)
     return parser
 
 

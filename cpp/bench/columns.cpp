@@ -116,6 +116,7 @@ std::vector<Column> own_columns() {
   return {
       words("test", [](const Row& r) { return r.group.test.name(); }),
       words("isa", [](const Row& r) { return r.isa; }),
+      words("activation", [](const Row& r) { return r.model.activation; }),
       words("core", [](const Row& r) { return core_mode(r.setting); }),
       words("statistic",
             [](const Row& r) {

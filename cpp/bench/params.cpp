@@ -108,6 +108,7 @@ class Parser {
     integer({"--delay"}, params_.delay_seconds, 0, 3600);
     integer({"--seed"}, params_.seed, 0, INT64_MAX);
     option({"--tokens"}, [this](const auto&, const auto& text) { params_.tokens_file = text; });
+    option({"--activation"}, [this](const auto&, const auto& text) { params_.activation = text; });
     option({"--memory-limit"}, [this](const auto& flag, const auto& text) {
       params_.memory_limit = parse_bytes(flag, text);
     });

@@ -53,6 +53,7 @@ struct BenchParams {
   int64_t delay_seconds = 0;  // before each test
   std::string tokens_file;    // "": ids drawn with `seed`
   uint64_t seed = 0;
+  std::string activation;      // instead of the file's; "": that
   uint64_t memory_limit = 0;   // bytes that the process may hold; 0: no limit
   double bandwidth_gib = 1.0;  // memory that the bandwidth measurement reads; 0: do not measure
   bool weighted = false;

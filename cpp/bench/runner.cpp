@@ -11,6 +11,7 @@
 #include "base/memory_use.h"
 #include "bench/host.h"
 #include "bench/test_run.h"
+#include "model/activation.h"
 
 namespace coreinfer::bench {
 namespace {
@@ -59,6 +60,7 @@ const Engine& Runner::engine_for(const Group& group) {
   options.cpu.n_threads = group.n_threads;
   options.n_gpu_layers = group.n_gpu_layers;
   options.main_gpu = static_cast<int>(group.main_gpu);
+  options.activation = params_.activation;
   if (params_.memory_limit > 0) {
     options.memory_limit = params_.memory_limit;
     options.core_share = needs.core_share;
@@ -69,6 +71,7 @@ const Engine& Runner::engine_for(const Group& group) {
   engine_group_ = group;
   needs_ = needs;
   facts_ = model_facts(engine_->file());
+  facts_.activation = activation_name(engine_->config().activation);
   if (params_.verbose) {
     std::fprintf(stderr, "coreinfer-bench: %s: %s, %.1f MiB, loaded in %.2f s on %s\n",
                  group.model.c_str(), facts_.type.c_str(),

@@ -65,6 +65,8 @@ options:
                             generated tokens from it in this order
                             (default: ids drawn from the vocabulary)
   --seed N                  of the drawn ids (default: 0)
+  --activation NAME         of the feed-forward networks, for files that have lost it: relu, drelu,
+                            fatrelu:0.01, silu or gelu_tanh (default: what the file says)
   --memory-limit SIZE       bytes that the process may hold, for example 2GiB or 500MB: where all
                             does not fit, dense FFN weights come in a layer at a time
                             (default: no limit)
