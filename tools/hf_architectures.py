@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hf_checkpoint import CheckpointError
-from model_shape import GEMMA, INTERLEAVED, ModelShape
+from model_shape import GEMMA, INTERLEAVED, MLP_BIAS, ModelShape
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -218,7 +218,7 @@ def _rotary_shape(arch: str, config: dict[str, Any]) -> ModelShape:
     activation = _activation(arch, config)
     if arch not in _ATTENTION_BIAS:
         _expect(config, "attention_bias", False)
-    if arch != "llama":
+    if arch not in MLP_BIAS:
         _expect(config, "mlp_bias", False)
     n_head, n_embd, n_ctx = (
         config["num_attention_heads"],

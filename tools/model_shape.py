@@ -35,6 +35,7 @@ INTERLEAVED = (
     "minicpm",
     "smollm3",
 )  # rotate neighbouring rows, the others halves
+MLP_BIAS = ("llama", "granite", "smollm3")  # where gate, up and down may have biases
 FILE_TYPES = {
     "F32": 0,
     "F16": 1,
@@ -86,7 +87,7 @@ class ModelShape:
     sliding_window: int | None = None
     rope_dim: int | None = None  # rotated part of a head (phi3); None: all of it
     attention_bias: bool = False  # of q, k, v and output (opt has them, qwen2 but the last)
-    mlp_bias: bool = False  # of gate, up and down (llama; opt has them)
+    mlp_bias: bool = False  # of gate, up and down (MLP_BIAS; opt has them)
     attn_softcap: float | None = None  # of gemma2 and gemma3, like the next
     final_softcap: float | None = None
     # None: the architecture's own; else "relu", "drelu" (on gate and up) or "fatrelu:T" (0 up to T)
@@ -132,8 +133,8 @@ class ModelShape:
             raise ValueError("opt has a tied head: tied must be True")
         if self.attention_bias and self.arch in ("qwen2", "gemma", "gemma2", "olmo2", "opt"):
             raise ValueError(f"attention_bias is not a choice for {self.arch}")
-        if self.mlp_bias and self.arch != "llama":
-            raise ValueError(f"mlp_bias is for llama, not {self.arch}")
+        if self.mlp_bias and self.arch not in MLP_BIAS:
+            raise ValueError(f"mlp_bias is for {', '.join(MLP_BIAS)}, not {self.arch}")
         kind = self.rope_scaling and self.rope_scaling["type"]
         allowed = {
             **dict.fromkeys(("llama", "granite", "minicpm"), (None, "linear", "yarn", "llama3")),

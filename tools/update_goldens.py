@@ -23,7 +23,7 @@ from gguf import GGUFReader
 
 from hf_architectures import LAYERS_27B, from_gguf_values, hf_name
 from make_synthetic_model import make_tiny_model
-from model_shape import ModelShape
+from model_shape import MLP_BIAS, ModelShape
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 POSITIONS = (0, 10, 23)  # 10 and 23 lie beyond the sliding window of the gemma3 cases
@@ -148,6 +148,24 @@ CASES: dict[str, dict[str, Any]] = {
         "mlp_bias": True,
     },
     "qwen3_biases": {"arch": "qwen3", "seed": 15, **SMALL, "attention_bias": True},
+    "granite_biases": {
+        "arch": "granite",
+        "seed": 22,
+        **SMALL,
+        "embedding_scale": 12.0,
+        "residual_scale": 0.22,
+        "attention_scale": 0.08,
+        "logit_scale": 0.7,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "smollm3_biases": {
+        "arch": "smollm3",
+        "seed": 23,
+        **SMALL,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
     "gemma3_biases": {
         "arch": "gemma3",
         "seed": 16,
@@ -343,7 +361,7 @@ def config_of(shape: ModelShape, extra_metadata: dict[str, Any]) -> transformers
         "qwen2": transformers.Qwen2Config,
         "qwen3": transformers.Qwen3Config,
     }
-    if shape.arch == "llama":
+    if shape.arch in MLP_BIAS:
         common["mlp_bias"] = shape.mlp_bias
     return kinds[shape.arch](**common, hidden_act="relu" if shape.activation else "silu")
 

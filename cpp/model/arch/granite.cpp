@@ -26,7 +26,7 @@ HyperParameters read_scaled(const GgufFile& file) {
   c.logit_scale = 1.0f / h.number("logit_scale", 0.0);
   c.attention_scale = factor_or(h, "attention.scale", c.attention_scale);
   h.read_rope(RopeKind::kInterleaved);
-  c.qkv_bias = c.attn_output_bias = Presence::kMaybe;
+  c.qkv_bias = c.attn_output_bias = c.ffn_bias = Presence::kMaybe;
   return h;
 }
 

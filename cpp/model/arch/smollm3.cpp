@@ -16,7 +16,7 @@ ModelConfig read_smollm3(const GgufFile& file) {
   for (size_t i = kNoRopeEvery - 1; i < h.config.layers.size(); i += kNoRopeEvery) {
     h.config.layers[i].rope_freq = nullptr;
   }
-  h.config.qkv_bias = h.config.attn_output_bias = Presence::kMaybe;
+  h.config.qkv_bias = h.config.attn_output_bias = h.config.ffn_bias = Presence::kMaybe;
   return h.config;
 }
 
