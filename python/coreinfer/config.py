@@ -568,6 +568,10 @@ class LoadConfig(Checked):
         super().__post_init__()
         if self.seed == -1:  # llama.cpp's word for it
             object.__setattr__(self, "seed", RANDOM_SEED)
+        if self.vram_limit is not None and self.n_gpu_layers == 0:
+            raise _wrong(
+                "vram_limit", self.vram_limit, "none, since n_gpu_layers is 0: nothing is on a GPU"
+            )
 
 
 # llama-cpp-python names cache types by ggml's numbers.
