@@ -104,7 +104,10 @@ class TokenModel:
         """The session, for one computation; a second thread is told so instead of waiting."""
         session = self._open_session()
         if not self._lock.acquire(blocking=False):
-            raise RuntimeError("this Llama is computing in another thread; use one Llama a thread")
+            raise RuntimeError(
+                "this Llama is computing, in another thread or in what called this function; "
+                "use one Llama a thread"
+            )
         try:
             yield session
         finally:
