@@ -12,6 +12,7 @@
 #include "bench/value_list.h"
 #include "engine/draft_pace.h"
 #include "engine/session.h"
+#include "model/activation.h"
 
 namespace coreinfer::bench {
 namespace {
@@ -51,6 +52,14 @@ double parse_share(const std::string& flag, const std::string& text) {
   if (value > 0.0 && value <= 1.0) return value;
   throw_error(ErrorKind::kValue, "%s is %g, expected more than 0 and at most 1", flag.c_str(),
               value);
+}
+
+// Whether it suits the model is seen when that is loaded.
+std::string parse_activation(const std::string& flag, const std::string& text) {
+  std::string expected;
+  if (activation_for(text, true, &expected) || activation_named(text)) return text;
+  throw_error(ErrorKind::kValue, "%s is \"%s\", expected one of %s", flag.c_str(), text.c_str(),
+              expected.c_str());
 }
 
 LayerRange parse_layers(const std::string& flag, const std::string& text) {
@@ -108,7 +117,9 @@ class Parser {
     integer({"--delay"}, params_.delay_seconds, 0, 3600);
     integer({"--seed"}, params_.seed, 0, INT64_MAX);
     option({"--tokens"}, [this](const auto&, const auto& text) { params_.tokens_file = text; });
-    option({"--activation"}, [this](const auto&, const auto& text) { params_.activation = text; });
+    option({"--activation"}, [this](const auto& flag, const auto& text) {
+      params_.activation = parse_activation(flag, text);
+    });
     option({"--memory-limit"}, [this](const auto& flag, const auto& text) {
       params_.memory_limit = parse_bytes(flag, text);
     });
