@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <map>
 
 #include "cuda_runtime.h"
@@ -19,13 +20,6 @@
 namespace cuda_host {
 namespace {
 
-// Who used a word of four bytes last, or some bytes of it; block 0: nobody.
-struct Mark {
-  uint32_t block = 0;
-  uint16_t barriers = 0, syncs = 0, thread = 0;
-  uint8_t bytes = 0;  // a bit each
-  bool atomic = false;
-};
 struct Word {
   Mark written, read;
 };
@@ -41,67 +35,105 @@ struct Memory {
 
 // Guarded by one_kernel.
 std::map<uintptr_t, Memory> memories;  // by their ends
-Memory last;                           // that was used
+// What places of the code used last, by a part of their addresses: mostly that is used again.
+Memory recent[256];
 // All of them, of all times: an address outside needs no look.
 std::atomic<uintptr_t> lowest = ~uintptr_t{0}, highest = 0;
 
 const Memory* find(uintptr_t at) {
-  if (at - last.begin < last.bytes) return &last;
   const auto found = memories.upper_bound(at);
-  if (found == memories.end() || at < found->second.begin) return nullptr;
-  return &(last = found->second);
+  return found == memories.end() || at < found->second.begin ? nullptr : &found->second;
+}
+
+bool within(uintptr_t at, size_t size, const Memory& memory) {
+  const uintptr_t begin = at - memory.begin;
+  return begin < memory.bytes && size <= memory.bytes - begin;
 }
 
 bool within(uintptr_t at, size_t size, const void* begin, size_t bytes) {
-  const auto start = reinterpret_cast<uintptr_t>(begin);
-  return at >= start && at + size <= start + bytes;
+  return within(at, size, Memory{reinterpret_cast<uintptr_t>(begin), bytes});
 }
 
-bool apart(const Mark& before, const Mark& now) {
-  if (before.block != now.block || before.thread == now.thread) return true;
+// False where it is the thread's own memory.
+[[gnu::noinline]] bool look_up(uintptr_t at, size_t size, Memory& memory) {
+  const Running& r = running;
+  if (within(at, size, r.args, r.args_bytes) || within(at, size, here, sizeof(*here)) ||
+      within(at, size, &here, sizeof(here))) {
+    return false;
+  }
+  const Memory* found = find(at);
+  if (found == nullptr || found->kind == Kind::kPinned || !within(at, size, *found)) {
+    fail("memory that is not the device's");
+  }
+  memory = *found;
+  return true;
+}
+
+// Of two threads of one block.
+[[gnu::noinline]] bool apart(const Mark& before, const Mark& now) {
   if ((before.bytes & now.bytes) == 0 || (before.atomic && now.atomic)) return true;
   if (before.barriers != now.barriers) return true;
   return before.thread / 32 == now.thread / 32 && before.syncs != now.syncs;
 }
 
-void in_kernel(uintptr_t at, size_t size, bool writes, bool atomic) {
+template <bool kWrites>
+[[gnu::always_inline]] inline void use(Word& word, const Mark& now) {
+  const auto races = [&](const Mark& before) {
+    return before.block == now.block && before.thread != now.thread && !apart(before, now);
+  };
+  if (races(word.written)) fail("a race with a write");
+  if (kWrites && races(word.read)) fail("a race with a read");
+  (kWrites ? word.written : word.read) = now;
+}
+
+// Of any bytes, at any time.
+template <bool kWrites>
+[[gnu::noinline]] void use_bytes(const Memory& memory, uintptr_t at, size_t size, bool atomic) {
   const Running& r = running;
-  if (within(at, size, r.stack, r.stack_bytes) || within(at, size, r.args, r.args_bytes)) return;
-  if (within(at, size, here, sizeof(*here)) || within(at, size, &here, sizeof(here))) return;
-  const Memory* memory = find(at);
-  if (memory == nullptr || memory->kind == Kind::kPinned ||
-      at + size > memory->begin + memory->bytes) {
-    fail("memory that is not the device's");
-  }
-  const bool device = memory->kind == Kind::kDevice;
-  if (writes && device && !r.waited) fail("a write before the kernel has waited");
-  Mark now{r.block,
-           static_cast<uint16_t>(r.barriers),
-           static_cast<uint16_t>(r.syncs),
-           static_cast<uint16_t>(r.thread),
-           0,
-           atomic};
-  const uintptr_t begin = at - memory->begin, end = begin + size;
+  const uintptr_t begin = at - memory.begin, end = begin + size;
+  Mark now = r.mark;
+  now.atomic = atomic;
   for (uintptr_t w = begin / kWord; w * kWord < end; ++w) {
-    const uintptr_t first = std::max(begin, w * kWord), last_one = std::min(end, (w + 1) * kWord);
-    now.bytes = static_cast<uint8_t>(((1u << (last_one - first)) - 1) << (first % kWord));
-    Word& word = memory->words[w];
-    if (device && !r.waited && word.written.block >= r.unfinished) {
-      fail("a read of what a kernel before may still write");
+    Word& word = memory.words[w];
+    if (!r.waited && memory.kind == Kind::kDevice) {
+      if (kWrites) fail("a write before the kernel has waited");
+      if (word.written.block >= r.unfinished)
+        fail("a read of what a kernel before may still write");
     }
-    if (!apart(word.written, now)) fail("a race with a write");
-    if (writes && !apart(word.read, now)) fail("a race with a read");
-    (writes ? word.written : word.read) = now;
+    const uintptr_t first = std::max(begin, w * kWord), last = std::min(end, (w + 1) * kWord);
+    now.bytes = static_cast<uint8_t>(((1u << (last - first)) - 1) << (first % kWord));
+    use<kWrites>(word, now);
   }
 }
 
-void access(const volatile void* p, size_t size, bool writes, bool atomic = false) {
-  const auto at = reinterpret_cast<uintptr_t>(p);
-  if (running.in_kernel) return in_kernel(at, size, writes, atomic);
+// The common case of it first and inlined, since it is most of what a kernel takes here.
+template <bool kWrites>
+[[gnu::always_inline]] inline void in_kernel(uintptr_t at, size_t size, bool atomic,
+                                             const void* place) {
+  const Running& r = running;
+  if (within(at, size, r.stack, r.stack_bytes)) return;
+  Memory& memory = recent[reinterpret_cast<uintptr_t>(place) % std::size(recent)];
+  if (!within(at, size, memory) && !look_up(at, size, memory)) return;
+  const uintptr_t begin = at - memory.begin;
+  if (!r.waited || atomic || (begin | size) % kWord != 0) {
+    return use_bytes<kWrites>(memory, at, size, atomic);
+  }
+  Word* const words = memory.words + begin / kWord;
+  for (size_t i = 0; i < size / kWord; ++i) use<kWrites>(words[i], r.mark);
+}
+
+[[gnu::noinline]] void in_host(uintptr_t at) {
   if (at < lowest || at >= highest) return;
   const std::lock_guard lock(one_kernel);
   const Memory* memory = find(at);
   if (memory != nullptr && memory->kind != Kind::kPinned) fail("device memory in host code");
+}
+
+template <bool kWrites>
+[[gnu::always_inline]] inline void access(const void* p, size_t size, const void* place,
+                                          bool atomic = false) {
+  const auto at = reinterpret_cast<uintptr_t>(p);
+  running.in_kernel ? in_kernel<kWrites>(at, size, atomic, place) : in_host(at);
 }
 
 }  // namespace
@@ -113,14 +145,16 @@ void fail(const char* what) {
   if (running.in_kernel) {
     const dim3& b = here->block;
     std::fprintf(stderr, "cuda_host: %s (block %u,%u,%u, thread %u)\n", what, b.x, b.y, b.z,
-                 running.thread);
+                 running.mark.thread);
   } else {
     std::fprintf(stderr, "cuda_host: %s\n", what);
   }
   std::abort();
 }
 
-void note_atomic(const void* p, size_t size) { access(p, size, true, true); }
+void note_atomic(const void* p, size_t size) {
+  access<true>(p, size, __builtin_return_address(0), true);
+}
 
 void add_memory(const void* p, size_t bytes, Kind kind) {
   const auto begin = reinterpret_cast<uintptr_t>(p);
@@ -139,30 +173,40 @@ void drop_memory(const void* p) {
   const std::lock_guard lock(one_kernel);
   const auto found = memories.upper_bound(reinterpret_cast<uintptr_t>(p));
   munmap(found->second.words, found->second.words_bytes());
+  for (Memory& memory : recent) {
+    if (memory.words == found->second.words) memory = {};
+  }
   memories.erase(found);
-  last = {};
 }
 
 bool is_memory(const void* p, size_t bytes, Kind kind) {
   const std::lock_guard lock(one_kernel);
   const auto at = reinterpret_cast<uintptr_t>(p);
   const Memory* memory = find(at);
-  return memory != nullptr && memory->kind == kind && at + bytes <= memory->begin + memory->bytes;
+  return memory != nullptr && memory->kind == kind && within(at, bytes, *memory);
 }
 
 }  // namespace cuda_host
 
-#define ACCESSES(size)                                                             \
-  void __tsan_read##size(void* p) { cuda_host::access(p, size, false); }           \
-  void __tsan_write##size(void* p) { cuda_host::access(p, size, true); }           \
-  void __tsan_unaligned_read##size(void* p) { cuda_host::access(p, size, false); } \
-  void __tsan_unaligned_write##size(void* p) { cuda_host::access(p, size, true); }
+#define ACCESS(name, writes, size) \
+  void __tsan_##name(void* p) { cuda_host::access<writes>(p, size, __builtin_return_address(0)); }
+#define ACCESSES(size)                      \
+  ACCESS(read##size, false, size)           \
+  ACCESS(write##size, true, size)           \
+  ACCESS(unaligned_read##size, false, size) \
+  ACCESS(unaligned_write##size, true, size)
 extern "C" {
 ACCESSES(1)
-ACCESSES(2) ACCESSES(4) ACCESSES(8) ACCESSES(16) void __tsan_read_range(void* p, size_t size) {
-  cuda_host::access(p, size, false);
+ACCESSES(2)
+ACCESSES(4)
+ACCESSES(8)
+ACCESSES(16)
+void __tsan_read_range(void* p, size_t size) {
+  cuda_host::access<false>(p, size, __builtin_return_address(0));
 }
-void __tsan_write_range(void* p, size_t size) { cuda_host::access(p, size, true); }
+void __tsan_write_range(void* p, size_t size) {
+  cuda_host::access<true>(p, size, __builtin_return_address(0));
+}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 void __tsan_init() {}

@@ -10,14 +10,21 @@ namespace cuda_host {
 // Held while a kernel runs.
 extern std::recursive_mutex one_kernel;
 
+// Who used a word of four bytes last, or some bytes of it.
+struct Mark {
+  uint32_t block = 0;  // its number among all blocks that ever ran, from 1 on; 0: nobody
+  uint16_t thread = 0;
+  uint16_t barriers = 0, syncs = 0;  // that it had passed, of its block and of its warp
+  uint8_t bytes = 15;                // a bit each
+  bool atomic = false;
+};
+
 // The thread of a kernel that this thread runs; in_kernel false: the host's own code.
 struct Running {
   bool in_kernel = false;
   bool waited = true;       // for the kernels that this one may overlap with
-  uint32_t block = 0;       // its number among all blocks that ever ran, from 1 on
   uint32_t unfinished = 0;  // blocks from here on count as running until it has waited
-  uint32_t thread = 0;
-  uint32_t barriers = 0, syncs = 0;  // that it has passed, of its block and of its warp
+  Mark mark;                // what it leaves at a whole word that it uses
   const char* stack = nullptr;
   size_t stack_bytes = 0;
   const char* args = nullptr;

@@ -1,10 +1,7 @@
 // The blocks of a grid on the host: every thread is a fiber; fibers of a warp run one after the
 // other until all stand at the same warp operation, warps until all stand at the block's barrier.
 // In which order is CUDA_HOST_ORDER's: kernels may not mind.
-#undef _FORTIFY_SOURCE  // its longjmp takes a change of stacks for an error
 #include <cuda_runtime.h>
-#include <setjmp.h>
-#include <ucontext.h>
 
 #include <cstdlib>
 #include <memory>
@@ -12,6 +9,7 @@
 #include <vector>
 
 #include "accesses.h"
+#include "stacks.h"
 
 // All static __shared__ variables; the linker makes the names.
 extern "C" __attribute__((visibility("hidden"))) unsigned char __start_cuda_shared[],
@@ -26,16 +24,13 @@ constexpr size_t kSharedBytes = 256 * 1024;
 enum class State { kReady, kAtWarpOperation, kAtBarrier, kDone };
 
 struct Fiber {
-  ucontext_t start;
-  jmp_buf resume;
-  bool started = false;
+  Place place;
   State state = State::kDone;
-  Position position;
-  unsigned operations = 0;  // warp operations so far
-  unsigned barriers = 0, syncs = 0;
   bool waited = false;
+  unsigned operations = 0;  // warp operations so far
+  Mark mark;
   uint64_t (*slots)[32] = nullptr;
-  std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStackBytes);
+  std::unique_ptr<char[]> stack;
 };
 
 struct Warp {
@@ -43,10 +38,10 @@ struct Warp {
 };
 
 uint32_t last_block = 0;
-std::vector<std::unique_ptr<Fiber>> fibers;
+std::vector<Fiber> fibers;
 std::vector<Warp> warps;
 Fiber* current = nullptr;
-jmp_buf scheduler;
+Place scheduler;
 void (*the_thunk)(const void*, const void*) = nullptr;
 const void* the_kernel = nullptr;
 const void* the_args = nullptr;
@@ -77,10 +72,40 @@ struct Order {
   }
 } order;
 
+// The lanes of a warp in turn.
+struct Round {
+  Fiber* lanes = nullptr;
+  Order order;
+  size_t turn = 0;
+
+  // The next that is ready; nullptr: none.
+  Fiber* next() {
+    while (turn < 32) {
+      Fiber& fiber = lanes[order(turn++, 32)];
+      if (fiber.state == State::kReady) return &fiber;
+    }
+    return nullptr;
+  }
+} round_of_warp;
+
+// From the place of the fiber before, or of the scheduler.
+void resume(Fiber& fiber, Place& from) {
+  current = &fiber;
+  here->thread.x = fiber.mark.thread;
+  running.mark = fiber.mark;
+  running.waited = fiber.waited;
+  running.stack = fiber.stack.get();
+  running.in_kernel = true;
+  go_on(from, fiber.place);
+}
+
+// Goes on with the next lane of the round.
 void yield(State state) {
-  current->state = state;
+  Fiber& self = *current;
+  self.state = state;
+  if (Fiber* const next = round_of_warp.next()) return resume(*next, self.place);
   running.in_kernel = false;
-  if (_setjmp(current->resume) == 0) _longjmp(scheduler, 1);
+  go_on(self.place, scheduler);
 }
 
 void entry() {
@@ -97,43 +122,20 @@ Position* const here = new Position;
 
 namespace {
 
-void resume(Fiber& fiber) {
-  current = &fiber;
-  *here = fiber.position;
-  running.thread = fiber.position.thread.x;
-  running.barriers = fiber.barriers;
-  running.syncs = fiber.syncs;
-  running.waited = fiber.waited;
-  running.stack = fiber.stack.get();
-  if (_setjmp(scheduler) != 0) return;
-  running.in_kernel = true;
-  if (fiber.started) _longjmp(fiber.resume, 1);
-  fiber.started = true;
-  getcontext(&fiber.start);
-  fiber.start.uc_stack.ss_sp = fiber.stack.get();
-  fiber.start.uc_stack.ss_size = kStackBytes;
-  fiber.start.uc_link = nullptr;
-  makecontext(&fiber.start, entry, 0);
-  setcontext(&fiber.start);
-}
-
 // Until every lane stands at the block's barrier or is done.
-void run_warp(size_t begin, size_t end) {
+void run_warp(Fiber* lanes) {
   for (;;) {
-    size_t at_operation = 0;
     order.draw();
-    const Order of_lanes = order;
-    for (size_t turn = 0; turn < end - begin; ++turn) {
-      Fiber& fiber = *fibers[begin + of_lanes(turn, end - begin)];
-      if (fiber.state == State::kReady) resume(fiber);
-    }
-    for (size_t i = begin; i < end; ++i) {
-      at_operation += fibers[i]->state == State::kAtWarpOperation;
-      if (fibers[i]->operations != fibers[begin]->operations) fail("divergent warp operation");
+    round_of_warp = {lanes, order};
+    if (Fiber* const first = round_of_warp.next()) resume(*first, scheduler);
+    size_t at_operation = 0;
+    for (size_t i = 0; i < 32; ++i) {
+      at_operation += lanes[i].state == State::kAtWarpOperation;
+      if (lanes[i].operations != lanes[0].operations) fail("divergent warp operation");
     }
     if (at_operation == 0) return;
-    if (at_operation != end - begin) fail("a warp operation that not all lanes reach");
-    for (size_t i = begin; i < end; ++i) fibers[i]->state = State::kReady;
+    if (at_operation != 32) fail("a warp operation that not all lanes reach");
+    for (size_t i = 0; i < 32; ++i) lanes[i].state = State::kReady;
   }
 }
 
@@ -142,14 +144,13 @@ void run_block(size_t n) {
     order.draw();
     const Order of_warps = order;
     for (size_t turn = 0; turn < n / 32; ++turn) {
-      const size_t first = 32 * of_warps(turn, n / 32);
-      run_warp(first, first + 32);
+      run_warp(&fibers[32 * of_warps(turn, n / 32)]);
     }
     size_t done = 0;
-    for (size_t i = 0; i < n; ++i) done += fibers[i]->state == State::kDone;
+    for (size_t i = 0; i < n; ++i) done += fibers[i].state == State::kDone;
     if (done == n) return;
     for (size_t i = 0; i < n; ++i) {
-      if (fibers[i]->state == State::kAtBarrier) fibers[i]->state = State::kReady;
+      if (fibers[i].state == State::kAtBarrier) fibers[i].state = State::kReady;
     }
   }
 }
@@ -159,13 +160,13 @@ void run_block(size_t n) {
 unsigned char* dynamic_shared() { return shared_memory; }
 
 void block_barrier() {
-  running.barriers = ++current->barriers;
+  running.mark.barriers = ++current->mark.barriers;
   yield(State::kAtBarrier);
 }
 
 void warp_barrier(unsigned mask) {
   exchange(mask, 0, 0);
-  running.syncs = ++current->syncs;
+  running.mark.syncs = ++current->mark.syncs;
 }
 
 void wait_for_grid() { running.waited = current->waited = true; }
@@ -173,7 +174,7 @@ void wait_for_grid() { running.waited = current->waited = true; }
 uint64_t exchange(unsigned mask, uint64_t value, unsigned from) {
   if (mask != 0xffffffffu) fail("a warp operation of some lanes");
   uint64_t* slots = current->slots[current->operations++ & 1];
-  slots[current->position.thread.x % 32] = value;
+  slots[current->mark.thread % 32] = value;
   yield(State::kAtWarpOperation);
   return slots[from];
 }
@@ -196,7 +197,14 @@ void run(void (*thunk)(const void*, const void*), const void* kernel, const void
     add_memory(shared_memory, kSharedBytes, Kind::kShared);
     add_memory(__start_cuda_shared, static_bytes, Kind::kShared);
   }
-  while (fibers.size() < n) fibers.push_back(std::make_unique<Fiber>());
+  while (fibers.size() < n) {
+    Fiber& fiber = fibers.emplace_back();
+    fiber.stack = std::make_unique<char[]>(kStackBytes);
+    // Begun at different lines of a page: else those of a warp would drive each other out of the
+    // same few places of the cache.
+    const size_t lane = (fibers.size() - 1) % 32;
+    begin(fiber.place, fiber.stack.get(), kStackBytes - 128 * lane, entry);
+  }
   warps.resize(n / 32);
   the_thunk = thunk;
   the_kernel = kernel;
@@ -217,11 +225,12 @@ void run(void (*thunk)(const void*, const void*), const void* kernel, const void
     const uint64_t b = of_blocks(turn, blocks);
     const dim3 at(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                   static_cast<unsigned>(b / grid.x / grid.y));
-    running.block = ++last_block;
+    *here = {dim3(0), at, block, grid};
+    ++last_block;
     for (size_t i = 0; i < n; ++i) {
-      Fiber& f = *fibers[i];
-      f.position = {dim3(static_cast<unsigned>(i)), at, block, grid};
-      f.operations = f.barriers = f.syncs = 0;
+      Fiber& f = fibers[i];
+      f.mark = {last_block, static_cast<uint16_t>(i)};
+      f.operations = 0;
       f.waited = !overlaps;
       f.slots = warps[i / 32].slots;
       f.state = State::kReady;
