@@ -36,6 +36,15 @@ def cuda(target, f32):  # noqa: F811
     return testing.AnyBackend("CUDA", f32_activations=f32)
 
 
+@pytest.fixture(scope="module")
+def fast(target):  # noqa: F811
+    """For what float32 activations do not change, but that attention then makes no codes.
+
+    Nor does it where a head is not a multiple of 32, as some are below.
+    """
+    return testing.AnyBackend("CUDA")
+
+
 @pytest.fixture
 def launches(target):  # noqa: F811
     """How many kernels have been launched."""
@@ -87,13 +96,13 @@ def assert_product(actual: np.ndarray, x: np.ndarray, w: np.ndarray, extra: floa
 
 
 @pytest.mark.parametrize("width", [8, 33, 960, 4096])
-def test_norm_and_add_equal_the_cpu(cuda, cpu, width):
+def test_norm_and_add_equal_the_cpu(fast, cpu, width):
     x, y, weight, bias = normal(3, width), normal(3, width, seed=1), normal(width), normal(width)
     for got, expected in [
-        (cuda.norm(x, weight), cpu.norm(x, weight)),
-        (cuda.norm(x + 3, weight, bias), cpu.norm(x + 3, weight, bias)),
-        (cuda.add(x, y), cpu.add(x, y)),
-        (cuda.add(x, y, weight), cpu.add(x, y, weight)),
+        (fast.norm(x, weight), cpu.norm(x, weight)),
+        (fast.norm(x + 3, weight, bias), cpu.norm(x + 3, weight, bias)),
+        (fast.add(x, y), cpu.add(x, y)),
+        (fast.add(x, y, weight), cpu.add(x, y, weight)),
     ]:
         # Sums in double on both sides: one rounding of the factor apart at most.
         np.testing.assert_allclose(got, expected, rtol=4 * EPS, atol=4 * EPS * np.abs(y).max())
@@ -322,7 +331,7 @@ def test_compaction_takes_weights_that_are_not_on_the_device(cuda):
 
 # ---- Neurons
 
-SHAPES = [(1, 1), (3, 31), (5, 1000), (40, 2049)]
+SHAPES = [(1, 1), (3, 31), (5, 1000), (21, 2049)]
 
 
 def rows_of(kind: str, shape: tuple[int, int]) -> np.ndarray:
@@ -341,11 +350,11 @@ def rows_of(kind: str, shape: tuple[int, int]) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["normal", "tied", "spread", "negative"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("statistic", ["count", "count_gate", "count_abs", "flock"])
-def test_scores_equal_the_definition_and_the_cpu(cuda, cpu, statistic, shape, kind):
+def test_scores_equal_the_definition_and_the_cpu(fast, cpu, statistic, shape, kind):
     h = rows_of(kind, shape)
     zeros = np.zeros(shape[1], np.float32)
     for alpha in (0.01, 0.4, 1.0):
-        got, bad = cuda.accumulate(statistic, alpha, h, zeros)
+        got, bad = fast.accumulate(statistic, alpha, h, zeros)
         assert bad == -1
         if statistic == "flock":
             # Norms are summed in another order, in double: a term may round the other way.
@@ -355,57 +364,57 @@ def test_scores_equal_the_definition_and_the_cpu(cuda, cpu, statistic, shape, ki
             np.testing.assert_array_equal(got[0], statistic_scores(statistic, h, h, alpha))
 
 
-def test_scores_do_not_depend_on_how_the_rows_are_cut(cuda):
+def test_scores_do_not_depend_on_how_the_rows_are_cut(fast):
     h = rows_of("normal", (29, 700))
     for statistic in ("count", "flock"):
         scores = np.zeros(700, np.float32)
-        whole, _ = cuda.accumulate(statistic, 0.3, h, scores)
+        whole, _ = fast.accumulate(statistic, 0.3, h, scores)
         for begin, end in [(0, 1), (1, 17), (17, 29)]:
-            scores = cuda.accumulate(statistic, 0.3, h[begin:end], scores)[0][0]
+            scores = fast.accumulate(statistic, 0.3, h[begin:end], scores)[0][0]
         np.testing.assert_array_equal(scores, whole[0])
 
 
 @pytest.mark.parametrize("statistic", ["count", "flock"])
 @pytest.mark.parametrize("shape", [(1, 5), (16, 33), (150, 70)])
-def test_marks_get_the_scores_of_their_rows(cuda, cpu, statistic, shape):
+def test_marks_get_the_scores_of_their_rows(fast, cpu, statistic, shape):
     """One call gives, at every mark, the bits of a call that ends there."""
     h = rows_of("normal", shape)
     marks = sorted({1, 2, 4, 8, shape[0] // 2, 63, 64, 65, 128, shape[0]})
     marks = [m for m in marks if 0 < m <= shape[0]]
     start = np.full(shape[1], 3.0, np.float32)
-    for backend in (cuda, cpu):
+    for backend in (fast, cpu):
         got, _ = backend.accumulate(statistic, 0.4, h, start, marks=marks)
         for mark, scores in zip([shape[0], *marks], got, strict=True):
             expected, _ = backend.accumulate(statistic, 0.4, h[:mark], start)
             np.testing.assert_array_equal(scores, expected[0])
 
 
-def test_a_batch_is_counted_in_two_launches(cuda, launches):
+def test_a_batch_is_counted_in_two_launches(fast, launches):
     h = rows_of("normal", (150, 70))
     for statistic in ("count", "flock"):
         before = launches()
-        cuda.accumulate(statistic, 0.4, h, np.zeros(70, np.float32), marks=[1, 2, 4, 64, 128])
+        fast.accumulate(statistic, 0.4, h, np.zeros(70, np.float32), marks=[1, 2, 4, 64, 128])
         assert launches() - before == 2
 
 
 @pytest.mark.parametrize("statistic", ["count", "flock"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_bad_row_is_named_and_nothing_is_added(cuda, statistic, value):
+def test_a_bad_row_is_named_and_nothing_is_added(fast, statistic, value):
     h = rows_of("normal", (6, 100))
     h[2, 50] = h[4, 3] = value
-    scores, bad = cuda.accumulate(statistic, 0.4, h, np.full(100, 2.0, np.float32))
+    scores, bad = fast.accumulate(statistic, 0.4, h, np.full(100, 2.0, np.float32))
     assert bad == 2
     np.testing.assert_array_equal(scores[0], np.full(100, 2.0, np.float32))
 
 
 @pytest.mark.parametrize("statistic", ["count", "flock"])
-def test_a_bad_row_is_looked_up_after_many_calls(cuda, cpu, statistic):
+def test_a_bad_row_is_looked_up_after_many_calls(fast, cpu, statistic):
     """Rows before it count, it and what follows do not; the first one is named."""
     h = rows_of("normal", (9, 70))
     h[5, 3] = h[7, 0] = np.nan
     zeros = np.zeros(70, np.float32)
     expected, _ = cpu.accumulate(statistic, 0.4, h[:4], zeros)
-    for backend in (cuda, cpu):
+    for backend in (fast, cpu):
         scores, bad = backend.accumulate(statistic, 0.4, h, zeros, cuts=[0, 4, 6, 8])
         assert bad == 5
         np.testing.assert_allclose(scores, expected, rtol=8 * EPS)
@@ -413,21 +422,21 @@ def test_a_bad_row_is_looked_up_after_many_calls(cuda, cpu, statistic):
 
 @pytest.mark.parametrize("kind", ["normal", "tied", "spread", "negative"])
 @pytest.mark.parametrize("n", [1, 33, 512, 513, 5000])
-def test_selection_equals_the_definition(cuda, kind, n):
+def test_selection_equals_the_definition(fast, kind, n):
     scores = rows_of(kind, (1, n))[0]
     positive = int((scores > 0).sum())
     for k in {1, n // 5, n // 2, n}:
         expected = largest(scores, min(k, positive)) if positive else []
-        assert cuda.select(scores[None], k) == [list(expected)]
+        assert fast.select(scores[None], k) == [list(expected)]
 
 
-def test_all_layers_are_selected_at_once(cuda, cpu):
+def test_all_layers_are_selected_at_once(fast, cpu):
     """As one by one, with a layer of few and one of no positive entries among them."""
     scores = rows_of("normal", (7, 600))
     scores[2] = np.minimum(scores[2], 0)
     scores[4, 5:] = -1
-    together = cuda.select(scores, 100)
-    assert together == [cuda.select(row[None], 100)[0] for row in scores] == cpu.select(scores, 100)
+    together = fast.select(scores, 100)
+    assert together == [fast.select(row[None], 100)[0] for row in scores] == cpu.select(scores, 100)
     assert [len(chosen) for chosen in together] == [
         100,
         100,
@@ -439,17 +448,17 @@ def test_all_layers_are_selected_at_once(cuda, cpu):
     ]
 
 
-def test_selection_refuses_nan(cuda, cpu):
+def test_selection_refuses_nan(fast, cpu):
     scores = rows_of("normal", (3, 50))
     scores[1, 7] = scores[1, 30] = np.nan
-    for backend in (cuda, cpu):
+    for backend in (fast, cpu):
         with pytest.raises(ArithmeticError, match="neuron 7 of 50 is NaN"):
             backend.select(scores, 3)
 
 
-def test_a_copy_within_the_device_is_equal(cuda):
+def test_a_copy_within_the_device_is_equal(fast):
     x = normal(3, 41)
-    np.testing.assert_array_equal(cuda.copy(x), x)
+    np.testing.assert_array_equal(fast.copy(x), x)
 
 
 # ---- Attention
@@ -459,9 +468,9 @@ def test_a_copy_within_the_device_is_equal(cuda):
 @pytest.mark.parametrize(
     ("n_head", "n_head_kv", "head_dim"), [(2, 2, 64), (6, 2, 32), (8, 1, 96), (10, 1, 128)]
 )
-def test_attention_equals_the_cpu(cuda, cpu, kv, n_head, n_head_kv, head_dim):
+def test_attention_equals_the_cpu(fast, cpu, kv, n_head, n_head_kv, head_dim):
     results = []
-    for backend in (cuda, cpu):
+    for backend in (fast, cpu):
         cache = backend.cache(kv, kv, 2, 400, n_head_kv, head_dim)
         out = []
         for first, n, options in [
@@ -485,9 +494,9 @@ def test_attention_equals_the_cpu(cuda, cpu, kv, n_head, n_head_kv, head_dim):
 @pytest.mark.parametrize(
     ("n_head", "n_head_kv", "head_dim"), [(3, 3, 8), (4, 2, 80), (7, 1, 64), (2, 1, 256)]
 )
-def test_tiles_of_many_rows_equal_the_cpu(cuda, cpu, n_head, n_head_kv, head_dim):
+def test_tiles_of_many_rows_equal_the_cpu(fast, cpu, n_head, n_head_kv, head_dim):
     """Alone over all positions and in spans, with windows that end within tiles and spans."""
-    caches = [(b, b.cache("f16", "f16", 1, 400, n_head_kv, head_dim)) for b in (cuda, cpu)]
+    caches = [(b, b.cache("f16", "f16", 1, 400, n_head_kv, head_dim)) for b in (fast, cpu)]
     first = 0
     for n, options in [
         (17, {}),
@@ -505,14 +514,14 @@ def test_tiles_of_many_rows_equal_the_cpu(cuda, cpu, n_head, n_head_kv, head_dim
 
 
 @pytest.mark.parametrize("dim", [8, 80, 256])
-def test_many_spans_are_merged(cuda, cpu, dim):
+def test_many_spans_are_merged(fast, cpu, dim):
     """More spans than the block that merges them has threads, and some in a window."""
     n_ctx = 40_000 if dim == 8 else 2_000
     state = normal(2 * n_ctx, dim).tobytes()
     q, k, v = normal(2, 2 * dim), normal(2, dim, seed=1), normal(2, dim, seed=2)
     for window in (0, 700):
         results = []
-        for backend in (cuda, cpu):
+        for backend in (fast, cpu):
             cache = backend.cache("f32", "f32", 1, n_ctx, 1, dim)
             cache.restore(state, n_ctx)
             results.append(backend.attend(cache, 0, n_ctx - 2, q, k, v, window=window))
@@ -520,25 +529,25 @@ def test_many_spans_are_merged(cuda, cpu, dim):
 
 
 @pytest.mark.parametrize(
-    ("n_head", "n_head_kv", "head_dim"), [(2, 2, 64), (6, 2, 32), (5, 1, 80), (16, 2, 256)]
+    ("kv", "n_head", "n_head_kv", "head_dim"),
+    [("f16", 5, 1, 80)]  # blocks of 8 bits do not lie across heads
+    + [(kv, *shape) for kv in ("f16", "q8_0") for shape in [(2, 2, 64), (6, 2, 32), (16, 2, 256)]],
 )
-@pytest.mark.parametrize("kv", ["f16", "q8_0"])
 def test_attentions_bits_depend_neither_on_other_rows_nor_on_the_order_of_blocks(
     target,  # noqa: F811
-    cuda,
+    fast,
+    cpu,
     monkeypatch,
+    kv,
     n_head,
     n_head_kv,
     head_dim,
-    kv,
 ):
     """Over a border of spans; what a row leaves in the cache is the same, too."""
-    if head_dim % 32 != 0:
-        kv = "f16"
     n, first, n_ctx = 9, 252, 300
-    start = cuda.cache(kv, kv, 1, n_ctx, n_head_kv, head_dim)
+    start = cpu.cache(kv, kv, 1, n_ctx, n_head_kv, head_dim)
     rows = (normal(first, h * head_dim, seed=h) for h in (n_head, n_head_kv, n_head_kv))
-    cuda.attend(start, 0, 0, *rows, rope="halves")
+    cpu.attend(start, 0, 0, *rows, rope="halves")
     state = start.save(first)
     q, k, v = (
         normal(n, h * head_dim, seed=100 + i) for i, h in enumerate((n_head, n_head_kv, n_head_kv))
@@ -549,10 +558,10 @@ def test_attentions_bits_depend_neither_on_other_rows_nor_on_the_order_of_blocks
         for step, backwards in [(n, False), (1, False), (4, False), (n, target == "host")]:
             if backwards:
                 monkeypatch.setenv("CUDA_HOST_ORDER", "backwards")
-            cache = cuda.cache(kv, kv, 1, n_ctx, n_head_kv, head_dim)
+            cache = fast.cache(kv, kv, 1, n_ctx, n_head_kv, head_dim)
             cache.restore(state, first)
             out = [
-                cuda.attend(
+                fast.attend(
                     cache,
                     0,
                     first + i,
@@ -585,37 +594,37 @@ def test_rows_that_follow_attention_in_its_memory_are_read_anew(cuda, f32):
 @pytest.mark.parametrize(
     ("n_ctx", "n_head_kv", "n"), [(32768, 1, 7), (160_000, 1, 2), (160_000, 2, 1)]
 )
-def test_sums_over_a_long_context_stay_within_their_memory(cuda, cpu, n_ctx, n_head_kv, n):
+def test_sums_over_a_long_context_stay_within_their_memory(fast, cpu, n_ctx, n_head_kv, n):
     """Up to 60 heads of 256: 16 MiB of partial sums a row, so 4 rows at a time, or above 64 MiB."""
     n_head, dim = 60, 256
-    caches = [(b, b.cache("q8_0", "q8_0", 1, n_ctx, n_head_kv, dim)) for b in (cuda, cpu)]
+    caches = [(b, b.cache("q8_0", "q8_0", 1, n_ctx, n_head_kv, dim)) for b in (fast, cpu)]
     q = normal(n, n_head * dim)
     k, v = (normal(n, n_head_kv * dim, seed=s) for s in (1, 2))
-    before = cuda.device_peak
+    before = fast.device_peak
     got, expected = (b.attend(c, 0, n_ctx - n, q, k, v, window=1) for b, c in caches)
     np.testing.assert_array_equal(got, expected)
     others = 4 << 20  # q, k, v and the result
-    assert cuda.device_peak - before <= (64 << 20) + others
+    assert fast.device_peak - before <= (64 << 20) + others
 
 
 @pytest.mark.parametrize("side", ["k", "v"])
-def test_rows_do_not_see_a_nan_behind_them(cuda, side):
+def test_rows_do_not_see_a_nan_behind_them(fast, side):
     rows = {"q": normal(40, 128), "k": normal(40, 64, seed=1), "v": normal(40, 64, seed=2)}
     rows[side][29, 3] = np.nan
-    cache = cuda.cache("f16", "f16", 1, 64, 1, 64)
-    finite = np.isfinite(cuda.attend(cache, 0, 0, rows["q"], rows["k"], rows["v"]))
+    cache = fast.cache("f16", "f16", 1, 64, 1, 64)
+    finite = np.isfinite(fast.attend(cache, 0, 0, rows["q"], rows["k"], rows["v"]))
     assert finite[:29].all()
     assert not finite[29:, 3 :: 64 if side == "v" else 1].any()
 
 
-def test_a_restored_cache_attends_like_the_saved_one(cuda):
+def test_a_restored_cache_attends_like_the_saved_one(fast):
     for kv in ("f16", "q8_0"):
-        cache = cuda.cache(kv, kv, 1, 64, 2, 32)
-        cuda.attend(cache, 0, 0, normal(10, 128), normal(10, 64), normal(10, 64, seed=3))
-        copy = cuda.cache(kv, kv, 1, 64, 2, 32)
+        cache = fast.cache(kv, kv, 1, 64, 2, 32)
+        fast.attend(cache, 0, 0, normal(10, 128), normal(10, 64), normal(10, 64, seed=3))
+        copy = fast.cache(kv, kv, 1, 64, 2, 32)
         copy.restore(cache.save(10), 10)
         q, k = normal(1, 128, seed=4), normal(1, 64, seed=5)
         np.testing.assert_array_equal(
-            cuda.attend(copy, 0, 10, q, k, k), cuda.attend(cache, 0, 10, q, k, k)
+            fast.attend(copy, 0, 10, q, k, k), fast.attend(cache, 0, 10, q, k, k)
         )
         assert copy.save(11) == cache.save(11)
