@@ -22,6 +22,7 @@ from model_shape import ARCHITECTURES
 from reference import neurons as oracle
 from reference.model import ReferenceModel
 from reference.quant import kl_divergence, log_softmax
+from small_shapes import small
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "transformers_logits.npz")
 
@@ -67,7 +68,7 @@ def on_gpu(path: str, **options) -> _core.Engine:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_logits_equal_the_float64_oracle(batches, models, arch):
-    path = models(arch)
+    path = models(arch, **small(arch))
     engine = on_gpu(path, f32_activations=True)
     assert ("without cuBLAS" in engine.backend["description"]) == (batches == "rows")
     tokens = tokens_of(25, engine.n_vocab)
@@ -121,7 +122,7 @@ def test_fast_activations_stay_close_to_the_oracle(batches, models, dtype):
     ],
 )
 def test_core_sets_and_scores_through_them_equal_the_oracle(batches, models, arch, shape):
-    path = models(arch, **shape)
+    path = models(arch, n_layer=2, **small(arch), **shape)
     engine = on_gpu(path, f32_activations=True)
     reference = ReferenceModel(path)
     tokens = tokens_of(24, engine.n_vocab, seed=2)
@@ -144,7 +145,7 @@ def test_core_sets_and_scores_through_them_equal_the_oracle(batches, models, arc
 @pytest.mark.parametrize("arch", ["qwen2", "gemma3"])
 @pytest.mark.parametrize("dtype", ["F16", "Q4_0"])
 def test_verified_rows_have_the_bits_of_decoded_ones(target, models, arch, dtype):  # noqa: F811
-    engine = on_gpu(models(arch, dtype))
+    engine = on_gpu(models(arch, dtype, **small(arch)))
     tokens = tokens_of(20, engine.n_vocab, seed=5)
     session = _core.Session(engine)
     session.prefill(tokens[:10], statistic="flock")
@@ -224,7 +225,7 @@ def test_a_token_is_one_graph_launch_and_three_copies(target, models, arch, dtyp
     if target != "host":
         pytest.skip("the host runtime counts launches")
     limited = mode == "limited"
-    path = models(arch, dtype, n_layer=12 if limited else 3, n_ff=768)
+    path = models(arch, dtype, **small(arch) | {"n_layer": 12 if limited else 3, "n_ff": 768})
     options = {"n_ctx": 64, "n_batch": 20, "core_share": 0.1}
     engine = on_gpu(path, vram_limit=least_limit(path, **options) if limited else 0, **options)
     assert engine.ffn_resident != limited
@@ -272,7 +273,7 @@ def test_a_layer_is_few_launches(target, models, arch, dtype, mode):  # noqa: F8
 def test_a_draft_and_a_verification_are_one_graph_launch_each(target, models, statistic):  # noqa: F811
     if target != "host":
         pytest.skip("the host runtime counts launches")
-    engine = on_gpu(models("llama", "Q4_0", n_layer=3, n_ff=768))
+    engine = on_gpu(models("llama", "Q4_0", n_layer=3, n_embd=160, n_ff=768))
     session = _core.Session(engine, n_ctx=64, n_batch=20)
     session.prefill(tokens_of(18, engine.n_vocab), statistic=statistic)
     session.set_exact(paced=False, max_drafts=3, text=False)
@@ -288,7 +289,7 @@ def test_a_draft_and_a_verification_are_one_graph_launch_each(target, models, st
 def test_verifications_of_all_lengths_stay_graphs(target, models):  # noqa: F811
     if target != "host":
         pytest.skip("the host runtime counts launches")
-    engine = on_gpu(models("llama", "Q4_0", n_layer=1))
+    engine = on_gpu(models("llama", "Q4_0", n_layer=1, **small()))
     session = _core.Session(engine, n_ctx=64, n_batch=20)
     session.prefill(tokens_of(51, engine.n_vocab), statistic="flock")
     session.set_core(session.select(beta=0.3))
@@ -309,7 +310,7 @@ def test_verifications_of_all_lengths_stay_graphs(target, models):  # noqa: F811
 def test_decoding_asks_for_no_memory_however_long_it_gets(target, models):  # noqa: F811
     if target != "host":
         pytest.skip("the host runtime counts allocations")
-    engine = on_gpu(models("llama", "Q4_0", n_layer=1))
+    engine = on_gpu(models("llama", "Q4_0", n_layer=1, **small()))
     session = _core.Session(engine, n_ctx=1200)
     session.prefill(tokens_of(500, engine.n_vocab))
     for token in range(2):
@@ -352,7 +353,7 @@ def test_layers_gathered_on_the_way_are_those_gathered_from_resident_ones(
 ):
     """Two batches under a limit, each layer copied while another computes: not a bit differs."""
     path = models("llama", dtype, n_ff=768, n_layer=9)
-    tokens = tokens_of(25, 320)
+    tokens = tokens_of(22, 320)
     resident = on_gpu(path, vram_limit=1 << 30)
     own = (1 << 30) - resident.backend["device_memory"]
     limit = own + resident.weight_bytes
@@ -360,11 +361,11 @@ def test_layers_gathered_on_the_way_are_those_gathered_from_resident_ones(
     assert resident.ffn_resident and not limited.ffn_resident
     results, compact_bytes = [], []
     for engine, options in [(resident, {}), (limited, {}), (limited, {"beta": 0.1})]:
-        session = _core.Session(engine, n_ctx=64, n_batch=20)
-        session.prefill(tokens[:22], statistic="flock", layers=layers, **options)
+        session = _core.Session(engine, n_ctx=64, n_batch=17)
+        session.prefill(tokens[:19], statistic="flock", layers=layers, **options)
         session.set_core(session.select(beta=0.1, layers=layers))
         compact_bytes.append(session.timings["compact_bytes"])
-        results.append(np.concatenate([session.logits()[None], session.score(tokens[22:])]))
+        results.append(np.concatenate([session.logits()[None], session.score(tokens[19:])]))
     np.testing.assert_array_equal(results[1], results[0])
     np.testing.assert_array_equal(results[2], results[0])
     # Tables of each layer are rounded up by themselves.
@@ -379,7 +380,7 @@ def test_a_batch_of_weighted_statistics_takes_no_more_than_planned(
 ):
     if target == "host":
         monkeypatch.setenv("COREINFER_CUBLAS_LIBRARY", str(cublas_library()))
-    path = models("llama", "Q8_0", n_ff=16384, n_layer=1)
+    path = models("llama", "Q8_0", n_embd=64, n_ff=16384, n_layer=1)
     peaks, planned = [], []
     for n_batch in (32, 96):  # activations of 2 and of 6 MiB, whole pages
         options = {"n_ctx": 96, "n_batch": n_batch, "core_share": 0.1}
@@ -429,7 +430,7 @@ def test_sessions_of_one_engine_in_two_threads_do_not_disturb_each_other(target,
     """Core weights are given back by one while the other computes."""
     import threading
 
-    engine = on_gpu(models("llama", "Q4_0"))
+    engine = on_gpu(models("llama", "Q4_0", **small()))
 
     def run(seed: int, rows: list) -> None:
         session = _core.Session(engine, n_ctx=64)
@@ -484,7 +485,8 @@ def test_whatever_thread_computes_does_so_on_the_engines_device(target, models, 
 
 
 def test_the_bench_measures_on_a_gpu_and_says_which(target, models):  # noqa: F811
-    command = [str(binary_path()), "-m", models("llama", "Q4_0"), "-ngl", "99", "-o", "json"]
+    path = models("llama", "Q4_0", **small())
+    command = [str(binary_path()), "-m", path, "-ngl", "99", "-o", "json"]
     command += ["-p", "8", "-n", "3", "-r", "1", "--core", "stable"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -514,7 +516,7 @@ def test_the_last_layers_on_the_gpu_and_the_others_on_the_cpu_give_the_oracles_l
     arch,
     n,
 ):
-    path = models(arch)
+    path = models(arch, **small(arch))
     engine = _core.Engine(path, n_gpu_layers=n, f32_activations=True)
     assert engine.backend["name"] == "CUDA+CPU"
     assert f"layers from {engine.n_layer - n} on: CUDA" in engine.backend["description"]
@@ -678,7 +680,7 @@ def test_graphs_count_towards_the_limit(target, models, monkeypatch, share, kept
     if target != "host":
         pytest.skip("the host runtime says what graphs take")
     limit = 1 << 30
-    engine = on_gpu(models("llama", "F16", n_layer=2), vram_limit=limit)
+    engine = on_gpu(models("llama", "F16", n_layer=1, **small()), vram_limit=limit)
     tokens = tokens_of(24, engine.n_vocab)
     session = _core.Session(engine, n_ctx=64, n_batch=20)
     session.prefill(tokens[:20])
@@ -728,7 +730,7 @@ def test_the_vram_limit_that_a_message_asks_for_is_enough(batches, models, dtype
     engine = on_gpu(path, vram_limit=needed, **options)
     assert not engine.ffn_resident
     session = _core.Session(engine, n_ctx=64, n_batch=24)
-    session.prefill(tokens_of(20, 320), statistic="count_gate", samples=16, beta=0.2)
+    session.prefill(tokens_of(17, 320), statistic="count_gate", samples=16, beta=0.2)
     session.set_core(session.select(beta=0.2))
     session.fit_patch(rank=4)
     session.decode(1)

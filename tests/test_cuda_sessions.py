@@ -9,6 +9,7 @@ from coreinfer import _core
 from cuda_host.target import target  # noqa: F401  (a fixture)
 from make_synthetic_model import make_tiny_model
 from reference.neurons import jaccard
+from small_shapes import small
 
 PROMPT, MORE = (
     np.random.default_rng(seed).integers(0, 320, n, dtype=np.int32) for seed, n in ((0, 18), (1, 4))
@@ -32,6 +33,8 @@ def engines(target, n_gpu_layers, tmp_path_factory):  # noqa: F811
         key = (arch, dtype, *shape.items())
         if key not in made:
             path = str(folder / f"{len(made)}.gguf")
+            if dtype != "Q4_K":  # has blocks of 256
+                shape = small(arch) | shape
             make_tiny_model(path, arch, dtype, n_layer=2, **shape)
             made[key] = [
                 _core.Engine(path, n_gpu_layers=n, f32_activations=True) for n in (n_gpu_layers, 0)

@@ -33,7 +33,15 @@ def cpu():
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("small") / "tiny.gguf"
-    make_tiny_model(path, "llama", "F16", n_ff=2048, n_layer=6)
+    make_tiny_model(path, "llama", "F16", n_layer=2)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def large_model(tmp_path_factory) -> str:
+    """Of which a limit can leave out a part: each matrix takes a page of 2 MiB."""
+    path = tmp_path_factory.mktemp("small") / "large.gguf"
+    make_tiny_model(path, "llama", "F16", n_ff=1024, n_layer=6)
     return str(path)
 
 
@@ -156,16 +164,16 @@ def test_graphs_and_batches(target, model):  # noqa: F811
     np.testing.assert_allclose(*results, atol=0.1 * results[1].std())
 
 
-def test_streamed_layers(target, model):  # noqa: F811
+def test_streamed_layers(target, large_model):  # noqa: F811
     """Under a limit below the model, layers come in one after the other and are gathered."""
-    resident = _core.Engine(model, n_gpu_layers=-1, vram_limit=1 << 30)
+    resident = _core.Engine(large_model, n_gpu_layers=-1, vram_limit=1 << 30)
     own = (1 << 30) - resident.backend["device_memory"]
     # The file holds an embedding table that stays on the host, and the plan counts it.
     limit = own + resident.weight_bytes
-    limited = _core.Engine(model, n_gpu_layers=-1, vram_limit=limit)
+    limited = _core.Engine(large_model, n_gpu_layers=-1, vram_limit=limit)
     assert not limited.ffn_resident
     session = _core.Session(limited, n_ctx=32, n_batch=24)
-    session.prefill(TOKENS, statistic="flock", beta=0.1)
+    session.prefill(TOKENS[:18], statistic="flock", beta=0.1)
     session.set_core(session.select(beta=0.1))
     session.decode(1)
     assert np.isfinite(session.logits()).all()
