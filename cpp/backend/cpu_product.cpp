@@ -393,7 +393,6 @@ void Product::work_bf16(ThreadPool::Context& context, int64_t n_units,
             bf16_panel(unit.parts[static_cast<size_t>(p)], k * kTileCols, k_end * kTileCols,
                        panels[p]);
           }
-          if (i + 1 < end) bf16_expect(task.unit(i + 1), k * kTileCols, k_end * kTileCols);
           bf16_->multiply(panels, unit.n_parts, k_end - k, tokens + k * kTileSize, token_stride,
                           tiles_of(n, kTileTokens), k == 0, to);
         }
@@ -405,24 +404,6 @@ void Product::work_bf16(ThreadPool::Context& context, int64_t n_units,
     }
   }
   bf16_->end();
-}
-
-// Asks for what the unit's panels will be made of where that is a run of each row: a CPU does not
-// foresee so many runs.
-void Product::bf16_expect(const ProductUnit& unit, int64_t begin, int64_t end) const {
-  for (int p = 0; p < unit.n_parts; ++p) {
-    const ProductUnit::Part& part = unit.parts[static_cast<size_t>(p)];
-    const CpuWeight& w = *outputs_[part.weight].weight;
-    if (w.packed() || w.stored_by_columns()) continue;
-    const Mat& mat = w.plain();
-    const auto run =
-        static_cast<int64_t>(coreinfer::row_bytes(mat.type, std::min(end, mat.cols) - begin));
-    const auto before = static_cast<int64_t>(coreinfer::row_bytes(mat.type, begin));
-    const int64_t first = part.strip * kStripRows;
-    for (int64_t r = first; r < std::min(first + kStripRows, mat.rows); ++r) {
-      for (int64_t i = 0; i < run; i += kCacheLine) __builtin_prefetch(mat.row(r) + before + i);
-    }
-  }
 }
 
 void Product::bf16_panel(const ProductUnit::Part& part, int64_t begin, int64_t end,

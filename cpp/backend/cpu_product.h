@@ -106,7 +106,6 @@ class Product {
                    float* tile) const;
   void plain_tile(const CpuWeight& w, int64_t strip, const FloatRows& x, int64_t n, float* panel,
                   float* tile) const;
-  void bf16_expect(const ProductUnit& unit, int64_t begin, int64_t end) const;
   void bf16_panel(const ProductUnit::Part& part, int64_t begin, int64_t end, uint16_t* panel) const;
 
   const LinearKernels& kernels_;
