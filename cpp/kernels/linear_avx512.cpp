@@ -117,13 +117,15 @@ inline Floats column(const Codes& codes, int c) {
   return _mm512_cvtepi32_ps(_mm512_sub_epi32(code, _mm512_set1_epi32(kOffset)));
 }
 
+#include "kernels/linear_avx512_transpose.inc"
+
 // 16 elements of a float row as float32; those without a mask bit are not read and count zero.
 template <DType kType>
 inline __m512 load_floats(const std::byte* p, __mmask16 mask) {
   if constexpr (kType == DType::kF32) {
     return _mm512_maskz_loadu_ps(mask, p);
   } else {
-    const __m256i halves = _mm256_maskz_loadu_epi16(mask, p);
+    const __m256i halves = masked_halves(p, mask);
     if constexpr (kType == DType::kF16) return _mm512_cvtph_ps(halves);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
   }
@@ -183,8 +185,6 @@ void quantize(const ColumnGroups& columns, const float* x, const QuantizedRows& 
     out.scaled_sum[p] = scale * static_cast<float>(sum);
   }
 }
-
-#include "kernels/linear_avx512_transpose.inc"
 
 template <DType kType>
 inline void transpose_rows(const std::byte* rows, size_t row_stride, int64_t n_rows, int64_t begin,

@@ -87,25 +87,28 @@ void unpack(const PackedView& w, int64_t s, int64_t begin, int64_t end, uint16_t
   }
 }
 
+#include "kernels/linear_avx512_transpose.inc"
+
 // 16 pairs of columns of a float row as bf16; zeros past column n.
 template <DType kType>
 inline __m512i load_pairs(const std::byte* row, int64_t c, int64_t n) {
   const int64_t left = n - c < 32 ? n - c : 32;
   const uint32_t mask = left == 32 ? 0xffffffffu : (1u << left) - 1;
-  if constexpr (kType == DType::kBF16) return _mm512_maskz_loadu_epi16(mask, row + 2 * c);
   const auto low = static_cast<__mmask16>(mask), high = static_cast<__mmask16>(mask >> 16);
-  __m512 a, b;
-  if constexpr (kType == DType::kF16) {
-    a = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(low, row + 2 * c));
-    b = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(high, row + 2 * c + 32));
+  __m256i a, b;
+  if constexpr (kType == DType::kF32) {
+    a = to_bf16(_mm512_maskz_loadu_ps(low, row + 4 * c));
+    b = to_bf16(_mm512_maskz_loadu_ps(high, row + 4 * c + 64));
   } else {
-    a = _mm512_maskz_loadu_ps(low, row + 4 * c);
-    b = _mm512_maskz_loadu_ps(high, row + 4 * c + 64);
+    a = masked_halves(row + 2 * c, low);
+    b = masked_halves(row + 2 * c + 32, high);
+    if constexpr (kType == DType::kF16) {
+      a = to_bf16(_mm512_cvtph_ps(a));
+      b = to_bf16(_mm512_cvtph_ps(b));
+    }
   }
-  return _mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(a)), to_bf16(b), 1);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
 }
-
-#include "kernels/linear_avx512_transpose.inc"
 
 template <DType kType>
 void transpose(const std::byte* rows, size_t row_stride, int64_t n_rows, int64_t begin, int64_t end,
