@@ -57,7 +57,7 @@ double parse_share(const std::string& flag, const std::string& text) {
 // Whether it suits the model is seen when that is loaded.
 std::string parse_activation(const std::string& flag, const std::string& text) {
   std::string expected;
-  if (activation_for(text, true, &expected) || activation_named(text)) return text;
+  if (activation_for(text, true, &expected)) return text;
   throw_error(ErrorKind::kValue, "%s is \"%s\", expected one of %s", flag.c_str(), text.c_str(),
               expected.c_str());
 }
