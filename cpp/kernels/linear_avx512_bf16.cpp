@@ -146,14 +146,14 @@ void columns(const std::byte* first, size_t stride, int64_t begin, int64_t end, 
   }
 }
 
-// T tokens of one token tile times P panels.
+// T tokens of one token tile times P panels; their sums are from `at` on.
 template <int P, int T>
 inline void multiply_tokens(const uint16_t* const* panels, int64_t n_tiles, const uint16_t* tokens,
-                            bool first, float* const (&sums)[P]) {
+                            bool first, float* const* sums, int64_t at) {
   __m512 acc[P][T];
   for (int p = 0; p < P; ++p) {
     for (int t = 0; t < T; ++t) {
-      acc[p][t] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums[p] + t * kStripRows);
+      acc[p][t] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums[p] + at + t * kStripRows);
     }
   }
   for (int64_t k = 0; k < n_tiles * kTileSize; k += kTileSize) {
@@ -172,7 +172,7 @@ inline void multiply_tokens(const uint16_t* const* panels, int64_t n_tiles, cons
     }
   }
   for (int p = 0; p < P; ++p) {
-    for (int t = 0; t < T; ++t) _mm512_storeu_ps(sums[p] + t * kStripRows, acc[p][t]);
+    for (int t = 0; t < T; ++t) _mm512_storeu_ps(sums[p] + at + t * kStripRows, acc[p][t]);
   }
 }
 
@@ -182,12 +182,10 @@ void multiply(const uint16_t* const* panels, int n_panels, int64_t n_tiles, cons
   for (int64_t t = 0; t < n_token_tiles * kTileTokens; t += kTokens) {
     const uint16_t* const from =
         tokens + t / kTileTokens * token_stride + t % kTileTokens * kTileCols;
-    float* const to[2] = {sums[0] + t * kStripRows, sums[n_panels - 1] + t * kStripRows};
     if (n_panels == 2) {
-      multiply_tokens<2, kTokens>(panels, n_tiles, from, first, to);
+      multiply_tokens<2, kTokens>(panels, n_tiles, from, first, sums, t * kStripRows);
     } else {
-      float* const to_one[1] = {to[0]};
-      multiply_tokens<1, kTokens>(panels, n_tiles, from, first, to_one);
+      multiply_tokens<1, kTokens>(panels, n_tiles, from, first, sums, t * kStripRows);
     }
   }
 }
